@@ -1,0 +1,252 @@
+"""The public operations: shapes, dtypes, checks and errors. The maths is in ``ops/*/reference.py``."""
+
+from torch import Tensor
+
+from ear_kernels.dispatch import choose_backend
+from ear_kernels.ops.adaln import reference as adaln_reference
+from ear_kernels.ops.energy_loss import reference as energy_loss_reference
+from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: str) -> None:
+    """Raise ValueError or TypeError unless the options of :func:`energy_loss` are usable."""
+    for name, value in (("alpha", alpha), ("tau", tau), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not 0 < alpha <= 2:
+        raise ValueError(f"alpha is {alpha}; it must be in (0, 2]")
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau is {tau}; it must be in (0, 1]")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps}; it must be 0 or a positive finite number")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
+
+
+def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
+    """``tensor`` must broadcast to exactly ``rows``."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) <= len(rows) and all(
+        size in (1, full) for size, full in zip(reversed(shape), reversed(rows), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {shape}; it must broadcast to the rows {rows}")
+
+
+def _dimension(name: str, dim: int, ndim: int) -> int:
+    """``dim`` as a non-negative index of a dimension before the last one (which holds the features)."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{name} is {dim!r}; it must be an integer")
+    if not -ndim <= dim < ndim or dim % ndim == ndim - 1:
+        raise ValueError(
+            f"{name} is {dim} for a tensor of {ndim} dimensions; it must name a dimension before the last, "
+            "which holds the features"
+        )
+    return dim % ndim
+
+
+def energy_loss(
+    samples: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    tau: float = 1.0,
+    sample_dim: int = -2,
+    target_dim: int = -2,
+    weights: Tensor | None = None,
+    feature_weights: Tensor | None = None,
+    eps: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Energy loss of n samples against m targets a row (paper Eq. 10; general form in docs/energy_loss.md).
+
+    ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``
+
+    With n = 2, m = 1 this is Eq. 10 to the letter; with tau = 1 it is twice the fair (U-statistic) energy score.
+    All differences, squares and sums are in float32, or in float64 if an input is float64. The gradient of a
+    distance at coincident points is 0 for every alpha.
+
+    Args:
+        samples: ``[..., n, D]``, n >= 2, floating point; the n samples are along ``sample_dim``.
+        target: ``[..., D]`` (one target a row) or ``[..., m, D]`` (as many dimensions as ``samples``; the m targets
+            are along ``target_dim``).
+        mask: broadcastable to the rows ``[...]``, bool or number; rows where it is 0 contribute nothing and get
+            zero gradient, whatever they hold (NaN and Inf included).
+        alpha: exponent of the distances, in (0, 2]. Strictly proper below 2.
+        tau: weight of the diversity term, in (0, 1].
+        sample_dim: the dimension of the samples in ``samples``; 0 for the samples-first layout. Strided views are
+            not copied.
+        target_dim: the dimension of the targets where ``target`` has one.
+        weights: row weights, broadcastable to ``[...]``, non-negative.
+        feature_weights: ``[D]``, non-negative, inside the norm: ``|v|^2 = sum_d w_d v_d^2``.
+        eps: smoothing of the distance, ``(|v|^2 + eps^2)^(alpha/2)``; keeps gradients bounded for alpha < 1.
+        reduction: "mean" (over unmasked rows; over the weights where given; 0 if there are none), "sum", or
+            "none" (weighted rows, masked ones 0).
+
+    Returns:
+        A scalar, or ``[...]`` for "none"; float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: an option out of range, fewer than 2 samples, shapes or devices that do not fit.
+        TypeError: an argument that is no floating-point tensor.
+    """
+    check_energy_loss_options(alpha, tau, eps, reduction)
+    _check_floating("samples", samples)
+    _check_floating("target", target)
+    _check_device("target", target, samples, "samples")
+    if samples.ndim < 2:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
+    samples_RnD = samples.movedim(_dimension("sample_dim", sample_dim, samples.ndim), -2)
+    rows, (n, features) = tuple(samples_RnD.shape[:-2]), samples_RnD.shape[-2:]
+    if n < 2:
+        raise ValueError(
+            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; "
+            "the energy loss needs at least 2"
+        )
+    if features < 1:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+    if target.ndim == samples.ndim:
+        targets_RmD = target.movedim(_dimension("target_dim", target_dim, target.ndim), -2)
+    elif target.ndim == samples.ndim - 1:
+        targets_RmD = target.unsqueeze(-2)
+    else:
+        targets_RmD = None
+    if (
+        targets_RmD is None
+        or tuple(targets_RmD.shape[:-2]) != rows
+        or targets_RmD.shape[-1] != features
+        or targets_RmD.shape[-2] < 1
+    ):
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; for samples of shape {tuple(samples.shape)} it must be "
+            f"{(*rows, features)} or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
+        )
+    for name, tensor in (("mask", mask), ("weights", weights)):
+        if tensor is not None:
+            _check_device(name, tensor, samples, "samples")
+            _check_broadcast(name, tensor, rows)
+    if feature_weights is not None:
+        _check_floating("feature_weights", feature_weights)
+        _check_device("feature_weights", feature_weights, samples, "samples")
+        if tuple(feature_weights.shape) != (features,):
+            raise ValueError(
+                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]"
+            )
+    choose_backend("energy_loss")
+    return energy_loss_reference.energy_loss(
+        samples_RnD,
+        targets_RmD,
+        mask,
+        weights,
+        feature_weights,
+        alpha=float(alpha),
+        tau=float(tau),
+        eps=float(eps),
+        reduction=reduction,
+    )
+
+
+def adaln_modulate(
+    hidden: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``LN(hidden) * (1 + scale) + shift`` over the last dimension (paper Eq. 11, first line).
+
+    Args:
+        hidden: ``[..., W]``, floating point.
+        shift, scale: broadcastable to ``hidden``; one of them a row, or one for several rows.
+        weight, bias: the LayerNorm's affine parameters, ``[W]``; None for a norm without them.
+        eps: added to the variance.
+
+    Returns:
+        ``[..., W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    _check_floating("hidden", hidden)
+    if hidden.ndim < 1:
+        raise ValueError("hidden is a scalar; it must be [..., W]")
+    for name, tensor in (("shift", shift), ("scale", scale)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor, hidden, "hidden")
+        _check_broadcast(name, tensor, tuple(hidden.shape))
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_device(name, parameter, hidden, "hidden")
+            if tuple(parameter.shape) != (hidden.shape[-1],):
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
+    choose_backend("adaln_modulate")
+    return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
+
+
+def gated_silu_ffn(
+    hidden: Tensor,
+    modulated: Tensor,
+    gate: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> Tensor:
+    """``hidden + gate * FFN(modulated)``, FFN = Linear, SiLU, Linear (paper Eq. 11, second line).
+
+    Args:
+        hidden: the residual stream, ``[..., W]``.
+        modulated: the FFN's input, ``[..., U]``, with the leading dimensions of ``hidden``.
+        gate: broadcastable to ``hidden``.
+        weight_in, bias_in: ``[V, U]`` and ``[V]`` or None.
+        weight_out, bias_out: ``[W, V]`` and ``[W]`` or None.
+
+    Returns:
+        ``[..., W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    named = (("hidden", hidden), ("modulated", modulated), ("gate", gate), ("weight_in", weight_in))
+    for name, tensor in (*named, ("weight_out", weight_out)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor, hidden, "hidden")
+    if modulated.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"modulated has shape {tuple(modulated.shape)}; its leading dimensions must be those of hidden, "
+            f"{tuple(hidden.shape)}"
+        )
+    _check_broadcast("gate", gate, tuple(hidden.shape))
+    if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
+        raise ValueError(
+            f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]"
+        )
+    inner = weight_in.shape[0]
+    if tuple(weight_out.shape) != (hidden.shape[-1], inner):
+        raise ValueError(
+            f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]"
+        )
+    for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
+        if bias is not None and tuple(bias.shape) != (size,):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
+    choose_backend("gated_silu_ffn")
+    return silu_ffn_reference.gated_silu_ffn(
+        hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out
+    )

@@ -1,0 +1,130 @@
+"""The energy loss in plain PyTorch: the oracle of the kernels and the path without a GPU.
+
+Shapes (suffixes): R rows (any number of leading dimensions), n samples, m targets, D features, P pairs.
+"""
+
+import torch
+from torch import Tensor
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, float32 otherwise: halves are never subtracted or squared as halves."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _norm_and_direction(difference_RPD: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean norms [R, P] and unit vectors [R, P, D]; both are 0 where the difference is 0.
+
+    The difference is divided by its largest absolute component before it is squared, so that no square overflows
+    or underflows where the norm itself is representable.
+    """
+    largest = difference_RPD.detach().abs().amax(dim=-1, keepdim=True)
+    is_zero = largest == 0
+    scaled = difference_RPD / torch.where(is_zero, 1.0, largest)
+    squares = scaled.square().sum(dim=-1, keepdim=True)
+    length = torch.where(is_zero, 1.0, squares).sqrt()
+    norm = torch.where(is_zero, 0.0, largest * length)
+    return norm.squeeze(-1), scaled / length
+
+
+class _DistancePower(torch.autograd.Function):
+    """``|v|^alpha`` over the last dimension with the gradient ``alpha |v|^(alpha-1) v/|v|``, and 0 at v = 0.
+
+    Autograd's own chain would multiply by ``|v|^alpha`` and divide by ``|v|`` again, which overflows or vanishes
+    where the gradient itself is representable, and gives NaN at v = 0 for alpha < 1.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(difference: Tensor, alpha: float) -> Tensor:
+        norm, _ = _norm_and_direction(difference)
+        return norm if alpha == 1 else norm.pow(alpha)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        difference, ctx.alpha = inputs
+        ctx.save_for_backward(difference)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        norm, direction = _norm_and_direction(difference)
+        if ctx.alpha != 1:
+            slope = ctx.alpha * torch.where(norm == 0, 1.0, norm).pow(ctx.alpha - 1)
+            gradient = gradient * slope
+        return gradient.unsqueeze(-1) * direction, None
+
+
+def distance_power(difference_RPD: Tensor, alpha: float, eps: float = 0.0) -> Tensor:
+    """``|v|^alpha``, or ``(|v|^2 + eps^2)^(alpha/2)`` with ``eps`` > 0, over the last dimension.
+
+    Any number of derivatives; the first one is 0 at v = 0 for every alpha in (0, 2].
+    """
+    if eps > 0:
+        # The smoothed distance is the plain distance of a vector with one more component, eps.
+        padding = difference_RPD.new_full((*difference_RPD.shape[:-1], 1), eps)
+        difference_RPD = torch.cat([difference_RPD, padding], dim=-1)
+    return _DistancePower.apply(difference_RPD, alpha)
+
+
+def energy_loss_rows(
+    samples_RnD: Tensor,
+    targets_RmD: Tensor,
+    alpha: float,
+    tau: float,
+    feature_weights_D: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Loss of every row, [R], in the dtype of the inputs: spec 1, the general form of paper Eq. 10.
+
+    ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``
+    """
+    n = samples_RnD.shape[-2]
+    first, second = torch.triu_indices(n, n, offset=1, device=samples_RnD.device)
+    to_targets_RnmD = samples_RnD.unsqueeze(-2) - targets_RmD.unsqueeze(-3)
+    between_RPD = samples_RnD.index_select(-2, first) - samples_RnD.index_select(-2, second)
+    if feature_weights_D is not None:
+        root_D = feature_weights_D.sqrt()
+        to_targets_RnmD, between_RPD = to_targets_RnmD * root_D, between_RPD * root_D
+    fidelity = distance_power(to_targets_RnmD, alpha, eps).mean(dim=(-2, -1))
+    diversity = distance_power(between_RPD, alpha, eps).mean(dim=-1)
+    return 2 * fidelity - tau * diversity
+
+
+def energy_loss(
+    samples_RnD: Tensor,
+    targets_RmD: Tensor,
+    mask_R: Tensor | None,
+    weights_R: Tensor | None,
+    feature_weights_D: Tensor | None,
+    *,
+    alpha: float,
+    tau: float,
+    eps: float,
+    reduction: str,
+) -> Tensor:
+    """The reduced energy loss; arguments as checked by :func:`ear_kernels.energy_loss`."""
+    dtype = working_dtype(samples_RnD, targets_RmD)
+    samples_RnD, targets_RmD = samples_RnD.to(dtype), targets_RmD.to(dtype)
+    if mask_R is not None:
+        # Before the first subtraction: a masked row may hold NaN or Inf, and 0 * NaN is NaN in its gradient too.
+        keep = mask_R.bool()[..., None, None]
+        samples_RnD, targets_RmD = torch.where(keep, samples_RnD, 0.0), torch.where(keep, targets_RmD, 0.0)
+    if feature_weights_D is not None:
+        feature_weights_D = feature_weights_D.to(dtype)
+    rows_R = energy_loss_rows(samples_RnD, targets_RmD, alpha, tau, feature_weights_D, eps)
+
+    row_weights_R = torch.ones_like(rows_R) if weights_R is None else weights_R.to(dtype).expand_as(rows_R)
+    if mask_R is not None:
+        row_weights_R = torch.where(mask_R.bool(), row_weights_R, 0.0)
+        # With eps a masked row would still give eps^alpha; with Inf in a weight it would give NaN.
+        rows_R = torch.where(mask_R.bool(), rows_R, 0.0)
+    weighted_R = rows_R if weights_R is None and mask_R is None else rows_R * row_weights_R
+    if reduction == "none":
+        return weighted_R
+    total = weighted_R.sum()
+    if reduction == "sum":
+        return total
+    weight = row_weights_R.sum()
+    return total / torch.where(weight == 0, 1.0, weight)

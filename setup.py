@@ -1,0 +1,43 @@
+"""Static package metadata. It never imports torch and never looks at the hardware."""
+
+from setuptools import find_packages, setup
+
+TRAIN = ["tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
+
+setup(
+    name="ear-kernels",
+    version="0.1.0",
+    description="Fused energy-loss kernels and the EAR continuous visual autoregressive model",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ear_kernels", "ear_kernels.*", "ear_model", "ear_model.*"]),
+    package_data={"ear_kernels": ["py.typed"], "ear_model": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "safetensors>=0.4",
+        "timm>=1.0",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "eval": ["torch-fidelity>=0.3", "scikit-learn>=1.4"],
+        "test": [
+            *TRAIN,
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-timeout",
+            "hypothesis>=6.100",
+            "ruff",
+            "mypy",
+        ],
+    },
+    entry_points={"console_scripts": ["ear=ear_model.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
