@@ -1,0 +1,309 @@
+"""Configurations as dataclasses, and the presets by name.
+
+Every field can be set on the command line (``ear train digits --train.steps 500``) and is stored in the run
+directory and in the metadata of every weight file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, get_type_hints
+
+# Raised whenever a stored configuration of an older version can't be read as it stands.
+FORMAT_VERSION = 1
+
+Config = TypeVar("Config")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: data shape, backbone, generator and score. Defaults are the paper's."""
+
+    image_size: int = 16
+    """Height and width of the images or latents that the model reads (16 for 256-pixel images under KL-16)."""
+    channels: int = 16
+    """Channels of the images or latents."""
+    patch_size: int = 1
+    """Side of the square patch that makes one token."""
+    num_classes: int = 1000
+    """Number of classes; labels are 0 .. num_classes - 1."""
+    width: int = 768
+    """Backbone width C."""
+    depth: int = 24
+    """Backbone blocks."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Width of the backbone's MLP over its own width."""
+    class_tokens: int = 64
+    """Copies of the class embedding in front of the tokens."""
+    dropout: float = 0.1
+    """Dropout of the projections in the backbone."""
+    attention_dropout: float = 0.1
+    """Dropout of the attention weights."""
+    generator_width: int = 1024
+    """Width W of the MLP generator."""
+    generator_depth: int = 6
+    """Residual blocks of the MLP generator."""
+    noise_dim: int = 64
+    """Size of a noise vector (Table 3: 64)."""
+    noise: Literal["uniform", "gaussian"] = "uniform"
+    """Noise distribution: uniform on [-0.5, 0.5) or standard normal (Table 3: uniform)."""
+    alpha: float = 1.0
+    """Exponent of the energy loss, in (0, 2] (Table 2: 1)."""
+    num_samples: int = 4
+    """Samples per masked token in training; all pairs are used."""
+    min_mask_ratio: float = 0.7
+    """Smallest share of masked tokens in training."""
+    label_dropout: float = 0.1
+    """Share of images whose class is replaced by the null class in training (for guidance)."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "image_size channels patch_size num_classes width depth num_heads class_tokens generator_width "
+            "generator_depth noise_dim"
+        ).split()
+        for name in positive:
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image size {self.image_size} is not divisible by the patch size {self.patch_size}",
+        )
+        _require(
+            self.width % self.num_heads == 0,
+            f"width {self.width} is not divisible by num_heads {self.num_heads}",
+        )
+        _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}; it must be positive")
+        _require(0 < self.alpha <= 2, f"alpha is {self.alpha}; it must be in (0, 2]")
+        _require(self.num_samples >= 2, f"num_samples is {self.num_samples}; it must be at least 2")
+        _require(
+            self.noise in ("uniform", "gaussian"), f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'"
+        )
+        _require(
+            0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]"
+        )
+        for name in ("dropout", "attention_dropout", "label_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+    @property
+    def num_tokens(self) -> int:
+        """L, tokens of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_dim(self) -> int:
+        """D, numbers in a token."""
+        return self.channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are sampled when the command line does not say otherwise."""
+
+    steps: int = 64
+    """Decoding steps."""
+    guidance: float = 3.0
+    """Guidance scale; 1 is none."""
+    guidance_schedule: Literal["linear", "constant"] = "linear"
+    """How the guidance scale grows over the steps."""
+    temperature: float = 0.7
+    """Factor on the generator's noise shift; below 1 trades diversity for accuracy."""
+
+    def __post_init__(self) -> None:
+        check_sampling_options(self.steps, self.guidance, self.guidance_schedule, self.temperature)
+
+
+def check_sampling_options(steps: int, guidance: float, guidance_schedule: str, temperature: float) -> None:
+    """Raise ValueError unless the options of a sampling call are usable."""
+    _require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; it must be an integer of at least 1")
+    _require(0 <= guidance < float("inf"), f"guidance is {guidance}; it must be a finite number >= 0")
+    _require(0 <= temperature < float("inf"), f"temperature is {temperature}; it must be a finite number >= 0")
+    _require(
+        guidance_schedule in ("linear", "constant"),
+        f"guidance_schedule is {guidance_schedule!r}; it must be 'linear' or 'constant'",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser and the length of the run (spec 5). Defaults are the paper's where it gives one."""
+
+    steps: int = 500_000
+    """Optimiser steps."""
+    batch_size: int = 2048
+    """Images per optimiser step, over all accumulated parts."""
+    accumulate: int = 1
+    """Parts that a batch is split into; their gradients are averaged."""
+    lr: float = 8e-4
+    """Peak learning rate."""
+    generator_lr_scale: float = 0.25
+    """Factor on the generator's learning rate (the paper's lambda)."""
+    parameter_groups: Literal["paper", "public"] = "paper"
+    """'paper': the whole generator gets the scaled rate; 'public': its biases and norms keep the full rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 62_500
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.02
+    """AdamW weight decay of the backbone's matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW beta 1."""
+    beta2: float = 0.95
+    """AdamW beta 2."""
+    clip: float = 3.0
+    """Largest gradient norm."""
+    ema: float = 0.9999
+    """Decay of the moving average of the weights, per optimiser step."""
+    tau: float = 1.0
+    """Weight of the diversity term of the energy loss."""
+    finetune_steps: int = 0
+    """Last steps, trained with finetune_tau and finetune_lr (section 4.3)."""
+    finetune_tau: float = 0.99
+    """tau of the fine-tuning steps."""
+    finetune_lr: float = 5.6e-4
+    """Constant learning rate of the fine-tuning steps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """'auto' is bf16 autocast on a GPU and fp32 on a CPU."""
+    seed: int = 0
+    """Seed of weights, data order, masks and noise."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "finetune_lr", "generator_lr_scale", "clip"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup_steps", "finetune_steps", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("beta1", "beta2", "ema"):
+            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("tau", "finetune_tau"):
+            _require(0 < getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in (0, 1]")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}",
+        )
+        _require(
+            self.finetune_steps <= self.steps,
+            f"finetune_steps is {self.finetune_steps}; it must not exceed steps, {self.steps}",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    data: Literal["digits"] = "digits"
+    """Data set."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How to sample by default."""
+
+
+EAR_BASE = ModelConfig()
+EAR_LARGE = replace(EAR_BASE, width=1024, depth=32, num_heads=16, generator_width=1280, generator_depth=8)
+EAR_HUGE = replace(EAR_BASE, width=1280, depth=40, num_heads=16, generator_width=1536, generator_depth=12)
+DIGITS = ModelConfig(
+    image_size=8,
+    channels=1,
+    patch_size=2,
+    num_classes=10,
+    width=128,
+    depth=4,
+    num_heads=4,
+    class_tokens=4,
+    dropout=0.1,
+    attention_dropout=0.0,
+    generator_width=128,
+    generator_depth=3,
+    num_samples=4,
+)
+
+MODELS: dict[str, ModelConfig] = {
+    "digits": DIGITS,
+    "ear_base": EAR_BASE,
+    "ear_large": EAR_LARGE,
+    "ear_huge": EAR_HUGE,
+}
+
+RUNS: dict[str, RunConfig] = {
+    "digits": RunConfig(
+        data="digits",
+        model=DIGITS,
+        train=TrainConfig(
+            steps=2000,
+            batch_size=128,
+            lr=2e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            ema=0.99,
+            checkpoint_every=250,
+        ),
+        sampling=SamplingConfig(steps=16, guidance=2.0, temperature=0.7),
+    ),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model preset of that name. Raises ValueError for an unknown one."""
+    if name not in MODELS:
+        raise ValueError(f"unknown preset {name!r}; use one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain numbers, strings and dicts, with the format version."""
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
+    """The configuration that :func:`to_dict` wrote.
+
+    Args:
+        cls: the dataclass.
+        values: the dict, with ``format_version``.
+        where: the file it came from, for messages.
+
+    Raises:
+        ValueError: another version's configuration, missing or unknown fields, values out of range.
+    """
+    values = dict(values) if isinstance(values, dict) else {}
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: configuration of format version {version}; this program reads version {FORMAT_VERSION}"
+        )
+    return _build(cls, values, where)
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {values!r} is no configuration of {cls.__name__}")
+    known = {entry.name for entry in dataclasses.fields(cls)}
+    if set(values) != known:
+        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        raise ValueError(
+            f"{where}: {cls.__name__} of another version (unknown fields {unknown}, missing fields {missing})"
+        )
+    hints = get_type_hints(cls)
+    try:
+        return cls(
+            **{
+                name: _build(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
+                for name, value in values.items()
+            }
+        )
+    except TypeError as error:
+        raise ValueError(f"{where}: {cls.__name__} holds a value of the wrong type ({error})") from error

@@ -1,0 +1,143 @@
+"""The assembled model: tokenizer, backbone and score. Shapes: B images, L tokens, M masked tokens an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ear_model import masking
+from ear_model.config import ModelConfig, check_sampling_options, model_config
+from ear_model.sampler import decode_tokens
+from ear_model.scores import EnergyScore
+from ear_model.tokenizers import PixelPatches
+from ear_model.transformer import Backbone
+
+
+class EAR(nn.Module):
+    """Energy-based autoregression (paper section 4).
+
+    >>> model = EAR.from_preset("digits")
+    >>> loss = model(images, labels)          # images [B, channels, size, size], labels [B]
+    >>> images = model.sample(labels, guidance=2.0, temperature=0.7)
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
+        self.backbone = Backbone(config)
+        self.score = EnergyScore(config)
+
+    @classmethod
+    def from_preset(cls, name: str) -> EAR:
+        """A freshly initialised model: "digits", "ear_base", "ear_large" or "ear_huge"."""
+        return cls(model_config(name))
+
+    @classmethod
+    def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> EAR:
+        """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights.
+
+        Args:
+            run_dir: what ``ear train --out`` wrote.
+            ema: the moving average of the weights; False for the raw ones.
+            device: where to put it.
+
+        Raises:
+            ValueError: no run directory, no checkpoint in it, or a file that is damaged or foreign.
+        """
+        from ear_model.checkpoint import load_model
+
+        return load_model(Path(run_dir), ema=ema).to(device).eval()
+
+    def forward(self, images: Tensor, labels: Tensor, *, num_masked: int | None = None) -> Tensor:
+        """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.
+
+        Args:
+            images: images or latents, ``[B, channels, size, size]``, floating point.
+            labels: int64 ``[B]``. Values are checked on a CPU only: a look at a GPU tensor would stall the step.
+            num_masked: masked tokens an image; drawn anew for every batch if None (spec 3).
+
+        Raises:
+            ValueError: wrong shapes or labels out of range. TypeError: wrong dtypes.
+        """
+        if not images.is_floating_point():
+            raise TypeError(f"images have dtype {images.dtype}; they must be floating point")
+        self._check_labels(labels, images.shape[0])
+        tokens_BLD = self.tokenizer.encode(images)
+        batch, num_tokens, token_dim = tokens_BLD.shape
+        if num_masked is None:
+            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio)
+        if not 1 <= num_masked <= num_tokens:
+            raise ValueError(f"num_masked is {num_masked}; it must be in 1..{num_tokens}")
+        orders_BL = masking.random_orders(batch, num_tokens, images.device)
+        positions_BM = orders_BL[:, :num_masked]
+        masked_BL = torch.zeros_like(orders_BL, dtype=torch.bool).scatter(1, positions_BM, True)
+
+        classes_BC = self.backbone.embed_classes(labels)
+        if self.training:
+            classes_BC = self.backbone.drop_classes(classes_BC)
+        hidden_BLC = self.backbone(tokens_BLD, masked_BL, classes_BC)
+        index = positions_BM.unsqueeze(-1)
+        hidden_RC = hidden_BLC.gather(1, index.expand(-1, -1, hidden_BLC.shape[-1])).flatten(0, 1)
+        targets_RD = tokens_BLD.gather(1, index.expand(-1, -1, token_dim)).flatten(0, 1)
+        return self.score.loss(hidden_RC, targets_RD)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        *,
+        steps: int = 64,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        guidance_schedule: str = "linear",
+        generator: torch.Generator | None = None,
+        progress: Callable[[Iterable], Iterable] | None = None,
+    ) -> Tensor:
+        """Images or latents ``[B, channels, size, size]`` in float32 (spec 4). The same seed gives the same images.
+
+        Args:
+            labels: int64 ``[B]``.
+            steps: decoding steps; any number.
+            guidance: guidance scale g; 1 is none.
+            temperature: factor on the shift of the generator's residual blocks.
+            guidance_schedule: "linear" (g grows as tokens become known) or "constant".
+            generator: a torch.Generator of the labels' device.
+            progress: wraps the steps, such as ``tqdm``.
+
+        Raises:
+            ValueError: options or labels out of range. TypeError: labels that are no int64 tensor.
+        """
+        check_sampling_options(steps, guidance, guidance_schedule, temperature)
+        self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
+        was_training = self.training
+        self.eval()
+        try:
+            tokens_BLD = decode_tokens(
+                self,
+                labels,
+                steps=steps,
+                guidance=guidance,
+                guidance_schedule=guidance_schedule,
+                temperature=temperature,
+                generator=generator,
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
+        return self.tokenizer.decode(tokens_BLD)
+
+    def _check_labels(self, labels: Tensor, batch: int) -> None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels are {kind}; they must be an int64 tensor")
+        if tuple(labels.shape) != (batch,):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; they must be [{batch}]")
+        if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
+            return
+        outside = labels[(labels < 0) | (labels >= self.config.num_classes)]
+        if outside.numel():
+            raise ValueError(f"label {int(outside[0])} is out of range; classes are 0..{self.config.num_classes - 1}")

@@ -1,0 +1,56 @@
+"""Generation orders, training mask ratios and the unmasking schedule (spec 3 and 4)."""
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+MASK_RATIO_STD = 0.25
+
+
+def random_orders(batch: int, num_tokens: int, device: torch.device, generator=None) -> Tensor:
+    """A uniformly random permutation of the tokens per image, int64 ``[batch, num_tokens]``."""
+    return torch.rand(batch, num_tokens, device=device, generator=generator).argsort(dim=-1)
+
+
+def mask_ratio(uniform: float, minimum: float) -> float:
+    """The quantile ``uniform`` in [0, 1) of a normal of mean 1, std 0.25 truncated to [minimum, 1]."""
+    normal = NormalDist(1.0, MASK_RATIO_STD)
+    low = normal.cdf(minimum)
+    quantile = low + uniform * (0.5 - low)
+    return min(1.0, max(minimum, normal.inv_cdf(quantile)))
+
+
+def draw_num_masked(num_tokens: int, minimum: float) -> int:
+    """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn from torch's CPU generator.
+
+    A count on the host, so the shapes of the step are known without waiting for the device.
+    """
+    return math.ceil(num_tokens * mask_ratio(float(torch.rand((), dtype=torch.float64)), minimum))
+
+
+def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
+    """How many tokens are masked before and after each decoding step (spec 4).
+
+    After step s, ``max(1, min(left - 1, floor(L cos(pi/2 (s+1)/N))))`` tokens stay masked; the last step predicts
+    all that is left. With more steps than tokens some steps predict nothing.
+
+    Returns:
+        N pairs ``(left, keep)``; step s predicts ``left - keep`` tokens.
+    """
+    schedule = []
+    left = num_tokens
+    for step in range(steps):
+        keep = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / steps))
+        keep = 0 if step == steps - 1 else max(1, min(left - 1, keep))
+        schedule.append((left, keep))
+        left = keep
+    return schedule
+
+
+def guidance_scale(guidance: float, schedule: str, num_tokens: int, keep: int) -> float:
+    """Guidance of the step after which ``keep`` tokens stay masked: constant, or 1 + (g - 1)(L - keep)/L."""
+    if schedule == "constant":
+        return guidance
+    return 1 + (guidance - 1) * (num_tokens - keep) / num_tokens

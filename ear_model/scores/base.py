@@ -1,0 +1,29 @@
+"""What every score of the framework provides (paper section 3.2)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Score(Protocol):
+    """A strictly proper score over tokens and the head that it trains. R rows, C backbone width, D token size."""
+
+    def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
+        """The mean loss over the rows, a scalar."""
+        ...
+
+    def sample(
+        self,
+        hidden_RC: Tensor,
+        null_hidden_RC: Tensor | None,
+        guidance: float,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """One token ``[R, D]`` per row.
+
+        ``null_hidden_RC`` is the hidden state under the null class where there is guidance. How the two are
+        combined is the score's own affair: EAR mixes hidden states, MAR mixes predicted noise.
+        """
+        ...

@@ -1,0 +1,61 @@
+"""The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
+
+import torch
+from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
+from torch import Tensor, nn
+
+from ear_model.config import ModelConfig
+
+
+class EnergyScore(nn.Module):
+    """The MLP generator and the energy loss over all pairs of ``num_samples`` samples."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.generator = FusedMLPGenerator(
+            config.width,
+            config.generator_width,
+            config.token_dim,
+            depth=config.generator_depth,
+            noise_dim=config.noise_dim,
+        )
+        self.energy_loss = FusedEnergyLoss(alpha=config.alpha)
+        self.num_samples = config.num_samples
+        self.noise = config.noise
+
+    @property
+    def tau(self) -> float:
+        """Weight of the diversity term in training; set it to fine-tune (section 4.3)."""
+        return self.energy_loss.tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        if not 0 < value <= 1:
+            raise ValueError(f"tau is {value}; it must be in (0, 1]")
+        self.energy_loss.tau = value
+
+    def draw_noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise vectors ``[*shape, noise_dim]``: uniform on [-0.5, 0.5), or standard normal."""
+        full_shape = (*shape, self.generator.noise_dim)
+        if self.noise == "gaussian":
+            return torch.randn(full_shape, device=like.device, generator=generator)
+        return torch.rand(full_shape, device=like.device, generator=generator) - 0.5
+
+    def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
+        """The energy loss of paper Eq. 10 over all pairs of samples, a scalar in float32."""
+        noise_RnE = self.draw_noise(hidden_RC.shape[0], self.num_samples, like=hidden_RC)
+        return self.energy_loss(self.generator(hidden_RC, noise_RnE), targets_RD)
+
+    def sample(
+        self,
+        hidden_RC: Tensor,
+        null_hidden_RC: Tensor | None,
+        guidance: float,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Tokens ``[R, D]`` in float32 from guided hidden states ``g h_class + (1 - g) h_null``."""
+        if null_hidden_RC is not None:
+            hidden_RC = guidance * hidden_RC + (1 - guidance) * null_hidden_RC
+        noise_RE = self.draw_noise(hidden_RC.shape[0], like=hidden_RC, generator=generator)
+        return self.generator(hidden_RC, noise_RE, temperature).float()
