@@ -5,13 +5,17 @@ otherwise; the default), ``triton`` (Triton or an error) or ``eager``. It is rea
 debugging session may change it at any time.
 """
 
+import importlib.util
 import os
+from functools import cache
+
+from torch import Tensor
 
 BACKEND_VARIABLE = "EAR_KERNELS_BACKEND"
 BACKENDS = ("auto", "triton", "eager")
 
 # Operations that have Triton kernels. Each issue that brings kernels adds its names here.
-TRITON_OPERATIONS: frozenset[str] = frozenset()
+TRITON_OPERATIONS: frozenset[str] = frozenset({"energy_loss", "energy_distance"})
 
 
 def requested_backend() -> str:
@@ -26,17 +30,43 @@ def requested_backend() -> str:
     return name
 
 
-def choose_backend(operation: str) -> str:
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton could be imported; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = "") -> str:
     """"eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
+
+    Args:
+        operation: the name of the operation.
+        tensor: one of its inputs; Triton is the automatic choice for CUDA tensors.
+        refusal: why this call cannot go to Triton, if so; the automatic choice is eager then.
 
     Raises:
         ValueError: ``EAR_KERNELS_BACKEND`` names no backend.
-        NotImplementedError: Triton was demanded and this operation has no Triton kernel yet.
+        NotImplementedError: Triton was demanded and this operation or this call has no Triton kernel.
+        RuntimeError: Triton was demanded for CPU tensors without Triton's interpreter, or is not installed.
     """
     requested = requested_backend()
-    if requested == "triton" and operation not in TRITON_OPERATIONS:
+    if requested == "eager":
+        return "eager"
+    if requested == "auto":
+        usable = operation in TRITON_OPERATIONS and not refusal and tensor is not None and tensor.is_cuda
+        return "triton" if usable and triton_is_installed() else "eager"
+    if operation not in TRITON_OPERATIONS:
         raise NotImplementedError(
             f"{BACKEND_VARIABLE}=triton, but {operation} has no Triton kernel in this version; "
             f"unset the variable or use {BACKEND_VARIABLE}=eager"
         )
-    return "triton" if requested == "triton" else "eager"
+    if refusal:
+        raise NotImplementedError(f"{BACKEND_VARIABLE}=triton, but {refusal}; use {BACKEND_VARIABLE}=eager")
+    if not triton_is_installed():
+        raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but Triton is not installed (pip install triton)")
+    if tensor is not None and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{BACKEND_VARIABLE}=triton, but the tensors are on {tensor.device}; put them on a GPU, or set "
+            "TRITON_INTERPRET=1 before the first import of triton to run the kernels on its interpreter"
+        )
+    return "triton"

@@ -1,11 +1,13 @@
 """The public operations: shapes, dtypes, checks and errors. The maths is in ``ops/*/reference.py``."""
 
+import torch
 from torch import Tensor
 
 from ear_kernels.dispatch import choose_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+from ear_kernels.targets import GaussianTarget
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -59,9 +61,25 @@ def _dimension(name: str, dim: int, ndim: int) -> int:
     return dim % ndim
 
 
+def _functional_transform_is_active() -> bool:
+    """Whether torch.func.grad, vmap or another transform is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _triton_refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str:
+    """Why the Triton kernels cannot do a call of the energy loss that the reference can; "" if they can."""
+    if torch.is_grad_enabled():
+        for name, tensor in (("weights", weights), ("feature_weights", feature_weights)):
+            if tensor is not None and tensor.requires_grad:
+                return f"the kernels give no gradients of {name}"
+    if not torch.compiler.is_compiling() and _functional_transform_is_active():
+        return "torch.func transforms need the reference"
+    return ""
+
+
 def energy_loss(
     samples: Tensor,
-    target: Tensor,
+    target: Tensor | GaussianTarget,
     mask: Tensor | None = None,
     *,
     alpha: float = 1.0,
@@ -84,7 +102,7 @@ def energy_loss(
     Args:
         samples: ``[..., n, D]``, n >= 2, floating point; the n samples are along ``sample_dim``.
         target: ``[..., D]`` (one target a row) or ``[..., m, D]`` (as many dimensions as ``samples``; the m targets
-            are along ``target_dim``).
+            are along ``target_dim``), or a :class:`GaussianTarget`, whose m targets are drawn in the kernel.
         mask: broadcastable to the rows ``[...]``, bool or number; rows where it is 0 contribute nothing and get
             zero gradient, whatever they hold (NaN and Inf included).
         alpha: exponent of the distances, in (0, 2]. Strictly proper below 2.
@@ -107,8 +125,11 @@ def energy_loss(
     """
     check_energy_loss_options(alpha, tau, eps, reduction)
     _check_floating("samples", samples)
-    _check_floating("target", target)
-    _check_device("target", target, samples, "samples")
+    gaussian = target if isinstance(target, GaussianTarget) else None
+    given = target.mean if isinstance(target, GaussianTarget) else target
+    name = "target" if gaussian is None else "target.mean"
+    _check_floating(name, given)
+    _check_device(name, given, samples, "samples")
     if samples.ndim < 2:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
     samples_RnD = samples.movedim(_dimension("sample_dim", sample_dim, samples.ndim), -2)
@@ -120,21 +141,21 @@ def energy_loss(
         )
     if features < 1:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
-    if target.ndim == samples.ndim:
-        targets_RmD = target.movedim(_dimension("target_dim", target_dim, target.ndim), -2)
-    elif target.ndim == samples.ndim - 1:
-        targets_RmD = target.unsqueeze(-2)
-    else:
-        targets_RmD = None
+    targets_RmD = None
+    if gaussian is None and given.ndim == samples.ndim:
+        targets_RmD = given.movedim(_dimension("target_dim", target_dim, given.ndim), -2)
+    elif given.ndim == samples.ndim - 1:
+        targets_RmD = given.unsqueeze(-2)
     if (
         targets_RmD is None
         or tuple(targets_RmD.shape[:-2]) != rows
         or targets_RmD.shape[-1] != features
         or targets_RmD.shape[-2] < 1
     ):
+        several = f" or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
         raise ValueError(
-            f"target has shape {tuple(target.shape)}; for samples of shape {tuple(samples.shape)} it must be "
-            f"{(*rows, features)} or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
+            f"{name} has shape {tuple(given.shape)}; for samples of shape {tuple(samples.shape)} it must be "
+            f"{(*rows, features)}{several if gaussian is None else ''}"
         )
     for name, tensor in (("mask", mask), ("weights", weights)):
         if tensor is not None:
@@ -147,17 +168,32 @@ def energy_loss(
             raise ValueError(
                 f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]"
             )
-    choose_backend("energy_loss")
+    options = {"alpha": float(alpha), "tau": float(tau), "eps": float(eps), "reduction": reduction}
+    backend = choose_backend("energy_loss", samples, _triton_refusal(weights, feature_weights))
+    if backend == "triton":
+        # Imported here, so that importing ear_kernels needs no Triton.
+        from ear_kernels.ops.energy_loss import autograd as energy_loss_triton
+
+        if gaussian is not None:
+            return energy_loss_triton.energy_loss_gaussian(
+                samples_RnD,
+                gaussian.mean,
+                gaussian.log_std.expand_as(gaussian.mean),
+                gaussian.num_targets,
+                mask,
+                weights,
+                feature_weights,
+                **options,
+            )
+        return energy_loss_triton.energy_loss(
+            samples_RnD, targets_RmD, mask, weights, feature_weights, **options
+        )
+    if gaussian is not None:
+        targets_RmD = energy_loss_reference.draw_gaussian_targets(
+            samples_RnD, gaussian.mean, gaussian.log_std, gaussian.num_targets
+        )
     return energy_loss_reference.energy_loss(
-        samples_RnD,
-        targets_RmD,
-        mask,
-        weights,
-        feature_weights,
-        alpha=float(alpha),
-        tau=float(tau),
-        eps=float(eps),
-        reduction=reduction,
+        samples_RnD, targets_RmD, mask, weights, feature_weights, **options
     )
 
 

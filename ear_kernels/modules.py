@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import functional
+from ear_kernels.targets import GaussianTarget
 
 
 class FusedEnergyLoss(nn.Module):
@@ -31,9 +32,13 @@ class FusedEnergyLoss(nn.Module):
         self.register_buffer("feature_weights", feature_weights, persistent=False)
 
     def forward(
-        self, samples: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+        self,
+        samples: Tensor,
+        target: Tensor | GaussianTarget,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``samples [..., n, D]`` against ``target [..., D]`` or ``[..., m, D]``."""
+        """Loss of ``samples [..., n, D]`` against ``target [..., D]``, ``[..., m, D]`` or a GaussianTarget."""
         return functional.energy_loss(
             samples,
             target,
