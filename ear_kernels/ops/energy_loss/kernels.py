@@ -60,69 +60,81 @@ def inverse_root(x, REFINE: tl.constexpr):
 
 
 @triton.jit
-def scaled_norm(u, eps, HAS_EPS: tl.constexpr):
-    """Norm over the last axis and unit vector, by the largest component: no square overflows or underflows.
+def scaled_squares(u, eps, HAS_EPS: tl.constexpr):
+    """Sum of squares over the last axis after a division by a power of two, so that nothing over- or underflows.
 
-    Returns (norm [R, N], unit [R, N, D]); both 0 where u is 0 (and eps is none).
+    Returns (squares, scale, 1 / scale), all [R, N], with norm = scale * sqrt(squares). Where the norm is 0 they are
+    (1, 0, 1). The powers of two are exact, and 1 / scale is a normal number even for the largest and the denormal u.
     """
     largest = tl.max(tl.abs(u), axis=2)
     if HAS_EPS:
         largest = tl.maximum(largest, eps)
-    scale = tl.where(largest == 0.0, 1.0, largest)
-    unit = u / scale[:, :, None]
-    squares = tl.sum(unit * unit, axis=2)
-    if HAS_EPS:
-        small = eps / scale
-        squares += small * small
-    squares = tl.where(largest == 0.0, 1.0, squares)
     if u.dtype == tl.float64:
-        length = tl.sqrt(squares)
+        exponent = (largest.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+        exponent = tl.minimum(tl.maximum(exponent, 1), 2045)
+        scale = (exponent << 52).to(tl.float64, bitcast=True)
+        inverse = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
     else:
-        length = tl.sqrt_rn(squares)
-    return largest * length, unit / length[:, :, None]
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    small = u * inverse[:, :, None]
+    squares = tl.sum(small * small, axis=2)
+    if HAS_EPS:
+        squares += (eps * inverse) * (eps * inverse)
+    zero = squares == 0.0
+    return tl.where(zero, 1.0, squares), tl.where(zero, 0.0, scale), tl.where(zero, 1.0, inverse)
+
+
+@triton.jit
+def is_in_safe_range(squares):
+    """Where a plain sum of squares lost nothing that matters to under- or overflow, nor will |u|^(alpha-2)."""
+    if squares.dtype == tl.float64:
+        inside = (squares >= 1e-270) & (squares <= 1e270)
+    else:
+        inside = (squares >= 1e-24) & (squares <= 1e30)
+    return inside
 
 
 @triton.jit
 def pair_step(
     u,
     valid,
+    careful,
     coefficient,
     alpha,
     eps,
     MODE: tl.constexpr,
     SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    SCALED: tl.constexpr,
     REFINE: tl.constexpr,
 ):
     """Power and pull of one tile of differences ``u [R, N, D]``; 0 where ``valid [R, N]`` is false.
 
     MODE is 1 or 2 for those alphas, which cost no exp or log, and 0 for any other alpha. SINGLE says that D is 1.
-    With SCALED the norm is formed by the largest component; without, ``outside [R, N]`` marks the pairs whose plain
-    sum of squares left the safe range (zero differences among them), and the caller must redo the tile with SCALED.
+    Without ``careful`` (a scalar) the plain sum of squares is used, and ``outside [R, N]`` marks the pairs for which
+    it left the safe range, zero differences among them: the caller then has to do all again with ``careful``.
 
     Returns (power [R, N], coefficient * pull [R, N, D], outside [R, N]).
     """
     outside = tl.zeros_like(valid)
     if MODE == 2:
         # The power is the sum of squares itself, so where a square overflows so does the loss.
-        squares = tl.sum(u * u, axis=2)
+        power = tl.sum(u * u, axis=2)
         if HAS_EPS:
-            squares += eps * eps
-        power = squares
+            power += eps * eps
         pull = tl.where(valid, 2.0 * coefficient, 0.0)[:, :, None] * u
     elif SINGLE:
-        size = tl.abs(u)
+        norm = tl.abs(u)
+        # A NaN must stay one: it is neither above nor below 0.
+        unit = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u))
         if HAS_EPS:
-            big = tl.maximum(size, eps)
-            ratio = tl.minimum(size, eps) / big
+            big = tl.maximum(norm, eps)
+            ratio = tl.minimum(norm, eps) / big
             length = tl.sqrt(1.0 + ratio * ratio)
-            norm = big * length
             unit = (u / big) / length
-        else:
-            norm = size
-            # A NaN must stay one: it is neither above nor below 0.
-            unit = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u))
+            norm = big * length
         if MODE == 1:
             pull = tl.where(valid[:, :, None], coefficient, 0.0) * unit
         else:
@@ -131,34 +143,26 @@ def pair_step(
             slope = coefficient * alpha * power_of_positive(safe, alpha - 1.0)
             pull = tl.where(valid[:, :, None], slope, 0.0) * unit
         power = tl.sum(norm, axis=2)
-    elif SCALED:
-        norm, unit = scaled_norm(u, eps, HAS_EPS)
-        if MODE == 1:
-            power = norm
-            slope = coefficient + tl.zeros_like(norm)
-        else:
-            safe = tl.where(norm == 0.0, 1.0, norm)
-            power = tl.where(norm == 0.0, 0.0, power_of_positive(safe, alpha))
-            slope = coefficient * alpha * power_of_positive(safe, alpha - 1.0)
-        pull = tl.where(valid, slope, 0.0)[:, :, None] * unit
     else:
         squares = tl.sum(u * u, axis=2)
         if HAS_EPS:
             squares += eps * eps
-        # In this range no component that matters to the sum has under- or overflowed, nor does |u|^(alpha-2).
-        if u.dtype == tl.float64:
-            inside = (squares >= 1e-270) & (squares <= 1e270)
+        scale = tl.zeros_like(squares) + 1.0
+        inverse_scale = scale
+        if careful > 0:
+            squares, scale, inverse_scale = scaled_squares(u, eps, HAS_EPS)
         else:
-            inside = (squares >= 1e-24) & (squares <= 1e30)
-        outside = valid & (~inside)
+            outside = valid & (~is_in_safe_range(squares))
+        inverse = inverse_root(squares, REFINE)
+        power = (squares * inverse) * scale  # the norm
         if MODE == 1:
-            inverse = inverse_root(squares, REFINE)
-            power = squares * inverse
-            slope = coefficient * inverse
+            pull = tl.where(valid, (coefficient * inverse) * inverse_scale, 0.0)[:, :, None] * u
         else:
-            power = power_of_positive(tl.where(inside, squares, 1.0), 0.5 * alpha)
-            slope = coefficient * alpha * power / squares
-        pull = tl.where(valid, slope, 0.0)[:, :, None] * u
+            safe = tl.where(valid & (power > 0.0) & (power < float("inf")), power, 1.0)
+            power = tl.where(power == safe, power_of_positive(safe, alpha), power)
+            slope = coefficient * alpha * power_of_positive(safe, alpha - 1.0)
+            # In this order: slope * inverse_scale may overflow where the pull does not.
+            pull = (u * inverse_scale[:, :, None]) * tl.where(valid, slope * inverse, 0.0)[:, :, None]
     return tl.where(valid, power, 0.0), pull, outside
 
 
@@ -198,6 +202,7 @@ def accumulate_targets(
     gy_rows,
     feature,
     keep,
+    careful,
     in_range,
     factor,
     m,
@@ -214,31 +219,44 @@ def accumulate_targets(
     SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_ROOT: tl.constexpr,
-    SCALED: tl.constexpr,
     REFINE: tl.constexpr,
     TARGET_GRADIENT: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Pairs of the samples ``x [R, N, D]`` with the row's m targets; writes the gradients of the targets.
 
     Returns (sum of powers [R, N], gradient [R, N, D] times ``coefficient``, without the row's factor and the second
-    root of the feature weights, outside [R, N]).
+    root of the feature weights, outside [R, N]). With MANY targets the sums have two levels, of 16 terms each at the
+    lower one: a plain running sum over hundreds of targets would lose several bits.
     """
     valid = keep[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
     powers = tl.zeros_like(tl.sum(x, axis=2))
     gradient = tl.zeros_like(x)
+    powers_part, gradient_part = powers, gradient
     outside = tl.zeros_like(valid)
     y_pointer = y_rows[:, None, None] + (feature * stride_yd)[None, None, :]
     gy_pointer = gy_rows[:, None] + (feature * stride_gyd)[None, :]
     inside_D = feature < features
-    for _ in range(m):
+    for k in range(m):
         y = tl.load(y_pointer, mask=keep[:, None, None] & inside_D[None, None, :], other=0.0).to(x.dtype)
         u = x - y
         if HAS_ROOT:
             u = u * root[None, None, :]
-        power, pull, out = pair_step(u, valid, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, SCALED, REFINE)
-        powers += power
-        gradient += pull
+        power, pull, out = pair_step(
+            u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
+        )
+        if MANY:
+            powers_part += power
+            gradient_part += pull
+            if k % 16 == 15:
+                powers += powers_part
+                gradient += gradient_part
+                powers_part = tl.zeros_like(powers)
+                gradient_part = tl.zeros_like(gradient)
+        else:
+            powers += power
+            gradient += pull
         outside = outside | out
         if TARGET_GRADIENT:
             gy = tl.sum(pull, axis=1) * -factor[:, None]  # [R, D]
@@ -248,6 +266,9 @@ def accumulate_targets(
             tl.store(gy_pointer, gy.to(gy_pointer.dtype.element_ty), mask=in_range[:, None] & inside_D[None, :])
             gy_pointer += stride_gym
         y_pointer += stride_ym
+    if MANY:
+        powers += powers_part
+        gradient += gradient_part
     return powers, gradient, outside
 
 
@@ -258,6 +279,7 @@ def accumulate_samples(
     x_rows,
     feature,
     keep,
+    careful,
     features,
     stride_xn,
     stride_xd,
@@ -269,7 +291,6 @@ def accumulate_samples(
     SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_ROOT: tl.constexpr,
-    SCALED: tl.constexpr,
     REFINE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -281,6 +302,7 @@ def accumulate_samples(
     sample = tl.arange(0, BLOCK_N)
     powers = tl.zeros_like(tl.sum(x, axis=2))
     gradient = tl.zeros_like(x)
+    powers_part, gradient_part = powers, gradient
     partner = x_rows[:, None, None] + (feature * stride_xd)[None, None, :]
     load_mask = keep[:, None, None] & (feature < features)[None, None, :]
     outside = keep[:, None] & (sample < 0)[None, :]
@@ -290,11 +312,25 @@ def accumulate_samples(
         if HAS_ROOT:
             u = u * root[None, None, :]
         valid = keep[:, None] & ((sample < N) & (sample != j))[None, :]
-        power, pull, out = pair_step(u, valid, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, SCALED, REFINE)
-        powers += power
-        gradient += pull
+        power, pull, out = pair_step(
+            u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
+        )
+        if N > 16:
+            powers_part += power
+            gradient_part += pull
+            if j % 16 == 15:
+                powers += powers_part
+                gradient += gradient_part
+                powers_part = tl.zeros_like(powers)
+                gradient_part = tl.zeros_like(gradient)
+        else:
+            powers += power
+            gradient += pull
         outside = outside | out
         partner += stride_xn
+    if N > 16:
+        powers += powers_part
+        gradient += gradient_part
     return powers, gradient, outside
 
 
@@ -357,6 +393,7 @@ def energy_rows_kernel(
     REFINE: tl.constexpr,
     SAMPLE_GRADIENT: tl.constexpr,
     TARGET_GRADIENT: tl.constexpr,
+    MANY: tl.constexpr,
     ROW_DIMS: tl.constexpr,
     DOUBLE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -401,29 +438,28 @@ def energy_rows_kernel(
         else:
             root = tl.sqrt_rn(weight)
 
-    fidelity, gradient, outside = accumulate_targets(
-        x, root, y_rows, gy_rows, feature, keep, in_range, factor, m, features,
-        stride_ym, stride_yd, stride_gym, stride_gyd, target_coefficient, alpha, eps,
-        N, MODE, SINGLE, HAS_EPS, HAS_ROOT, False, REFINE, TARGET_GRADIENT, BLOCK_N,
-    )  # fmt: skip
-    diversity, repulsion, outside_pairs = accumulate_samples(
-        x, root, x_rows, feature, keep, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-        N, MODE, SINGLE, HAS_EPS, HAS_ROOT, False, REFINE, BLOCK_N,
-    )  # fmt: skip
-    gradient -= repulsion
-    if (MODE != 2) and (not SINGLE):
-        # One test a program instead of one a pair: coincident or extreme points are rare, and then all is redone.
-        if any_of(outside | outside_pairs):
-            fidelity, gradient, outside = accumulate_targets(
-                x, root, y_rows, gy_rows, feature, keep, in_range, factor, m, features,
-                stride_ym, stride_yd, stride_gym, stride_gyd, target_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, True, REFINE, TARGET_GRADIENT, BLOCK_N,
-            )  # fmt: skip
-            diversity, repulsion, outside_pairs = accumulate_samples(
-                x, root, x_rows, feature, keep, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, True, REFINE, BLOCK_N,
-            )  # fmt: skip
-            gradient -= repulsion
+    # Zeros of the right shapes: a loop must know the types of what it carries.
+    fidelity = tl.zeros_like(tl.sum(x, axis=2))
+    diversity = fidelity
+    gradient = tl.zeros_like(x)
+    careful = 0
+    passes = 1
+    while careful < passes:
+        fidelity, gradient, outside = accumulate_targets(
+            x, root, y_rows, gy_rows, feature, keep, careful, in_range, factor, m, features,
+            stride_ym, stride_yd, stride_gym, stride_gyd, target_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, TARGET_GRADIENT, MANY, BLOCK_N,
+        )  # fmt: skip
+        diversity, repulsion, outside_pairs = accumulate_samples(
+            x, root, x_rows, feature, keep, careful, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, BLOCK_N,
+        )  # fmt: skip
+        gradient -= repulsion
+        careful += 1
+        if (MODE != 2) and (not SINGLE):
+            # One test a program instead of one a pair: coincident or extreme points are rare, and then all is redone.
+            # The careful pass finds nothing outside, so there are two at most.
+            passes = 1 + any_of(outside | outside_pairs).to(tl.int32)
 
     terms = target_coefficient * fidelity - (0.5 * pair_coefficient) * diversity
     loss = tl.where(keep, tl.sum(terms, axis=1) * factor, 0.0)  # [R]

@@ -13,7 +13,13 @@ Legend as in kernels.py; C partners of a program.
 import triton
 import triton.language as tl
 
-from ear_kernels.ops.energy_loss.kernels import power_of_positive, row_offset, row_scale, scaled_norm
+from ear_kernels.ops.energy_loss.kernels import (
+    is_in_safe_range,
+    power_of_positive,
+    row_offset,
+    row_scale,
+    scaled_squares,
+)
 
 
 @triton.jit
@@ -34,16 +40,15 @@ def block_norm(u, itself, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """
     squares = tl.sum(u * u, axis=1)
     sample = tl.arange(0, BLOCK_N)
-    if u.dtype == tl.float64:
-        inside = (squares >= 1e-270) & (squares <= 1e270)
-        norm = tl.sqrt(squares)
-    else:
-        inside = (squares >= 1e-24) & (squares <= 1e30)
-        norm = tl.sqrt_rn(squares)
-    outside = (~inside) & (sample < N) & (sample != itself)
+    scale = tl.zeros_like(squares) + 1.0
+    outside = (~is_in_safe_range(squares)) & (sample < N) & (sample != itself)
     if tl.max(outside.to(tl.int32), axis=0) > 0:
-        exact, _ = scaled_norm(u[None, :, :], 0.0, False)
-        norm = tl.sum(exact, axis=0)
+        exact, scales, _ = scaled_squares(u[None, :, :], 0.0, False)
+        squares, scale = tl.sum(exact, axis=0), tl.sum(scales, axis=0)
+    if u.dtype == tl.float64:
+        norm = tl.sqrt(squares) * scale
+    else:
+        norm = tl.sqrt_rn(squares) * scale
     return norm
 
 
@@ -82,12 +87,12 @@ def field_norms_kernel(
     block = (tl.program_id(0) % blocks).to(tl.int64)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     # A masked row is not read; the later phases know it too.
-    keep = row >= 0
+    limit = features
     if HAS_MASK:
-        keep = tl.load(mask_ptr + row).to(tl.int32) != 0
+        limit = tl.where(tl.load(mask_ptr + row).to(tl.int32) != 0, features, 0)
     sample = tl.arange(0, BLOCK_N).to(tl.int64)
     feature = block * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    inside_D = keep & (feature < features)
+    inside_D = feature < limit
     inside_ND = (sample < N)[:, None] & inside_D[None, :]
     x_row = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
     y_row = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
@@ -263,13 +268,13 @@ def field_gradients_kernel(
     """Gradients of one block of features of one row; programs [rows, blocks]."""
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    keep = row >= 0
+    limit = features
     if HAS_MASK:
-        keep = tl.load(mask_ptr + row).to(tl.int32) != 0
+        limit = tl.where(tl.load(mask_ptr + row).to(tl.int32) != 0, features, 0)
     sample = tl.arange(0, BLOCK_N).to(tl.int64)
     feature = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     inside = feature < features
-    inside_D = keep & inside
+    inside_D = feature < limit
     x_row = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
     y_row = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
     gx_row = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)

@@ -63,6 +63,7 @@ def accumulate_draws(
     row,
     feature,
     keep,
+    careful,
     m,
     coefficient,
     alpha,
@@ -72,10 +73,10 @@ def accumulate_draws(
     SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_ROOT: tl.constexpr,
-    SCALED: tl.constexpr,
     REFINE: tl.constexpr,
     PARAMETER_GRADIENT: tl.constexpr,
     ROUNDS: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Pairs of the samples ``x [R, N, D]`` with m drawn targets a row.
@@ -85,31 +86,39 @@ def accumulate_draws(
     """
     powers = tl.zeros_like(tl.sum(x, axis=2))
     gradient = tl.zeros_like(x)
+    # Two levels of sums, of 16 targets at the lower one: a running sum over all of them would lose several bits.
+    powers_part, gradient_part = powers, gradient
     pulls = tl.zeros_like(mean)
     pulls_normal = tl.zeros_like(mean)
     sample = tl.arange(0, BLOCK_N)
     outside = keep[:, None] & (sample < 0)[None, :]
     for group in range((m + 3) // 4):
-        # Explicitly four: one call of the generator gives four numbers, for four targets of the same feature.
-        drawn = four_normals(seed, row, feature, group, ROUNDS)
-        for part in tl.static_range(4):
-            normal = drawn[part].to(x.dtype)
+        # One call of the generator gives four numbers, for four targets of the same feature.
+        first, second, third, fourth = four_normals(seed, row, feature, group, ROUNDS)
+        for part in tl.range(0, 4, loop_unroll_factor=UNROLL):
+            normal = tl.where(part < 2, tl.where(part == 0, first, second), tl.where(part == 2, third, fourth))
+            normal = normal.to(x.dtype)
             y = mean + deviation * normal  # [R, D]
             u = x - y[:, None, :]
             if HAS_ROOT:
                 u = u * root[None, None, :]
             valid = keep[:, None] & ((sample < N) & (group * 4 + part < m))[None, :]
             power, pull, out = pair_step(
-                u, valid, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, SCALED, REFINE
+                u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
             )
-            powers += power
-            gradient += pull
+            powers_part += power
+            gradient_part += pull
             outside = outside | out
             if PARAMETER_GRADIENT:
                 total = tl.sum(pull, axis=1)
                 pulls += total
                 pulls_normal += total * normal
-    return powers, gradient, outside, pulls, pulls_normal
+        if group % 4 == 3:
+            powers += powers_part
+            gradient += gradient_part
+            powers_part = tl.zeros_like(powers)
+            gradient_part = tl.zeros_like(gradient)
+    return powers + powers_part, gradient + gradient_part, outside, pulls, pulls_normal
 
 
 @triton.jit
@@ -163,6 +172,7 @@ def energy_gaussian_kernel(
     ROW_DIMS: tl.constexpr,
     DOUBLE: tl.constexpr,
     ROUNDS: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -209,26 +219,34 @@ def energy_gaussian_kernel(
         else:
             root = tl.sqrt_rn(weight)
 
-    fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
-        x, root, mean, deviation, seed, row, feature, keep, m, target_coefficient, alpha, eps,
-        N, MODE, SINGLE, HAS_EPS, HAS_ROOT, False, REFINE, PARAMETER_GRADIENT, ROUNDS, BLOCK_N,
-    )  # fmt: skip
-    diversity, repulsion, outside_pairs = accumulate_samples(
-        x, root, x_rows, feature, keep, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-        N, MODE, SINGLE, HAS_EPS, HAS_ROOT, False, REFINE, BLOCK_N,
-    )  # fmt: skip
-    if (MODE != 2) and (not SINGLE):
-        if any_of(outside):
-            fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
-                x, root, mean, deviation, seed, row, feature, keep, m, target_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, True, REFINE, PARAMETER_GRADIENT, ROUNDS, BLOCK_N,
-            )  # fmt: skip
-        # Tested on its own: equal samples (a head that starts at zero) must not cost the draws a second time.
-        if any_of(outside_pairs):
-            diversity, repulsion, outside_pairs = accumulate_samples(
-                x, root, x_rows, feature, keep, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, True, REFINE, BLOCK_N,
-            )  # fmt: skip
+    fidelity = tl.zeros_like(tl.sum(x, axis=2))
+    diversity = fidelity
+    gradient = tl.zeros_like(x)
+    repulsion = gradient
+    pulls = tl.zeros_like(mean)
+    pulls_normal = pulls
+    # Draws and samples are tested on their own: equal samples (a head that starts at zero) must not cost the draws a
+    # second time. See energy_rows_kernel for the two passes.
+    careful = 0
+    passes = 1
+    while careful < passes:
+        fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
+            x, root, mean, deviation, seed, row, feature, keep, careful, m, target_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
+        )  # fmt: skip
+        careful += 1
+        if (MODE != 2) and (not SINGLE):
+            passes = 1 + any_of(outside).to(tl.int32)
+    careful = 0
+    passes = 1
+    while careful < passes:
+        diversity, repulsion, outside = accumulate_samples(
+            x, root, x_rows, feature, keep, careful, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, BLOCK_N,
+        )  # fmt: skip
+        careful += 1
+        if (MODE != 2) and (not SINGLE):
+            passes = 1 + any_of(outside).to(tl.int32)
     gradient -= repulsion
 
     terms = target_coefficient * fidelity - (0.5 * pair_coefficient) * diversity

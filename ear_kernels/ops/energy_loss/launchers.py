@@ -164,7 +164,7 @@ def energy_loss_forward(
                 N=n, MODE=_mode(alpha), SINGLE=features == 1, HAS_EPS=eps > 0, HAS_ROOT=fw is not None,
                 HAS_MASK=mask is not None, HAS_WEIGHT=weights is not None,
                 HAS_DENOMINATOR=denominator is not None, REDUCE=reduce, REFINE=not double,
-                SAMPLE_GRADIENT=sample_gradient, TARGET_GRADIENT=target_gradient, ROW_DIMS=len(sizes),
+                SAMPLE_GRADIENT=sample_gradient, TARGET_GRADIENT=target_gradient, MANY=m > 16, ROW_DIMS=len(sizes),
                 DOUBLE=double, BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
                 num_warps=config.num_warps,
             )  # fmt: skip
@@ -281,7 +281,7 @@ def energy_gaussian_forward(
             HAS_MASK=mask is not None, HAS_WEIGHT=weights is not None,
             HAS_DENOMINATOR=denominator is not None, REDUCE=reduce, REFINE=not double,
             SAMPLE_GRADIENT=sample_gradient, PARAMETER_GRADIENT=parameter_gradient, ROW_DIMS=len(sizes),
-            DOUBLE=double, ROUNDS=PHILOX_ROUNDS, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
+            DOUBLE=double, ROUNDS=PHILOX_ROUNDS, UNROLL=4, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gmean, glog_std
