@@ -231,7 +231,7 @@ def test_incoming_gradients_of_any_stride(form, device):
     results = []
     for dtype, backend in ((torch.float32, "triton"), (torch.float64, "eager")):
         os.environ["EAR_KERNELS_BACKEND"] = backend
-        x = samples.to(dtype).requires_grad_()
+        x = samples.detach().clone().to(dtype).requires_grad_()
         rows = energy_loss(x, target.to(dtype), reduction="none")
         rows.backward(incoming.to(dtype))
         results.append(x.grad)

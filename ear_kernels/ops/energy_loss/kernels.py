@@ -11,11 +11,12 @@ import triton.language as tl
 
 @triton.jit
 def power_of_positive(x, exponent):
-    """``x ** exponent`` for x > 0 to about one unit in the last place.
+    """``x ** exponent`` for x > 0 to about one unit in the last place; ``exponent`` is a float64 scalar.
 
     ``exp2(exponent * log2(x))`` alone would lose as many bits as the result's exponent has, and the hardware exp2 is
     good to 2 units only. So the exponent of x is taken apart: its product with ``exponent`` is formed exactly (the
-    high 12 bits of ``exponent`` times an 8-bit integer), and exp2 is a polynomial.
+    high 12 bits of ``exponent`` times an 8-bit integer), and exp2 is a polynomial. A float32 exponent would not do:
+    1e25 ** 1.3 would be off by 10 units.
     """
     if x.dtype == tl.float64:
         result = tl.exp2(exponent * tl.log2(x))
@@ -28,10 +29,11 @@ def power_of_positive(x, exponent):
         upper = mantissa > 1.4142135
         mantissa = tl.where(upper, mantissa * 0.5, mantissa)
         binary = tl.where(upper, binary + 1, binary).to(tl.float32)
-        high = ((exponent.to(tl.int32, bitcast=True) >> 12) << 12).to(tl.float32, bitcast=True)
+        high = ((exponent.to(tl.float32).to(tl.int32, bitcast=True) >> 12) << 12).to(tl.float32, bitcast=True)
+        low = (exponent - high.to(tl.float64)).to(tl.float32)
         product = high * binary  # exact
         whole = tl.floor(product + 0.5)
-        rest = (product - whole) + ((exponent - high) * binary + exponent * tl.log2(mantissa))
+        rest = (product - whole) + (low * binary + (high + low) * tl.log2(mantissa))
         more = tl.floor(rest + 0.5)
         rest = (rest - more) * 0.6931471805599453  # natural exponent, at most ln(2) / 2
         series = rest * 1.984126984126984e-4 + 1.388888888888889e-3
@@ -140,7 +142,7 @@ def pair_step(
         else:
             safe = tl.where(norm == 0.0, 1.0, norm)
             norm = tl.where(norm == 0.0, 0.0, power_of_positive(safe, alpha))
-            slope = coefficient * alpha * power_of_positive(safe, alpha - 1.0)
+            slope = coefficient * alpha.to(u.dtype) * power_of_positive(safe, alpha - 1.0)
             pull = tl.where(valid[:, :, None], slope, 0.0) * unit
         power = tl.sum(norm, axis=2)
     else:
@@ -160,7 +162,7 @@ def pair_step(
         else:
             safe = tl.where(valid & (power > 0.0) & (power < float("inf")), power, 1.0)
             power = tl.where(power == safe, power_of_positive(safe, alpha), power)
-            slope = coefficient * alpha * power_of_positive(safe, alpha - 1.0)
+            slope = coefficient * alpha.to(u.dtype) * power_of_positive(safe, alpha - 1.0)
             # In this order: slope * inverse_scale may overflow where the pull does not.
             pull = (u * inverse_scale[:, :, None]) * tl.where(valid, slope * inverse, 0.0)[:, :, None]
     return tl.where(valid, power, 0.0), pull, outside
@@ -406,7 +408,7 @@ def energy_rows_kernel(
     the scaled sum to ``gx_ptr`` and ``gy_ptr``. Reads every sample and target once from memory.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    alpha = tl.full([], alpha_, tl.float64).to(dtype)
+    alpha = tl.full([], alpha_, tl.float64)
     eps = tl.full([], eps_, tl.float64).to(dtype)
     target_coefficient = tl.full([], target_coefficient_, tl.float64).to(dtype)
     pair_coefficient = tl.full([], pair_coefficient_, tl.float64).to(dtype)

@@ -156,7 +156,7 @@ def field_combine_kernel(
     may overflow where the gradient does not.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    alpha = tl.full([], alpha_, tl.float64).to(dtype)
+    alpha = tl.full([], alpha_, tl.float64)
     eps = tl.full([], eps_, tl.float64).to(dtype)
     target_coefficient = tl.full([], target_coefficient_, tl.float64).to(dtype)
     pair_coefficient = tl.full([], pair_coefficient_, tl.float64).to(dtype)
@@ -207,7 +207,7 @@ def field_combine_kernel(
         slope = 2.0 * norm
     else:
         power = tl.where(zero, 0.0, power_of_positive(safe, alpha))
-        slope = alpha * power_of_positive(safe, alpha - 1.0)
+        slope = alpha.to(dtype) * power_of_positive(safe, alpha - 1.0)
     # The gradient of x_i sees every pair once, the loss sees every pair of samples twice.
     loss = tl.where(is_target, target_coefficient, -0.5 * pair_coefficient) * power
     loss = tl.sum(tl.sum(tl.where(counts, loss, 0.0), axis=1), axis=0) * factor

@@ -102,7 +102,7 @@ def accumulate_draws(
             u = x - y[:, None, :]
             if HAS_ROOT:
                 u = u * root[None, None, :]
-            valid = keep[:, None] & ((sample < N) & (group * 4 + part < m))[None, :]
+            valid = keep[:, None] & (sample < tl.where(group * 4 + part < m, N, 0))[None, :]
             power, pull, out = pair_step(
                 u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
             )
@@ -182,7 +182,7 @@ def energy_gaussian_kernel(
     ``mean`` and ``log_std`` are [rows, D] with features next to each other; their gradients are contiguous [rows, D].
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    alpha = tl.full([], alpha_, tl.float64).to(dtype)
+    alpha = tl.full([], alpha_, tl.float64)
     eps = tl.full([], eps_, tl.float64).to(dtype)
     target_coefficient = tl.full([], target_coefficient_, tl.float64).to(dtype)
     pair_coefficient = tl.full([], pair_coefficient_, tl.float64).to(dtype)
@@ -296,6 +296,5 @@ def gaussian_normals_kernel(
     for part in tl.static_range(4):
         target = group * 4 + part
         pointer = normal_ptr + ((row * m + target) * features)[:, None] + feature[None, :]
-        tl.store(
-            pointer, drawn[part].to(normal_ptr.dtype.element_ty), mask=(feature < features)[None, :] & (target < m)
-        )
+        inside = feature < tl.where(target < m, features, 0)
+        tl.store(pointer, drawn[part].to(normal_ptr.dtype.element_ty), mask=inside[None, :])
