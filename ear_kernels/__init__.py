@@ -1,5 +1,6 @@
 """Fused operations for models trained with the energy loss. Importing this needs no GPU and no Triton."""
 
+from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.targets import GaussianTarget
@@ -12,6 +13,8 @@ __all__ = [
     "FusedMLPGenerator",
     "GaussianTarget",
     "adaln_modulate",
+    "energy_distance",
     "energy_loss",
+    "energy_score",
     "gated_silu_ffn",
 ]

@@ -75,6 +75,25 @@ def energy_field_config(n: int, features: int, double: bool = False) -> TileConf
     return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 4)
 
 
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """Sizes of one tile of pairs: points of either set, features of a step (or how far their loop is unrolled)."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+PAIRWISE_EXACT = PairwiseConfig(128, 128, 4, 8, 3)
+PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 4, 2)
+# Programs of the pairwise kernels, the number of partial sums: fixed, so that a result is the same on every GPU.
+PAIRWISE_PROGRAMS = 1056
+# From this many features on, tensor cores beat differences.
+PAIRWISE_PRODUCT_FEATURES = 16
+
+
 def collapse_rows(
     sizes: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[list[int]]] | None:
