@@ -25,12 +25,13 @@ def ceil_div(value: int, by: int) -> int:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Sizes of one program: rows, samples and features (powers of two), and its warps."""
+    """Sizes of one program: rows, samples and features (powers of two), its warps, and how far a loop is unrolled."""
 
     block_r: int
     block_n: int
     block_d: int
     num_warps: int
+    unroll: int = 1
 
 
 # The largest tile (samples x features) that one program holds; larger rows are split over programs.
@@ -54,18 +55,22 @@ def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfi
     return TileConfig(max(1, min(128, elements // tile)), block_n, block_d, 4)
 
 
-def energy_gaussian_config(n: int, features: int, double: bool = False) -> TileConfig | None:
+def energy_gaussian_config(
+    n: int, features: int, double: bool = False, general: bool = False
+) -> TileConfig | None:
     """Configuration of the kernel that draws its targets, or None if a row does not fit into a program.
 
-    One warp a row as long as it holds the tile, so that no target is drawn by two warps.
+    One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an alpha
+    other than 1 and 2, whose powers need registers: more warps, and one target at a time.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d * (2 if double else 1)
     if tile > MAX_TILE // 2:
         return None
+    warps = max(1, min(4, tile // (512 if general else 1024)))
     if tile >= 256:
-        return TileConfig(1, block_n, block_d, max(1, min(4, tile // 1024)))
-    return TileConfig(max(1, 512 // tile), block_n, block_d, 1)
+        return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4)
+    return TileConfig(max(1, 512 // tile), block_n, block_d, 1, 1)
 
 
 def energy_field_config(n: int, features: int, double: bool = False) -> TileConfig:
@@ -86,8 +91,8 @@ class PairwiseConfig:
     num_stages: int
 
 
-PAIRWISE_EXACT = PairwiseConfig(128, 128, 4, 8, 3)
-PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 4, 2)
+PAIRWISE_EXACT = PairwiseConfig(64, 64, 1, 4, 3)
+PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 8, 2)
 # Programs of the pairwise kernels, the number of partial sums: fixed, so that a result is the same on every GPU.
 PAIRWISE_PROGRAMS = 1056
 # From this many features on, tensor cores beat differences.

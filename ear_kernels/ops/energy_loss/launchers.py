@@ -242,7 +242,7 @@ def energy_gaussian_forward(
     dtype = working_dtype(samples_RnD, mean_RD, log_std_RD)
     double = dtype == torch.float64
     rows = rows_shape.numel()
-    config = launch.energy_gaussian_config(n, features, double)
+    config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0)
     if config is None:
         raise ValueError(f"{n} samples of {features} features do not fit into one program of the Gaussian kernel")
     gx = _gradient_like(samples_RnD, sample_gradient, reduction)
@@ -281,7 +281,7 @@ def energy_gaussian_forward(
             HAS_MASK=mask is not None, HAS_WEIGHT=weights is not None,
             HAS_DENOMINATOR=denominator is not None, REDUCE=reduce, REFINE=not double,
             SAMPLE_GRADIENT=sample_gradient, PARAMETER_GRADIENT=parameter_gradient, ROW_DIMS=len(sizes),
-            DOUBLE=double, ROUNDS=PHILOX_ROUNDS, UNROLL=4, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
+            DOUBLE=double, ROUNDS=PHILOX_ROUNDS, UNROLL=config.unroll, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gmean, glog_std

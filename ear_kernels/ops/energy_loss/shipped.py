@@ -27,7 +27,6 @@ _SWITCHES = {
     "ROW_DIMS": 1,
     "DOUBLE": False,
     "ROUNDS": 10,
-    "UNROLL": 4,
 }
 _EVERYTHING = {
     "MODE": 0, "HAS_EPS": True, "HAS_ROOT": True, "HAS_MASK": True, "HAS_WEIGHT": True, "HAS_DENOMINATOR": True,
@@ -75,10 +74,11 @@ def _rows(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str
 
 
 def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", **switches: Any):
-    config = launch.energy_gaussian_config(n, features, dtype == "fp64")
+    config = launch.energy_gaussian_config(n, features, dtype == "fp64", switches.get("MODE") == 0)
     assert config is not None
     return describe(
         f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, N=n,
+        UNROLL=config.unroll,
         BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d, SINGLE=features == 1, **switches,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def shipped() -> list[ShippedKernel]:
         _gaussian("CALM bf16", 8, 128, "bf16"),
         _gaussian("CALM with gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked),
         _gaussian("CALM, everything", 8, 128, **_EVERYTHING),
-        _gaussian("largest tile", 16, 256, UNROLL=1),
+        _gaussian("largest tile", 16, 256),
         _gaussian("small", 2, 16),
         *_field("8 samples", 8, 10**6),
         *_field("everything", 16, 3000, **_EVERYTHING),
