@@ -15,7 +15,8 @@ from ear_kernels import FusedEnergyLoss, GaussianTarget, energy_loss
 from ear_kernels.ops.energy_loss import reference
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.conftest import HAS_GPU
-from tests.kernels.strategies import Problem, gpu_problems, problems
+from tests.kernels.problems import Problem
+from tests.kernels.strategies import gpu_problems, problems
 
 PROBLEMS = gpu_problems if HAS_GPU else problems
 gpu_only = pytest.mark.gpu
