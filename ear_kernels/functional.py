@@ -1,5 +1,7 @@
 """The public operations: shapes, dtypes, checks and errors. The maths is in ``ops/*/reference.py``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,9 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device"
+        )
 
 
 def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
@@ -75,6 +79,18 @@ def _triton_refusal(weights: Tensor | None, feature_weights: Tensor | None) -> s
     if not torch.compiler.is_compiling() and _functional_transform_is_active():
         return "torch.func transforms need the reference"
     return ""
+
+
+# ear_kernels.ops.energy_loss.plans, once a call has gone to Triton; until then importing it would import Triton.
+_plans: Any = None
+
+
+def _load_plans() -> None:
+    global _plans
+    if _plans is None:
+        from ear_kernels.ops.energy_loss import plans
+
+        _plans = plans
 
 
 def energy_loss(
@@ -123,6 +139,12 @@ def energy_loss(
         ValueError: an option out of range, fewer than 2 samples, shapes or devices that do not fit.
         TypeError: an argument that is no floating-point tensor.
     """
+    key = None
+    if _plans is not None and mask is None and weights is None and feature_weights is None:
+        key = _plans.key_of(samples, target, (alpha, tau, sample_dim, target_dim, eps, reduction))
+        plan = None if key is None else _plans.PLANS.get(key)
+        if plan is not None:
+            return plan.run(samples, target)
     check_energy_loss_options(alpha, tau, eps, reduction)
     _check_floating("samples", samples)
     gaussian = target if isinstance(target, GaussianTarget) else None
@@ -140,7 +162,9 @@ def energy_loss(
             "the energy loss needs at least 2"
         )
     if features < 1:
-        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+        raise ValueError(
+            f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature"
+        )
     targets_RmD = None
     if gaussian is None and given.ndim == samples.ndim:
         targets_RmD = given.movedim(_dimension("target_dim", target_dim, given.ndim), -2)
@@ -174,6 +198,12 @@ def energy_loss(
         # Imported here, so that importing ear_kernels needs no Triton.
         from ear_kernels.ops.energy_loss import autograd as energy_loss_triton
 
+        _load_plans()
+        if key is not None:
+            plan = _plans.make(samples, target, (sample_dim, target_dim), options)
+            if plan is not None:
+                _plans.remember(key, plan)
+                return plan.run(samples, target)
         if gaussian is not None:
             return energy_loss_triton.energy_loss_gaussian(
                 samples_RnD,
@@ -231,7 +261,9 @@ def adaln_modulate(
         if parameter is not None:
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]"
+                )
     choose_backend("adaln_modulate")
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 

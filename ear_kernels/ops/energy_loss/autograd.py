@@ -39,7 +39,17 @@ def _fake_gradient(tensor: Tensor, wanted: bool, reduction: str) -> Tensor:
 
 @torch.library.register_fake("ear_kernels::energy_loss_forward", lib=_library)
 def _fake_energy_loss_forward(
-    samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, sample_gradient, target_gradient
+    samples,
+    targets,
+    mask,
+    weights,
+    feature_weights,
+    alpha,
+    tau,
+    eps,
+    reduction,
+    sample_gradient,
+    target_gradient,
 ):
     rows = samples.shape[:-2] if reduction == "none" else ()
     return (
@@ -73,13 +83,13 @@ def _watched(tensor: Tensor) -> bool:
     )
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the running backward pass keeps its graph, so that a saved buffer may be needed again."""
     probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if probe is None else probe()
 
 
-def _refuse_second_order() -> None:
+def refuse_second_order() -> None:
     # once_differentiable would not raise here: with a scalar loss the second-order gradient would be silently wrong.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -88,14 +98,14 @@ def _refuse_second_order() -> None:
         )
 
 
-def _scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype, trailing: int, watched: bool) -> Tensor:
+def scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype, trailing: int, watched: bool) -> Tensor:
     """``gradient * incoming`` in ``dtype``; ``incoming`` is a scalar or has ``trailing`` dimensions fewer."""
     scalar = incoming.ndim == 0
     if not scalar:
         incoming = incoming[(...,) + (None,) * trailing]
     if watched:
         return (gradient * incoming).to(dtype)
-    if gradient.dtype == dtype and not _graph_is_kept():
+    if gradient.dtype == dtype and not graph_is_kept():
         if scalar:
             launchers.scale_gradient_(gradient, incoming)
             return gradient
@@ -110,7 +120,17 @@ class _EnergyLoss(torch.autograd.Function):
         watched = _watched(samples)
         forward = torch.ops.ear_kernels.energy_loss_forward if watched else launchers.energy_loss_forward
         loss, gx, gy = forward(
-            samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, needs_samples, needs_targets
+            samples,
+            targets,
+            mask,
+            weights,
+            feature_weights,
+            alpha,
+            tau,
+            eps,
+            reduction,
+            needs_samples,
+            needs_targets,
         )
         ctx.save_for_backward(gx, gy)
         ctx.dtypes, ctx.watched = (samples.dtype, targets.dtype), watched
@@ -118,23 +138,37 @@ class _EnergyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming):  # type: ignore[override]
-        _refuse_second_order()
+        refuse_second_order()
         gx, gy = ctx.saved_tensors
         needs_samples, needs_targets = ctx.needs_input_grad[:2]
         watched = ctx.watched or torch.compiler.is_compiling()
-        gx = _scaled(gx, incoming, ctx.dtypes[0], 2, watched) if needs_samples else None
-        gy = _scaled(gy, incoming, ctx.dtypes[1], 2, watched) if needs_targets else None
+        gx = scaled(gx, incoming, ctx.dtypes[0], 2, watched) if needs_samples else None
+        gy = scaled(gy, incoming, ctx.dtypes[1], 2, watched) if needs_targets else None
         return gx, gy, None, None, None, None, None, None, None
 
 
 class _GaussianEnergyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction
+        ctx,
+        samples,
+        mean,
+        log_std,
+        seed,
+        num_targets,
+        mask,
+        weights,
+        feature_weights,
+        alpha,
+        tau,
+        eps,
+        reduction,
     ):
         needs_samples, needs_mean, needs_log_std = ctx.needs_input_grad[:3]
         watched = _watched(samples)
-        forward = torch.ops.ear_kernels.energy_gaussian_forward if watched else launchers.energy_gaussian_forward
+        forward = (
+            torch.ops.ear_kernels.energy_gaussian_forward if watched else launchers.energy_gaussian_forward
+        )
         loss, gx, gmean, glog_std = forward(
             samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction,
             needs_samples, needs_mean or needs_log_std,
@@ -145,10 +179,10 @@ class _GaussianEnergyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming):  # type: ignore[override]
-        _refuse_second_order()
+        refuse_second_order()
         watched = ctx.watched or torch.compiler.is_compiling()
         gradients = [
-            _scaled(gradient, incoming, dtype, trailing, watched) if needed else None
+            scaled(gradient, incoming, dtype, trailing, watched) if needed else None
             for gradient, dtype, trailing, needed in zip(
                 ctx.saved_tensors, ctx.dtypes, (2, 1, 1), ctx.needs_input_grad[:3], strict=True
             )

@@ -182,7 +182,9 @@ def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2, ROW_DIMS: tl.c
 
 
 @triton.jit
-def row_scale(row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR):
+def row_scale(
+    row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR
+):
     """(keep [R], factor [R]): which rows count, and weight over denominator of each; 0 for the others."""
     keep = in_range
     if HAS_MASK:
@@ -265,7 +267,9 @@ def accumulate_targets(
             if HAS_ROOT:
                 gy = gy * root[None, :]
             gy = tl.where(keep[:, None], gy, 0.0)
-            tl.store(gy_pointer, gy.to(gy_pointer.dtype.element_ty), mask=in_range[:, None] & inside_D[None, :])
+            tl.store(
+                gy_pointer, gy.to(gy_pointer.dtype.element_ty), mask=in_range[:, None] & inside_D[None, :]
+            )
             gy_pointer += stride_gym
         y_pointer += stride_ym
     if MANY:
@@ -483,6 +487,16 @@ def energy_rows_kernel(
             gradient.to(gx_ptr.dtype.element_ty),
             mask=in_range[:, None, None] & inside_ND[None, :, :],
         )
+
+
+@triton.jit
+def sum_partials_kernel(partial_ptr, loss_ptr, count, BLOCK: tl.constexpr):
+    """Sum ``count`` numbers in a fixed order into one; a single program."""
+    offset = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], partial_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partial_ptr + start + offset, mask=start + offset < count, other=0.0)
+    tl.store(loss_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit

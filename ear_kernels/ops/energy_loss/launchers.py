@@ -4,6 +4,8 @@ Suffixes as in reference.py. "Gradients" are those of the returned loss (for the
 dtype of :func:`gradient_dtype`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def _denominator(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype
     return (weights if mask is None else torch.where(mask, weights, 0.0)).sum()
 
 
-def _gradient_like(tensor: Tensor, wanted: bool, reduction: str) -> Tensor:
+def gradient_like(tensor: Tensor, wanted: bool, reduction: str) -> Tensor:
     """Room for a gradient, dense and in the memory order of ``tensor``; an empty tensor if it is not wanted."""
     dtype = gradient_dtype(tensor.dtype, reduction)
     return torch.empty_like(tensor, dtype=dtype) if wanted else tensor.new_empty(0, dtype=dtype)
@@ -65,9 +67,7 @@ def _prepare(
     return mask, weights, denominator, 1.0 if denominator is not None else 1.0 / rows.numel()
 
 
-def _collapsed(
-    tensors: list[Tensor], row_dims: int
-) -> tuple[list[int], list[list[int]]] | None:
+def _collapsed(tensors: list[Tensor], row_dims: int) -> tuple[list[int], list[list[int]]] | None:
     if row_dims == 1:
         return [tensors[0].shape[0]], [[tensor.stride(0)] for tensor in tensors]
     return launch.collapse_rows(
@@ -84,6 +84,72 @@ def _finish(partial: Tensor, rows: torch.Size, reduction: str) -> Tensor:
 
 def _empty_result(rows: torch.Size, like: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     return like.new_zeros(rows if reduction == "none" else (), dtype=dtype)
+
+
+Prepared = tuple[tuple[int, ...], tuple, dict[str, Any], int]
+
+
+def rows_launch(
+    tensors: list[Tensor],
+    needs: tuple[bool, bool],
+    options: dict[str, Any],
+    present: tuple[bool, bool, bool, bool] = (False, False, False, False),
+) -> Prepared | None:
+    """Grid, scalars, constexprs and warps of ``energy_rows_kernel``: all that depends on no pointer.
+
+    Args:
+        tensors: samples ``[..., n, D]``, targets ``[..., m, D]`` and their gradients; those not wanted are not looked at.
+        needs: which gradients are wanted.
+        options: alpha, tau, eps, reduction.
+        present: whether there are a mask, row weights, feature weights, and a denominator on the device.
+
+    Returns:
+        None if the leading dimensions do not collapse or a row does not fit into one program.
+    """
+    samples, targets, gx, gy = tensors
+    tensors = [samples, targets, gx if needs[0] else samples, gy if needs[1] else targets]
+    (n, features), m = samples.shape[-2:], targets.shape[-2]
+    double = working_dtype(samples, targets) == torch.float64
+    config = launch.energy_rows_config(n, features, double)
+    collapsed = _collapsed(tensors, samples.ndim - 2)
+    if config is None or collapsed is None:
+        return None
+    sizes, strides = collapsed
+    row_sizes = launch.padded(sizes)
+    rows = samples.shape[:-2].numel()
+    has_mask, has_weight, has_root, has_denominator = present
+    alpha, eps, reduction = options["alpha"], options["eps"], options["reduction"]
+    host_mean = reduction == "mean" and not has_denominator
+    layout = [
+        number
+        for tensor, stride in zip(tensors, strides, strict=True)
+        for number in (*launch.padded(stride), *tensor.stride()[-2:])
+    ]
+    scalars = (
+        rows, row_sizes[1], row_sizes[2], m, features, *layout,
+        alpha, eps, 2.0 / (n * m), 2.0 * options["tau"] / (n * (n - 1)), 1.0 / rows if host_mean else 1.0,
+    )  # fmt: skip
+    constexprs = {
+        "N": n,
+        "MODE": _mode(alpha),
+        "SINGLE": features == 1,
+        "HAS_EPS": eps > 0,
+        "HAS_ROOT": has_root,
+        "HAS_MASK": has_mask,
+        "HAS_WEIGHT": has_weight,
+        "HAS_DENOMINATOR": has_denominator,
+        "REDUCE": reduction != "none",
+        "REFINE": not double,
+        "SAMPLE_GRADIENT": needs[0],
+        "TARGET_GRADIENT": needs[1],
+        "MANY": m > 16,
+        "ROW_DIMS": len(sizes),
+        "DOUBLE": double,
+        "BLOCK_R": config.block_r,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+    }
+    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
 
 
 def energy_loss_forward(
@@ -106,13 +172,11 @@ def energy_loss_forward(
     """
     rows_shape = samples_RnD.shape[:-2]
     row_dims = len(rows_shape)
-    n, features = samples_RnD.shape[-2:]
-    m = targets_RmD.shape[-2]
+    n, m = samples_RnD.shape[-2], targets_RmD.shape[-2]
     dtype = working_dtype(samples_RnD, targets_RmD)
-    double = dtype == torch.float64
     rows = rows_shape.numel()
-    gx = _gradient_like(samples_RnD, sample_gradient, reduction)
-    gy = _gradient_like(targets_RmD, target_gradient, reduction)
+    gx = gradient_like(samples_RnD, sample_gradient, reduction)
+    gy = gradient_like(targets_RmD, target_gradient, reduction)
     if rows == 0:
         return _empty_result(rows_shape, samples_RnD, reduction, dtype), gx, gy
     mask, weights, denominator, scale = _prepare(samples_RnD, mask_R, weights_R, reduction, dtype)
@@ -136,37 +200,29 @@ def energy_loss_forward(
             gx.copy_(gx_copy) if sample_gradient else gx,
             gy.copy_(gy_copy) if target_gradient else gy,
         )
-    sizes, strides = collapsed
-    row_sizes = launch.padded(sizes)
-    row_strides = [launch.padded(tensor) for tensor in strides]
-    feature_strides = [tensor.stride()[-2:] for tensor in tensors]
     fw = None if feature_weights_D is None else feature_weights_D.contiguous()
-    target_coefficient = 2.0 / (n * m)
-    pair_coefficient = 2.0 * tau / (n * (n - 1))
-    reduce = reduction != "none"
-    config = launch.energy_rows_config(n, features, double)
+    needs = (sample_gradient, target_gradient)
+    options = {"alpha": alpha, "tau": tau, "eps": eps, "reduction": reduction}
+    present = (mask is not None, weights is not None, fw is not None, denominator is not None)
+    prepared = rows_launch(tensors, needs, options, present)
     with launch.on_device(samples_RnD):
-        if config is None:
+        if prepared is None:
+            sizes, strides = collapsed
+            row_sizes = launch.padded(sizes)
+            row_strides = [launch.padded(tensor) for tensor in strides]
+            feature_strides = [tensor.stride()[-2:] for tensor in tensors]
             partial = _field(
                 tensors, mask, weights, fw, denominator, row_sizes, row_strides, feature_strides, len(sizes),
-                rows, alpha, eps, target_coefficient, pair_coefficient, scale, dtype, sample_gradient,
+                rows, alpha, eps, 2.0 / (n * m), 2.0 * tau / (n * (n - 1)), scale, dtype, sample_gradient,
                 target_gradient,
             )  # fmt: skip
         else:
-            programs = launch.ceil_div(rows, config.block_r)
-            partial = torch.empty(programs if reduce else rows, dtype=dtype, device=samples_RnD.device)
-            kernels.energy_rows_kernel[(programs,)](
+            grid, scalars, constexprs, warps = prepared
+            count = rows if reduction == "none" else grid[0]
+            partial = torch.empty(count, dtype=dtype, device=samples_RnD.device)
+            kernels.energy_rows_kernel[grid](
                 samples_RnD, targets_RmD, mask, weights, fw, denominator, partial, tensors[2], tensors[3],
-                rows, row_sizes[1], row_sizes[2], m, features,
-                *row_strides[0], *feature_strides[0], *row_strides[1], *feature_strides[1],
-                *row_strides[2], *feature_strides[2], *row_strides[3], *feature_strides[3],
-                alpha, eps, target_coefficient, pair_coefficient, scale,
-                N=n, MODE=_mode(alpha), SINGLE=features == 1, HAS_EPS=eps > 0, HAS_ROOT=fw is not None,
-                HAS_MASK=mask is not None, HAS_WEIGHT=weights is not None,
-                HAS_DENOMINATOR=denominator is not None, REDUCE=reduce, REFINE=not double,
-                SAMPLE_GRADIENT=sample_gradient, TARGET_GRADIENT=target_gradient, MANY=m > 16, ROW_DIMS=len(sizes),
-                DOUBLE=double, BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-                num_warps=config.num_warps,
+                *scalars, **constexprs, num_warps=warps,
             )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gy
 
@@ -213,6 +269,71 @@ def _field(
     return partial
 
 
+def gaussian_launch(
+    tensors: list[Tensor],
+    mean: Tensor,
+    log_std: Tensor,
+    num_targets: int,
+    needs: tuple[bool, bool, bool],
+    options: dict[str, Any],
+    present: tuple[bool, bool, bool, bool] = (False, False, False, False),
+) -> Prepared | None:
+    """As :func:`rows_launch` for ``energy_gaussian_kernel``.
+
+    Args:
+        tensors: samples ``[..., n, D]`` and their gradient.
+        mean, log_std: ``[..., D]``.
+        num_targets: m.
+        needs: whether gradients of samples, mean and log_std are wanted.
+    """
+    samples, gx = tensors
+    tensors = [samples, gx if needs[0] else samples]
+    n, features = samples.shape[-2:]
+    double = working_dtype(samples, mean, log_std) == torch.float64
+    alpha, eps, reduction = options["alpha"], options["eps"], options["reduction"]
+    config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0)
+    collapsed = _collapsed(tensors, samples.ndim - 2)
+    matrices = [_row_stride(tensor) for tensor in (mean, log_std)]
+    if config is None or collapsed is None or None in matrices:
+        return None
+    sizes, strides = collapsed
+    row_sizes = launch.padded(sizes)
+    rows = samples.shape[:-2].numel()
+    has_mask, has_weight, has_root, has_denominator = present
+    host_mean = reduction == "mean" and not has_denominator
+    layout = [
+        number
+        for tensor, stride in zip(tensors, strides, strict=True)
+        for number in (*launch.padded(stride), *tensor.stride()[-2:])
+    ]
+    scalars = (
+        rows, row_sizes[1], row_sizes[2], num_targets, features, *layout, *matrices,
+        alpha, eps, 2.0 / (n * num_targets), 2.0 * options["tau"] / (n * (n - 1)), 1.0 / rows if host_mean else 1.0,
+    )  # fmt: skip
+    constexprs = {
+        "N": n,
+        "MODE": _mode(alpha),
+        "SINGLE": features == 1,
+        "HAS_EPS": eps > 0,
+        "HAS_ROOT": has_root,
+        "HAS_MASK": has_mask,
+        "HAS_WEIGHT": has_weight,
+        "HAS_DENOMINATOR": has_denominator,
+        "REDUCE": reduction != "none",
+        "REFINE": not double,
+        "SAMPLE_GRADIENT": needs[0],
+        "PARAMETER_GRADIENT": needs[1] or needs[2],
+        "ROW_DIMS": len(sizes),
+        "DOUBLE": double,
+        "ROUNDS": PHILOX_ROUNDS,
+        "UNROLL": config.unroll,
+        "BLOCK_R": config.block_r,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+    }
+    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
+
+
 def energy_gaussian_forward(
     samples_RnD: Tensor,
     mean_RD: Tensor,
@@ -244,58 +365,50 @@ def energy_gaussian_forward(
     rows = rows_shape.numel()
     config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0)
     if config is None:
-        raise ValueError(f"{n} samples of {features} features do not fit into one program of the Gaussian kernel")
-    gx = _gradient_like(samples_RnD, sample_gradient, reduction)
+        raise ValueError(
+            f"{n} samples of {features} features do not fit into one program of the Gaussian kernel"
+        )
+    gx = gradient_like(samples_RnD, sample_gradient, reduction)
     shape = (*rows_shape, features) if parameter_gradient else (0,)
     gmean = mean_RD.new_empty(shape, dtype=gradient_dtype(mean_RD.dtype, reduction))
     glog_std = log_std_RD.new_empty(shape, dtype=gradient_dtype(log_std_RD.dtype, reduction))
     if rows == 0:
         return _empty_result(rows_shape, samples_RnD, reduction, dtype), gx, gmean, glog_std
-    mask, weights, denominator, scale = _prepare(samples_RnD, mask_R, weights_R, reduction, dtype)
-    tensors = [samples_RnD, gx if sample_gradient else samples_RnD]
-    collapsed = _collapsed(tensors, len(rows_shape))
-    if collapsed is None:
+    mask, weights, denominator, _ = _prepare(samples_RnD, mask_R, weights_R, reduction, dtype)
+    fw = None if feature_weights_D is None else feature_weights_D.contiguous()
+    mean, log_std = _row_matrix(mean_RD)[0], _row_matrix(log_std_RD)[0]
+    needs = (sample_gradient, parameter_gradient, parameter_gradient)
+    options = {"alpha": alpha, "tau": tau, "eps": eps, "reduction": reduction}
+    present = (mask is not None, weights is not None, fw is not None, denominator is not None)
+    prepared = gaussian_launch([samples_RnD, gx], mean, log_std, num_targets, needs, options, present)
+    if prepared is None:
         loss, copy, gmean, glog_std = energy_gaussian_forward(
             samples_RnD.contiguous(), mean_RD, log_std_RD, seed, num_targets, mask_R, weights_R,
             feature_weights_D, alpha, tau, eps, reduction, sample_gradient, parameter_gradient,
         )  # fmt: skip
         return loss, gx.copy_(copy) if sample_gradient else gx, gmean, glog_std
-    sizes, strides = collapsed
-    row_sizes = launch.padded(sizes)
-    row_strides = [launch.padded(tensor) for tensor in strides]
-    feature_strides = [tensor.stride()[-2:] for tensor in tensors]
-    fw = None if feature_weights_D is None else feature_weights_D.contiguous()
-    mean, mean_stride = _row_matrix(mean_RD)
-    log_std, log_std_stride = _row_matrix(log_std_RD)
-    programs = launch.ceil_div(rows, config.block_r)
-    reduce = reduction != "none"
-    partial = torch.empty(programs if reduce else rows, dtype=dtype, device=samples_RnD.device)
+    grid, scalars, constexprs, warps = prepared
+    partial = torch.empty(rows if reduction == "none" else grid[0], dtype=dtype, device=samples_RnD.device)
     with launch.on_device(samples_RnD):
-        kernels_gaussian.energy_gaussian_kernel[(programs,)](
-            samples_RnD, mean, log_std, seed, mask, weights, fw, denominator, partial, tensors[1], gmean,
-            glog_std, rows, row_sizes[1], row_sizes[2], num_targets, features,
-            *row_strides[0], *feature_strides[0], *row_strides[1], *feature_strides[1],
-            mean_stride, log_std_stride,
-            alpha, eps, 2.0 / (n * num_targets), 2.0 * tau / (n * (n - 1)), scale,
-            N=n, MODE=_mode(alpha), SINGLE=features == 1, HAS_EPS=eps > 0, HAS_ROOT=fw is not None,
-            HAS_MASK=mask is not None, HAS_WEIGHT=weights is not None,
-            HAS_DENOMINATOR=denominator is not None, REDUCE=reduce, REFINE=not double,
-            SAMPLE_GRADIENT=sample_gradient, PARAMETER_GRADIENT=parameter_gradient, ROW_DIMS=len(sizes),
-            DOUBLE=double, ROUNDS=PHILOX_ROUNDS, UNROLL=config.unroll, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d, num_warps=config.num_warps,
+        kernels_gaussian.energy_gaussian_kernel[grid](
+            samples_RnD, mean, log_std, seed, mask, weights, fw, denominator, partial,
+            gx if sample_gradient else samples_RnD, gmean, glog_std, *scalars, **constexprs, num_warps=warps,
         )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gmean, glog_std
 
 
-def _row_matrix(tensor: Tensor) -> tuple[Tensor, int]:
-    """``[..., D]`` as rows with one stride (0 where every row is the same); copies what has no such view."""
+def _row_stride(tensor: Tensor) -> int | None:
+    """The one stride between the rows of ``[..., D]`` (0 where every row is the same); None if it has no such view."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        tensor = tensor.contiguous()
+        return None
     collapsed = launch.collapse_rows(tensor.shape[:-1], [tensor.stride()[:-1]])
-    if collapsed is None or len(collapsed[0]) > 1:
-        tensor = tensor.contiguous()
-        return tensor, tensor.shape[-1]
-    return tensor, collapsed[1][0][0]
+    return None if collapsed is None or len(collapsed[0]) > 1 else collapsed[1][0][0]
+
+
+def _row_matrix(tensor: Tensor) -> tuple[Tensor, int]:
+    """``[..., D]`` as rows with one stride; copies what has no such view."""
+    stride = _row_stride(tensor)
+    return (tensor.contiguous(), tensor.shape[-1]) if stride is None else (tensor, stride)
 
 
 def gaussian_normals(seed: Tensor, rows: int, num_targets: int, features: int, dtype: torch.dtype) -> Tensor:

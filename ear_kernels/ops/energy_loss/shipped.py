@@ -131,6 +131,7 @@ def shipped() -> list[ShippedKernel]:
         describe(
             "gaussian_normals", kernels_gaussian.gaussian_normals_kernel, 4, BLOCK_D=1024
         ),
+        describe("sum_partials", kernels.sum_partials_kernel, 16, BLOCK=16384),
         describe("scale_gradient", kernels.scale_gradient_kernel, 4, BLOCK=1024),
         *distance,
     ]  # fmt: skip
