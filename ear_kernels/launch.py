@@ -35,7 +35,7 @@ class TileConfig:
 
 
 # The largest tile (samples x features) that one program holds; larger rows are split over programs.
-MAX_TILE = 8192
+MAX_TILE = 4096
 
 
 def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfig | None:
@@ -49,8 +49,9 @@ def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfi
     if tile * (2 if double else 1) > MAX_TILE:
         return None
     if tile >= 1024:
-        warps = tile // 1024 * (2 if double else 1)
-        return TileConfig(1, block_n, block_d, min(8, warps))
+        # The largest tiles get 16 elements a thread, because they also hold many samples' sums.
+        size = tile * (2 if double else 1)
+        return TileConfig(1, block_n, block_d, size // (512 if size > 2048 else 1024))
     elements = 1024 if double else 2048
     return TileConfig(max(1, min(128, elements // tile)), block_n, block_d, 4)
 
@@ -65,9 +66,9 @@ def energy_gaussian_config(
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d * (2 if double else 1)
-    if tile > MAX_TILE // 2:
+    if tile > MAX_TILE:
         return None
-    warps = max(1, min(4, tile // (512 if general else 1024)))
+    warps = max(1, tile // (512 if general or tile > 2048 else 1024))
     if tile >= 256:
         return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4)
     return TileConfig(max(1, 512 // tile), block_n, block_d, 1, 1)
@@ -92,7 +93,9 @@ class PairwiseConfig:
 
 
 PAIRWISE_EXACT = PairwiseConfig(64, 64, 1, 4, 3)
-PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 8, 2)
+PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 4, 2)
+# The powers of a general alpha need registers that 4 warps do not have.
+PAIRWISE_PRODUCT_GENERAL = PairwiseConfig(128, 64, 32, 8, 2)
 # Programs of the pairwise kernels, the number of partial sums: fixed, so that a result is the same on every GPU.
 PAIRWISE_PROGRAMS = 1056
 # From this many features on, tensor cores beat differences.

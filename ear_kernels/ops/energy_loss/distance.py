@@ -41,7 +41,8 @@ def pairwise_sum_triton(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) ->
     count_y = y_ND.shape[0]
     double = x_MD.dtype == torch.float64
     use_product = not double and features >= launch.PAIRWISE_PRODUCT_FEATURES
-    config = launch.PAIRWISE_PRODUCT if use_product else launch.PAIRWISE_EXACT
+    product = launch.PAIRWISE_PRODUCT if alpha in (1.0, 2.0) else launch.PAIRWISE_PRODUCT_GENERAL
+    config = product if use_product else launch.PAIRWISE_EXACT
     tiles = launch.ceil_div(count_x, config.block_m) * launch.ceil_div(count_y, config.block_n)
     programs = min(tiles, launch.PAIRWISE_PROGRAMS)
     totals = torch.empty(programs, dtype=torch.float64, device=x_MD.device)

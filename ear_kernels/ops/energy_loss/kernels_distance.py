@@ -149,7 +149,7 @@ def pairwise_product_kernel(
                 x_pointer = x_exact_ptr + first.to(tl.int64) * features
                 y_pointer = y_exact_ptr + second.to(tl.int64) * features
                 exact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for _ in range(features):
+                for _ in tl.range(0, features, num_stages=1):
                     x = tl.load(x_pointer, mask=first < count_x, other=0.0)
                     y = tl.load(y_pointer, mask=second < count_y, other=0.0)
                     difference = x[:, None] - y[None, :]

@@ -106,7 +106,7 @@ def shipped() -> list[ShippedKernel]:
             ("xy", kernels_distance.pairwise_exact_kernel, launch.PAIRWISE_EXACT, 1, False),
             ("xx general alpha", kernels_distance.pairwise_exact_kernel, launch.PAIRWISE_EXACT, 0, True),
             ("xy", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT, 1, False),
-            ("xx general alpha", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT, 0, True),
+            ("xx general alpha", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT_GENERAL, 0, True),
         )
     ]  # fmt: skip
     return [
@@ -119,7 +119,7 @@ def shipped() -> list[ShippedKernel]:
         _rows("ensemble of 64, general alpha", 64, 1, MODE=0, HAS_WEIGHT=True),
         _rows("CALM with given targets", 8, 128, MANY=True),
         _rows("everything", 8, 128, MANY=True, **_EVERYTHING),
-        _rows("largest tile", 64, 128, MANY=True, MODE=0, TARGET_GRADIENT=True),
+        _rows("largest tile", 64, 64, MANY=True, MODE=0, TARGET_GRADIENT=True),
         _gaussian("CALM", 8, 128),
         _gaussian("CALM bf16", 8, 128, "bf16"),
         _gaussian("CALM with gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked),
