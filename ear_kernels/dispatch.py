@@ -27,7 +27,7 @@ def requested_backend() -> str:
 
 
 def choose_backend(operation: str) -> str:
-    """"eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
+    """ "eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
 
     Raises:
         ValueError: ``EAR_KERNELS_BACKEND`` names no backend.

@@ -66,9 +66,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "image_size channels patch_size num_classes width depth num_heads class_tokens generator_width "
-            "generator_depth noise_dim"
-        ).split()
+            "image_size",
+            "channels",
+            "patch_size",
+            "num_classes",
+            "width",
+            "depth",
+            "num_heads",
+            "class_tokens",
+            "generator_width",
+            "generator_depth",
+            "noise_dim",
+        )
         for name in positive:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(
@@ -83,11 +92,10 @@ class ModelConfig:
         _require(0 < self.alpha <= 2, f"alpha is {self.alpha}; it must be in (0, 2]")
         _require(self.num_samples >= 2, f"num_samples is {self.num_samples}; it must be at least 2")
         _require(
-            self.noise in ("uniform", "gaussian"), f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'"
+            self.noise in ("uniform", "gaussian"),
+            f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'",
         )
-        _require(
-            0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]"
-        )
+        _require(0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]")
         for name in ("dropout", "attention_dropout", "label_dropout"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 

@@ -47,7 +47,7 @@ class _DistancePower(torch.autograd.Function):
         ctx.save_for_backward(difference)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         (difference,) = ctx.saved_tensors
         norm, direction = _norm_and_direction(difference)
         if ctx.alpha != 1:
