@@ -8,6 +8,7 @@ that makes the host wait for the device.
 
 import datetime
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ def main(out: Path) -> None:
     result = {
         "command": " ".join(sys.argv),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "model": "ear_base, 64 latents, 4 samples a token, bf16 autocast, eager backend",
