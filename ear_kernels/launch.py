@@ -56,9 +56,7 @@ def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfi
     return TileConfig(max(1, min(128, elements // tile)), block_n, block_d, 4)
 
 
-def energy_gaussian_config(
-    n: int, features: int, double: bool = False, general: bool = False
-) -> TileConfig | None:
+def energy_gaussian_config(n: int, features: int, double: bool = False, general: bool = False) -> TileConfig | None:
     """Configuration of the kernel that draws its targets, or None if a row does not fit into a program.
 
     One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an alpha
@@ -75,7 +73,7 @@ def energy_gaussian_config(
 
 
 def energy_field_config(n: int, features: int, double: bool = False) -> TileConfig:
-    """Configuration of the kernels that split the features: 4 warps with 32 elements a thread, at least 64 features."""
+    """Configuration of the kernels that split the features: 4 warps, 32 elements a thread, at least 64 features."""
     block_n = next_power_of_two(n)
     elements = 2048 if double else 4096
     return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 4)
@@ -102,9 +100,7 @@ PAIRWISE_PROGRAMS = 1056
 PAIRWISE_PRODUCT_FEATURES = 16
 
 
-def collapse_rows(
-    sizes: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[list[int], list[list[int]]] | None:
+def collapse_rows(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]] | None:
     """Leading dimensions as few as possible, merged alike for several tensors.
 
     Args:
@@ -112,8 +108,8 @@ def collapse_rows(
         strides: the strides of each tensor along them.
 
     Returns:
-        Sizes and one list of strides a tensor, of equal length between 1 and ``MAX_ROW_DIMS``; None if more dimensions
-        are left, in which case a tensor has to be copied.
+        Sizes and a list of strides a tensor, of equal length from 1 to ``MAX_ROW_DIMS``; None if more dimensions are
+        left, in which case a tensor has to be copied.
     """
     merged_sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
@@ -121,9 +117,7 @@ def collapse_rows(
         if size == 1:
             continue
         here = [tensor[dim] for tensor in strides]
-        if merged_sizes and all(
-            old[-1] == new * size for old, new in zip(merged, here, strict=True)
-        ):
+        if merged_sizes and all(old[-1] == new * size for old, new in zip(merged, here, strict=True)):
             merged_sizes[-1] *= size
             for old, new in zip(merged, here, strict=True):
                 old[-1] = new
@@ -184,7 +178,7 @@ class ShippedKernel:
     targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
-# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate by being listed here.
+# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
 SHIPPED_MODULES = ("ear_kernels.ops.energy_loss.shipped",)
 
 

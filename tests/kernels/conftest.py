@@ -25,19 +25,6 @@ settings.register_profile(
 settings.load_profile("kernels")
 
 
-def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")

@@ -124,6 +124,4 @@ def test_weighted_field(backend, device):
     norm = lambda v: (weights * v.square()).sum(-1).sqrt()  # noqa: E731
     fidelity = norm(x64 - y64[:, None]).mean(1)
     between = norm(x64[:, :, None] - x64[:, None]).sum(dim=(1, 2)) / (4 * 3)
-    close(
-        energy_loss(x, y, feature_weights=weights.float().to(device), reduction="none"), 2 * fidelity - between
-    )
+    close(energy_loss(x, y, feature_weights=weights.float().to(device), reduction="none"), 2 * fidelity - between)

@@ -103,9 +103,7 @@ def accumulate_draws(
             if HAS_ROOT:
                 u = u * root[None, None, :]
             valid = keep[:, None] & (sample < tl.where(group * 4 + part < m, N, 0))[None, :]
-            power, pull, out = pair_step(
-                u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
-            )
+            power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
             powers_part += power
             gradient_part += pull
             outside = outside | out
@@ -260,9 +258,7 @@ def energy_gaussian_kernel(
         if HAS_ROOT:
             gradient = gradient * root[None, None, :]
         gradient = tl.where(keep[:, None, None], gradient, 0.0)
-        gx_rows = gx_ptr + row_offset(
-            row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS
-        )
+        gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
         gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
         tl.store(
             gx_rows[:, None, None] + gx_offsets[None, :, :],
@@ -282,9 +278,7 @@ def energy_gaussian_kernel(
 
 
 @triton.jit
-def gaussian_normals_kernel(
-    normal_ptr, seed_ptr, m, features, ROUNDS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def gaussian_normals_kernel(normal_ptr, seed_ptr, m, features, ROUNDS: tl.constexpr, BLOCK_D: tl.constexpr):
     """The normals that ``energy_gaussian_kernel`` draws, as a contiguous [rows, m, D]: tests, and tiles too large.
 
     One program for (row, group of four targets, block of features).

@@ -65,14 +65,10 @@ def _prepare(
     return mask, weights, denominator, 1.0 if denominator is not None else 1.0 / rows.numel()
 
 
-def _collapsed(
-    tensors: list[Tensor], row_dims: int
-) -> tuple[list[int], list[list[int]]] | None:
+def _collapsed(tensors: list[Tensor], row_dims: int) -> tuple[list[int], list[list[int]]] | None:
     if row_dims == 1:
         return [tensors[0].shape[0]], [[tensor.stride(0)] for tensor in tensors]
-    return launch.collapse_rows(
-        tensors[0].shape[:row_dims], [tensor.stride()[:row_dims] for tensor in tensors]
-    )
+    return launch.collapse_rows(tensors[0].shape[:row_dims], [tensor.stride()[:row_dims] for tensor in tensors])
 
 
 def _finish(partial: Tensor, rows: torch.Size, reduction: str) -> Tensor:
@@ -323,6 +319,4 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     double = gradient.dtype == torch.float64
     grid = (min(launch.ceil_div(elements, 4096), 2112),)
     with launch.on_device(gradient):
-        kernels.scale_gradient_kernel[grid](
-            gradient, factor, elements, DOUBLE=double, BLOCK=1024, num_warps=4
-        )
+        kernels.scale_gradient_kernel[grid](gradient, factor, elements, DOUBLE=double, BLOCK=1024, num_warps=4)

@@ -28,7 +28,7 @@ _SWITCHES = {
     "DOUBLE": False,
     "ROUNDS": 10,
 }
-_EVERYTHING = {
+_EVERYTHING: dict[str, Any] = {
     "MODE": 0, "HAS_EPS": True, "HAS_ROOT": True, "HAS_MASK": True, "HAS_WEIGHT": True, "HAS_DENOMINATOR": True,
     "TARGET_GRADIENT": True, "PARAMETER_GRADIENT": True, "ROW_DIMS": 3,
 }  # fmt: skip
@@ -44,7 +44,15 @@ def describe(
     """
     working = "fp64" if dtype == "fp64" else "fp32"
     pointers = {"mask_ptr": "*i1", "seed_ptr": "*i64", "norm_ptr": f"*{working}"}
-    working_pointers = ("weight_ptr", "denominator_ptr", "loss_ptr", "inverse_ptr", "slope_ptr", "normal_ptr", "total_ptr")
+    working_pointers = (
+        "weight_ptr",
+        "denominator_ptr",
+        "loss_ptr",
+        "inverse_ptr",
+        "slope_ptr",
+        "normal_ptr",
+        "total_ptr",
+    )
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
     for parameter in kernel.params:
@@ -57,7 +65,9 @@ def describe(
             signature[argument] = pointers.get(argument, default)
         elif argument.endswith("_"):
             signature[argument] = "fp64"
-        elif argument in ones or (argument.endswith("d") and argument.startswith("stride_") and "std" not in argument):
+        elif argument in ones or (
+            argument.endswith("d") and argument.startswith("stride_") and "std" not in argument
+        ):
             values[argument] = 1
         else:
             signature[argument] = "i32"
@@ -96,7 +106,7 @@ def _field(name: str, n: int, features: int, dtype: str = "fp32", **switches: An
 
 def shipped() -> list[ShippedKernel]:
     """The list for ``launch.shipped_kernels``."""
-    masked = {"HAS_MASK": True, "HAS_DENOMINATOR": True}
+    masked: dict[str, Any] = {"HAS_MASK": True, "HAS_DENOMINATOR": True}
     distance = [
         describe(
             f"{kernel.__name__}[{name}]", kernel, config.num_warps, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
