@@ -33,6 +33,17 @@ _EVERYTHING: dict[str, Any] = {
     "TARGET_GRADIENT": True, "PARAMETER_GRADIENT": True, "ROW_DIMS": 3,
 }  # fmt: skip
 
+_STRIDES = (
+    "stride_x0",
+    "stride_xn",
+    "stride_y0",
+    "stride_ym",
+    "stride_gx0",
+    "stride_gxn",
+    "stride_gy0",
+    "stride_gym",
+)
+
 
 def describe(
     name: str, kernel: Any, num_warps: int, dtype: str = "fp32", ones: tuple[str, ...] = (), num_stages: int = 3,
@@ -83,24 +94,28 @@ def _rows(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str
     )  # fmt: skip
 
 
-def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", **switches: Any):
+def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str, ...] = (), **switches: Any):
     config = launch.energy_gaussian_config(n, features, dtype == "fp64", switches.get("MODE") == 0)
     assert config is not None
     return describe(
-        f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, N=n,
+        f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, ones, N=n,
         UNROLL=config.unroll,
         BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d, SINGLE=features == 1, **switches,
     )  # fmt: skip
 
 
-def _field(name: str, n: int, features: int, dtype: str = "fp32", **switches: Any) -> list[ShippedKernel]:
+def _field(
+    name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str, ...] = (), **switches: Any
+) -> list[ShippedKernel]:
     config = launch.energy_field_config(n, features, dtype == "fp64")
     sizes = {"N": n, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "DOUBLE": dtype == "fp64", **switches}
     block_c = max(1, min(launch.next_power_of_two(n + 1), 1024 // config.block_n))
     return [
-        describe(f"field_norms[{name}]", kernels_field.field_norms_kernel, 4, dtype, **sizes),
-        describe(f"field_combine[{name}]", kernels_field.field_combine_kernel, 4, dtype, BLOCK_C=block_c, **sizes),
-        describe(f"field_gradients[{name}]", kernels_field.field_gradients_kernel, 4, dtype, **sizes),
+        describe(f"field_norms[{name}]", kernels_field.field_norms_kernel, 4, dtype, ones, **sizes),
+        describe(
+            f"field_combine[{name}]", kernels_field.field_combine_kernel, 4, dtype, ones, BLOCK_C=block_c, **sizes
+        ),
+        describe(f"field_gradients[{name}]", kernels_field.field_gradients_kernel, 4, dtype, ones, **sizes),
     ]
 
 
@@ -121,6 +136,10 @@ def shipped() -> list[ShippedKernel]:
     ]  # fmt: skip
     return [
         _rows("EAR", 2, 16, ones=("m",)),
+        # Every integer that a call may have as 1, which Triton turns into a constant.
+        _rows("one of everything", 2, 1, ones=("rows", "m", "features", *_STRIDES), **masked),
+        _gaussian("one of everything", 2, 1, ones=("rows", "m", "features", *_STRIDES)),
+        *_field("one of everything", 2, 10**4, ones=("m", "blocks", "partner_blocks", *_STRIDES)),
         _rows("EAR masked bf16", 2, 16, "bf16", ones=("m",), **masked),
         _rows("EAR masked fp16", 2, 16, "fp16", ones=("m",), **masked),
         _rows("EAR 4 samples, general alpha", 4, 16, ones=("m",), MODE=0),
