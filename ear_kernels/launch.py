@@ -59,8 +59,9 @@ def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfi
 def energy_gaussian_config(n: int, features: int, double: bool = False, general: bool = False) -> TileConfig | None:
     """Configuration of the kernel that draws its targets, or None if a row does not fit into a program.
 
-    One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an alpha
-    other than 1 and 2, whose powers need registers: more warps, and one target at a time.
+    One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an
+    alpha other than 1 and 2 and for gradients of the targets, which need registers: more warps, and one target at a
+    time.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d * (2 if double else 1)

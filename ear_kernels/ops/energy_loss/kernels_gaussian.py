@@ -86,8 +86,9 @@ def accumulate_draws(
     """
     powers = tl.zeros_like(tl.sum(x, axis=2))
     gradient = tl.zeros_like(x)
-    # Two levels of sums, of 16 targets at the lower one: a running sum over all of them would lose several bits.
-    powers_part, gradient_part = powers, gradient
+    # Two levels of sums, of 16 targets at the lower one: a running sum over all of them would lose several bits. The
+    # powers, all positive and averaged over samples and rows, can do without, and the registers are short.
+    gradient_part = gradient
     pulls = tl.zeros_like(mean)
     pulls_normal = tl.zeros_like(mean)
     sample = tl.arange(0, BLOCK_N)
@@ -104,7 +105,7 @@ def accumulate_draws(
                 u = u * root[None, None, :]
             valid = keep[:, None] & (sample < tl.where(group * 4 + part < m, N, 0))[None, :]
             power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
-            powers_part += power
+            powers += power
             gradient_part += pull
             outside = outside | out
             if PARAMETER_GRADIENT:
@@ -112,11 +113,9 @@ def accumulate_draws(
                 pulls += total
                 pulls_normal += total * normal
         if group % 4 == 3:
-            powers += powers_part
             gradient += gradient_part
-            powers_part = tl.zeros_like(powers)
             gradient_part = tl.zeros_like(gradient)
-    return powers + powers_part, gradient + gradient_part, outside, pulls, pulls_normal
+    return powers, gradient + gradient_part, outside, pulls, pulls_normal
 
 
 @triton.jit

@@ -238,7 +238,7 @@ def energy_gaussian_forward(
     dtype = working_dtype(samples_RnD, mean_RD, log_std_RD)
     double = dtype == torch.float64
     rows = rows_shape.numel()
-    config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0)
+    config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0 or parameter_gradient)
     if config is None:
         raise ValueError(f"{n} samples of {features} features do not fit into one program of the Gaussian kernel")
     gx = _gradient_like(samples_RnD, sample_gradient, reduction)

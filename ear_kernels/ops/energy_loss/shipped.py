@@ -95,7 +95,8 @@ def _rows(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str
 
 
 def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str, ...] = (), **switches: Any):
-    config = launch.energy_gaussian_config(n, features, dtype == "fp64", switches.get("MODE") == 0)
+    general = switches.get("MODE") == 0 or switches.get("PARAMETER_GRADIENT", False)
+    config = launch.energy_gaussian_config(n, features, dtype == "fp64", general)
     assert config is not None
     return describe(
         f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, ones, N=n,
