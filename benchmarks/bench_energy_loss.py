@@ -1,7 +1,7 @@
 """``pytest benchmarks --benchmark-only``: the energy loss, forward and backward, against eager and torch.compile.
 
-pytest-benchmark's own numbers are wall time from Python a call; time on the GPU, rate, share of the copy rate and peak
-memory are in ``extra_info``. Results are checked before a time is reported.
+pytest-benchmark's own numbers are wall time from Python a call; time on the GPU, rate, share of the copy rate and
+peak memory are in ``extra_info``. Results are checked before a time is reported.
 """
 
 import pytest

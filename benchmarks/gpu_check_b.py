@@ -64,7 +64,9 @@ def note(stage: str, variant: str, **values) -> None:
     print(f"[{time.perf_counter() - START:6.1f} s] {stage:16s} {variant:40s} {values}", flush=True)
 
 
-def measure(stage: str, variant: str, calls, moved: int, rate: float, wall: bool = False, memory: bool = False) -> None:
+def measure(
+    stage: str, variant: str, calls, moved: int, rate: float, wall: bool = False, memory: bool = False
+) -> None:
     """Time one variant; a failure (a compiler's, say) is a row of its own."""
     try:
         times = timing.gpu_milliseconds(calls, budget_s=0.4, rounds=9)
@@ -136,7 +138,16 @@ def stage_calm(rate: float, only: str) -> None:
             continue
         base = launch.energy_gaussian_config(shape.n, shape.features)
         calls = forward_only(shape, DEVICE)
-        for block_r, warps, unroll in ((1, 1, 4), (1, 1, 2), (1, 1, 1), (1, 2, 4), (1, 2, 1), (2, 2, 1), (2, 2, 4), (1, 4, 1)):
+        for block_r, warps, unroll in (
+            (1, 1, 4),
+            (1, 1, 2),
+            (1, 1, 1),
+            (1, 2, 4),
+            (1, 2, 1),
+            (2, 2, 1),
+            (2, 2, 4),
+            (1, 4, 1),
+        ):
             config = dataclasses.replace(base, block_r=block_r, num_warps=warps, unroll=unroll)
             with patched(launch, "energy_gaussian_config", lambda *a, c=config: c):
                 label = f"{block_r} rows, {warps} warps, unroll {unroll}"
@@ -182,7 +193,9 @@ def stage_distance(rate: float) -> None:
                 note("energy distance", label, error=f"{type(error).__name__}: {error}".splitlines()[0][:160])
                 continue
             measure("energy distance", label, [call], moved, rate, memory=True)
-    measure("energy distance", "cdist", [energy_cases.distance_call(shape, "cdist", DEVICE)], moved, rate, memory=True)
+    measure(
+        "energy distance", "cdist", [energy_cases.distance_call(shape, "cdist", DEVICE)], moved, rate, memory=True
+    )
 
 
 def stage_rivals(rate: float, only: str) -> None:
@@ -236,7 +249,7 @@ def stage_tests(examples: int, seconds: int) -> None:
         "composition": "tests/kernels/test_energy_loss_triton.py -k not test_values_and_gradients",
         "gaussian": "tests/kernels/test_energy_loss_gaussian.py -k not same_draws",
         "gaussian same draws": "tests/kernels/test_energy_loss_gaussian.py -k same_draws",
-        "distance, mappings": "tests/kernels/test_energy_distance.py tests/kernels/test_energy_loss_mappings.py -k test",
+        "distance, mappings": "tests/kernels/test_energy_distance.py tests/kernels/test_energy_loss_mappings.py",
     }
     environment = {**os.environ, "EAR_TEST_EXAMPLES": str(examples), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     running = {}
@@ -245,7 +258,7 @@ def stage_tests(examples: int, seconds: int) -> None:
         if "[" in expression:
             files, arguments = f"{files}::{expression}", []
         else:
-            arguments = ["-k", expression]
+            arguments = ["-k", expression] if expression else []
         running[name] = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
              *files.split(), *arguments],

@@ -1,7 +1,7 @@
 """What users run today: the energy loss as the public EAR and CALM codes compute it, in plain PyTorch.
 
-Written here from their formulas, with their order of operations and their intermediate tensors, because those are what
-is measured. Samples are ``[rows, n, D]`` for EAR and ensembles, ``[n, rows, D]`` for CALM.
+Written here from their formulas, with their order of operations and their intermediate tensors, because those are
+what is measured. Samples are ``[rows, n, D]`` for EAR and ensembles, ``[n, rows, D]`` for CALM.
 """
 
 import torch

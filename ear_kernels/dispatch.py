@@ -37,7 +37,7 @@ def triton_is_installed() -> bool:
 
 
 def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = "") -> str:
-    """"eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
+    """ "eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
 
     Args:
         operation: the name of the operation.

@@ -189,10 +189,8 @@ def energy_loss(
         _check_floating("feature_weights", feature_weights)
         _check_device("feature_weights", feature_weights, samples, "samples")
         if tuple(feature_weights.shape) != (features,):
-            raise ValueError(
-                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]"
-            )
-    options = {"alpha": float(alpha), "tau": float(tau), "eps": float(eps), "reduction": reduction}
+            raise ValueError(f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]")
+    options: dict[str, Any] = {"alpha": float(alpha), "tau": float(tau), "eps": float(eps), "reduction": reduction}
     backend = choose_backend("energy_loss", samples, _triton_refusal(weights, feature_weights))
     if backend == "triton":
         # Imported here, so that importing ear_kernels needs no Triton.
@@ -215,16 +213,12 @@ def energy_loss(
                 feature_weights,
                 **options,
             )
-        return energy_loss_triton.energy_loss(
-            samples_RnD, targets_RmD, mask, weights, feature_weights, **options
-        )
+        return energy_loss_triton.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, **options)
     if gaussian is not None:
         targets_RmD = energy_loss_reference.draw_gaussian_targets(
             samples_RnD, gaussian.mean, gaussian.log_std, gaussian.num_targets
         )
-    return energy_loss_reference.energy_loss(
-        samples_RnD, targets_RmD, mask, weights, feature_weights, **options
-    )
+    return energy_loss_reference.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, **options)
 
 
 def adaln_modulate(
@@ -303,18 +297,12 @@ def gated_silu_ffn(
         )
     _check_broadcast("gate", gate, tuple(hidden.shape))
     if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
-        raise ValueError(
-            f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]"
-        )
+        raise ValueError(f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]")
     inner = weight_in.shape[0]
     if tuple(weight_out.shape) != (hidden.shape[-1], inner):
-        raise ValueError(
-            f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]"
-        )
+        raise ValueError(f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]")
     for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
         if bias is not None and tuple(bias.shape) != (size,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
     choose_backend("gated_silu_ffn")
-    return silu_ffn_reference.gated_silu_ffn(
-        hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out
-    )
+    return silu_ffn_reference.gated_silu_ffn(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)

@@ -35,49 +35,50 @@ class TileConfig:
 
 
 # The largest tile (samples x features) that one program holds; larger rows are split over programs.
-MAX_TILE = 8192
+MAX_TILE = 4096
 
 
 def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfig | None:
     """Configuration of the one-pass energy-loss kernel, or None if a row does not fit into a program.
 
-    Small rows share a program of 128 threads with 16 elements each; a row of 1,024 elements or more has its own
-    program with 32 elements a thread.
+    Small rows share a program of 128 threads with 8 elements each, or one of 32 threads with 16 each where a row has
+    a single feature; a row of 1,024 elements or more has its own program with 32 elements a thread.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d
     if tile * (2 if double else 1) > MAX_TILE:
         return None
     if tile >= 1024:
-        warps = tile // 1024 * (2 if double else 1)
-        return TileConfig(1, block_n, block_d, min(8, warps))
-    elements = 1024 if double else 2048
-    return TileConfig(max(1, min(128, elements // tile)), block_n, block_d, 4)
+        # The largest tiles get 16 elements a thread, because they also hold many samples' sums.
+        size = tile * (2 if double else 1)
+        return TileConfig(1, block_n, block_d, size // (512 if size > 2048 else 1024))
+    if features == 1:
+        return TileConfig(max(1, min(128, 512 // tile)), block_n, block_d, 1)
+    return TileConfig(max(1, min(128, 1024 // tile)), block_n, block_d, 4)
 
 
-def energy_gaussian_config(
-    n: int, features: int, double: bool = False, general: bool = False
-) -> TileConfig | None:
+def energy_gaussian_config(n: int, features: int, double: bool = False, general: bool = False) -> TileConfig | None:
     """Configuration of the kernel that draws its targets, or None if a row does not fit into a program.
 
-    One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an alpha
-    other than 1 and 2, whose powers need registers: more warps, and one target at a time.
+    One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an
+    alpha other than 1 and 2 and for gradients of the targets, which need registers: more warps, and one target at a
+    time.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d * (2 if double else 1)
-    if tile > MAX_TILE // 2:
+    if tile > MAX_TILE:
         return None
-    warps = max(1, min(4, tile // (512 if general else 1024)))
+    warps = max(1, tile // (512 if general or tile > 2048 else 1024))
     if tile >= 256:
         return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4)
     return TileConfig(max(1, 512 // tile), block_n, block_d, 1, 1)
 
 
 def energy_field_config(n: int, features: int, double: bool = False) -> TileConfig:
-    """Configuration of the kernels that split the features: 4 warps with 32 elements a thread, at least 64 features."""
+    """Configuration of the kernels that split the features: 8 warps, 64 elements a thread, at least 64 features."""
     block_n = next_power_of_two(n)
-    elements = 2048 if double else 4096
-    return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 4)
+    elements = 8192 if double else 16384
+    return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 8)
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,16 @@ class PairwiseConfig:
 
 
 PAIRWISE_EXACT = PairwiseConfig(64, 64, 1, 4, 3)
-PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 8, 2)
+PAIRWISE_PRODUCT = PairwiseConfig(128, 64, 32, 4, 2)
+# The powers of a general alpha need registers that 4 warps do not have.
+PAIRWISE_PRODUCT_GENERAL = PairwiseConfig(128, 64, 32, 8, 2)
 # Programs of the pairwise kernels, the number of partial sums: fixed, so that a result is the same on every GPU.
 PAIRWISE_PROGRAMS = 1056
 # From this many features on, tensor cores beat differences.
 PAIRWISE_PRODUCT_FEATURES = 16
 
 
-def collapse_rows(
-    sizes: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[list[int], list[list[int]]] | None:
+def collapse_rows(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]] | None:
     """Leading dimensions as few as possible, merged alike for several tensors.
 
     Args:
@@ -109,8 +110,8 @@ def collapse_rows(
         strides: the strides of each tensor along them.
 
     Returns:
-        Sizes and one list of strides a tensor, of equal length between 1 and ``MAX_ROW_DIMS``; None if more dimensions
-        are left, in which case a tensor has to be copied.
+        Sizes and a list of strides a tensor, of equal length from 1 to ``MAX_ROW_DIMS``; None if more dimensions are
+        left, in which case a tensor has to be copied.
     """
     merged_sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
@@ -118,9 +119,7 @@ def collapse_rows(
         if size == 1:
             continue
         here = [tensor[dim] for tensor in strides]
-        if merged_sizes and all(
-            old[-1] == new * size for old, new in zip(merged, here, strict=True)
-        ):
+        if merged_sizes and all(old[-1] == new * size for old, new in zip(merged, here, strict=True)):
             merged_sizes[-1] *= size
             for old, new in zip(merged, here, strict=True):
                 old[-1] = new
@@ -181,7 +180,7 @@ class ShippedKernel:
     targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
-# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate by being listed here.
+# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
 SHIPPED_MODULES = ("ear_kernels.ops.energy_loss.shipped",)
 
 

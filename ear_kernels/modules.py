@@ -1,5 +1,7 @@
 """Thin modules over the functional operations, with the parameter names of the public EAR head."""
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,9 +56,8 @@ class FusedEnergyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}"
-            + (f", eps={self.eps}" if self.eps else "")
+        return f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}" + (
+            f", eps={self.eps}" if self.eps else ""
         )
 
 
@@ -103,7 +104,7 @@ class FusedAdaLNBlock(nn.Module):
         modulated = functional.adaln_modulate(
             hidden, shift, scale, self.in_ln.weight, self.in_ln.bias, eps=self.in_ln.eps
         )
-        first, second = self.mlp[0], self.mlp[2]
+        first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
         return functional.gated_silu_ffn(
             hidden, modulated, gate, first.weight, first.bias, second.weight, second.bias
         )
@@ -136,9 +137,7 @@ class FusedMLPGenerator(nn.Module):
         noise_dim: size of a noise vector.
     """
 
-    def __init__(
-        self, input_dim: int, width: int, output_dim: int, depth: int = 6, noise_dim: int = 64
-    ) -> None:
+    def __init__(self, input_dim: int, width: int, output_dim: int, depth: int = 6, noise_dim: int = 64) -> None:
         super().__init__()
         sizes = {
             "input_dim": input_dim,
@@ -167,10 +166,11 @@ class FusedMLPGenerator(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        modulations = [block.adaLN_modulation[1] for block in self.res_blocks]  # type: ignore[union-attr, index]
-        for linear in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        zero = [cast(FusedAdaLNBlock, block).adaLN_modulation[1] for block in self.res_blocks]
+        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for linear in zero:
+            nn.init.zeros_(cast(nn.Linear, linear).weight)
+            nn.init.zeros_(cast(nn.Linear, linear).bias)
 
     def forward(self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """Tokens from hidden states and noise.

@@ -27,8 +27,8 @@ def assert_close_to_eager(
 ) -> None:
     """Raise AssertionError unless ``actual`` is about as close to ``exact`` as ``eager`` is.
 
-    Both the largest and the RMS error must be at most ``factor`` times that of ``eager``, plus ``FLOOR_ULPS`` units in
-    the last place of ``scale``, because an eager result is at times right by chance.
+    Both the largest and the RMS error must be at most ``factor`` times that of ``eager``, plus ``FLOOR_ULPS`` units
+    in the last place of ``scale``, because an eager result is at times right by chance.
 
     Args:
         name: of the quantity, for the message.

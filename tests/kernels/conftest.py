@@ -12,7 +12,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # EAR_TEST_EXAMPLES=500 on a GPU; the default keeps the interpreter's run short.
-EXAMPLES = int(os.environ.get("EAR_TEST_EXAMPLES", "500" if HAS_GPU else "20"))
+EXAMPLES = int(os.environ.get("EAR_TEST_EXAMPLES", "500" if HAS_GPU else "15"))
 settings.register_profile(
     "kernels",
     max_examples=EXAMPLES,
@@ -23,19 +23,6 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate),
 )
 settings.load_profile("kernels")
-
-
-def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -39,7 +39,9 @@ def gpu_problems(draw, magnitudes=(1.0, 1e-3, 300.0)) -> Problem:
     )
     # The number of a general alpha is no structure: it is an argument of the kernel.
     alpha = alpha if alpha in (1.0, 2.0) else draw(st.floats(0.3, 1.95))
+    tau, coincident = draw(st.floats(0.1, 1.0)), draw(st.booleans())
+    magnitude, seed = draw(st.sampled_from(magnitudes)), draw(st.integers(0, 2**31))
     return Problem(
-        rows, n, m, features, sample_dim, strided, alpha, draw(st.floats(0.1, 1.0)), eps, reduction, mask, weights, fw,
-        coincident=draw(st.booleans()), magnitude=draw(st.sampled_from(magnitudes)), seed=draw(st.integers(0, 2**31)),
+        rows, n, m, features, sample_dim, strided, alpha, tau, eps, reduction, mask, weights, fw, coincident,
+        magnitude, seed,
     )  # fmt: skip

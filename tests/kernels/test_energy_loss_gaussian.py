@@ -74,7 +74,9 @@ def test_same_draws_as_the_reference(dtype, device):
         row_count = torch.Size(rows).numel()
         normals = launchers.gaussian_normals(seed, row_count, m, features, working).view(*rows, m, features)
         if masked:
-            x, mean, log_std = (torch.where(mask[(...,) + (None,) * k], t, 0.0) for t, k in ((x, 2), (mean, 1), (log_std, 1)))
+            x, mean, log_std = (
+                torch.where(mask[(...,) + (None,) * k], t, 0.0) for t, k in ((x, 2), (mean, 1), (log_std, 1))
+            )
         exact = by_reference((x, mean, log_std), normals, mask, weights, fw, options, torch.float64)
         eager = by_reference((x, mean, log_std), normals, mask, weights, fw, options, working)
         eager = (eager[0], *(t.to(dtype) for t in eager[1:]))

@@ -72,7 +72,6 @@ def check(problem: Problem, dtype: torch.dtype, device) -> None:
     scale = loss_scale(arguments, problem.options(), problem.sample_dim)
     assert_close_to_eager("loss", ours[0], eager[0], exact[0], scale)
     for name, a, b, c in zip(("samples.grad", "target.grad"), ours[1:], eager[1:], exact[1:], strict=True):
-        assert a.stride() == b.stride() or not a.is_contiguous() or a.is_contiguous()
         assert_close_to_eager(name, a, b, c)
     if problem.mask == "nothing":
         assert not ours[0].any()
@@ -114,7 +113,7 @@ def test_all_points_coincide(n, features, alpha, device):
 
 
 def test_coincident_pair_beside_a_tiny_and_a_huge_one(device):
-    """Every pair has its own scale: a huge row does not hide a tiny difference in the next one, or in the same row."""
+    """Every pair has its own scale: a huge difference does not hide a tiny one beside it, or in the same row."""
     samples = torch.zeros(4, 3, 16, dtype=torch.float32, device=device)
     samples[0, 0] = 1e25
     samples[1, 1] = 1e-25
@@ -177,9 +176,7 @@ def test_retained_graph_and_different_incoming_gradients(dtype, device):
     (once,) = torch.autograd.grad(loss, samples, retain_graph=True)
     kept = once.clone()
     for factor in (3.0, 0.0, 1.0, -2.0):
-        (again,) = torch.autograd.grad(
-            loss, samples, torch.tensor(factor, device=device), retain_graph=True
-        )
+        (again,) = torch.autograd.grad(loss, samples, torch.tensor(factor, device=device), retain_graph=True)
         torch.testing.assert_close(again, kept * factor)
         again.fill_(7.0)  # the caller owns what it gets
     torch.testing.assert_close(once, kept)
@@ -287,15 +284,11 @@ def test_activation_checkpointing(device):
     def head(x):
         return energy_loss(x @ weight, target)
 
-    results = []
-    for run in (head, lambda x: checkpoint(head, x, use_reentrant=False), lambda x: checkpoint(head, x, use_reentrant=True)):
-        results.append(torch.autograd.grad(run(samples), weight) if run is head else None)
-        if run is not head:
-            weight.grad = None
-            run(samples).backward()
-            results[-1] = (weight.grad,)
-    for result in results[1:]:
-        torch.testing.assert_close(result[0], results[0][0])
+    (expected,) = torch.autograd.grad(head(samples), weight)
+    for use_reentrant in (False, True):
+        weight.grad = None
+        checkpoint(head, samples, use_reentrant=use_reentrant).backward()
+        torch.testing.assert_close(weight.grad, expected)
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
@@ -338,7 +331,7 @@ def test_opcheck(reduction, device):
 
 
 def test_autocast(device):
-    """Halves from an autocast linear against a float32 target: float32 arithmetic, gradients in the inputs' dtypes."""
+    """Halves from an autocast linear, a float32 target: float32 arithmetic, gradients in the inputs' dtypes."""
     dtype = torch.bfloat16 if HAS_GPU else torch.float16
     linear = torch.nn.Linear(16, 16, device=device)
     x = torch.randn(5, 2, 16, device=device)
@@ -377,7 +370,8 @@ def test_distributed_data_parallel(device, tmp_path):
 
 def test_importing_needs_no_triton():
     code = "import sys, ear_kernels; assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_cpu_tensors_without_the_interpreter(monkeypatch):
@@ -446,9 +440,7 @@ def test_more_than_2_to_the_31_elements(layout, device):
     energy_loss(samples, target, sample_dim=dim, reduction="sum").backward()
     tail = samples.detach().movedim(dim, -2)[-100:].float().requires_grad_()
     energy_loss(tail, target[-100:].float(), reduction="sum").backward()
-    torch.testing.assert_close(
-        samples.grad.movedim(dim, -2)[-100:].float(), tail.grad, rtol=1e-2, atol=1e-2
-    )
+    torch.testing.assert_close(samples.grad.movedim(dim, -2)[-100:].float(), tail.grad, rtol=1e-2, atol=1e-2)
 
 
 def test_public_names():

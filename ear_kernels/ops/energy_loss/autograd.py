@@ -23,9 +23,9 @@ _library.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "energy_gaussian_forward(Tensor samples, Tensor mean, Tensor log_std, Tensor seed, int num_targets, Tensor? mask, "
-    "Tensor? weights, Tensor? feature_weights, float alpha, float tau, float eps, str reduction, bool sample_gradient, "
-    "bool parameter_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "energy_gaussian_forward(Tensor samples, Tensor mean, Tensor log_std, Tensor seed, int num_targets, "
+    "Tensor? mask, Tensor? weights, Tensor? feature_weights, float alpha, float tau, float eps, str reduction, "
+    "bool sample_gradient, bool parameter_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("energy_loss_forward", launchers.energy_loss_forward, _key)
@@ -137,7 +137,7 @@ class _EnergyLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, incoming):  # type: ignore[override]
+    def backward(ctx, incoming):
         refuse_second_order()
         gx, gy = ctx.saved_tensors
         needs_samples, needs_targets = ctx.needs_input_grad[:2]
@@ -178,7 +178,7 @@ class _GaussianEnergyLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, incoming):  # type: ignore[override]
+    def backward(ctx, incoming):
         refuse_second_order()
         watched = ctx.watched or torch.compiler.is_compiling()
         gradients = [

@@ -41,7 +41,8 @@ def pairwise_sum_triton(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) ->
     count_y = y_ND.shape[0]
     double = x_MD.dtype == torch.float64
     use_product = not double and features >= launch.PAIRWISE_PRODUCT_FEATURES
-    config = launch.PAIRWISE_PRODUCT if use_product else launch.PAIRWISE_EXACT
+    product = launch.PAIRWISE_PRODUCT if alpha in (1.0, 2.0) else launch.PAIRWISE_PRODUCT_GENERAL
+    config = product if use_product else launch.PAIRWISE_EXACT
     tiles = launch.ceil_div(count_x, config.block_m) * launch.ceil_div(count_y, config.block_n)
     programs = min(tiles, launch.PAIRWISE_PROGRAMS)
     totals = torch.empty(programs, dtype=torch.float64, device=x_MD.device)
@@ -71,9 +72,10 @@ def pairwise_sum_triton(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) ->
 def _halves(points_ND: Tensor, centre_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(TF32 part, rest, squared norm) of the points around ``centre``: ``points - centre = part + rest``."""
     centred = points_ND - centre_D
-    # TF32 keeps 10 bits of the mantissa; the rest is exact in float32.
+    squares = centred.square().sum(1, dtype=torch.float64).float()
+    # TF32 keeps 10 bits of the mantissa; the rest is exact in float32. In place, because the sets may be large.
     high = (centred.view(torch.int32) & -8192).view(torch.float32)
-    return high, centred - high, centred.square().sum(1, dtype=torch.float64).float()
+    return high, centred.sub_(high), squares
 
 
 def mean_distances(x_MD: Tensor, y_ND: Tensor, alpha: float, triton: bool) -> tuple[Tensor, Tensor, Tensor]:

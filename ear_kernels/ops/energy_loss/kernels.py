@@ -247,9 +247,7 @@ def accumulate_targets(
         u = x - y
         if HAS_ROOT:
             u = u * root[None, None, :]
-        power, pull, out = pair_step(
-            u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
-        )
+        power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
         if MANY:
             powers_part += power
             gradient_part += pull
@@ -318,9 +316,7 @@ def accumulate_samples(
         if HAS_ROOT:
             u = u * root[None, None, :]
         valid = keep[:, None] & ((sample < N) & (sample != j))[None, :]
-        power, pull, out = pair_step(
-            u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
-        )
+        power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
         if N > 16:
             powers_part += power
             gradient_part += pull
@@ -478,9 +474,7 @@ def energy_rows_kernel(
         if HAS_ROOT:
             gradient = gradient * root[None, None, :]
         gradient = tl.where(keep[:, None, None], gradient, 0.0)
-        gx_rows = gx_ptr + row_offset(
-            row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS
-        )
+        gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
         gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
         tl.store(
             gx_rows[:, None, None] + gx_offsets[None, :, :],

@@ -1,7 +1,7 @@
 """Sums of pairwise distances of two point sets without the matrix of distances. ``@triton.jit`` functions only.
 
-Both kernels run a fixed number of programs; program p takes the tiles p, p + P, ... and writes one float64 sum, so the
-result does not depend on the order in which programs run. With SAME the sets are one, and only the pairs i < j are
+Both kernels run a fixed number of programs; program p takes the tiles p, p + P, ... and writes one float64 sum, so
+the result does not depend on the order in which programs run. With SAME the sets are one, and only pairs i < j are
 summed: tiles below the diagonal are skipped.
 
 Legend: M, N points of a tile of the first and second set, D features of a step.
@@ -23,9 +23,7 @@ def pairs_that_count(first, second, count_x, count_y, SAME: tl.constexpr):
 
 
 @triton.jit
-def distance_sum(
-    squares, counts, alpha, MODE: tl.constexpr, DOUBLE: tl.constexpr
-):
+def distance_sum(squares, counts, alpha, MODE: tl.constexpr, DOUBLE: tl.constexpr):
     """Sum (float64) of the powers of a tile's distances, given their squares, over the pairs that count."""
     positive = counts & (squares > 0.0)
     if MODE == 1:
@@ -112,7 +110,8 @@ def pairwise_product_kernel(
 
     Points come as a TF32 part and the rest (``high + low``, [count, D]), so that three TF32 products make a float32
     one; a dot's operands must come from loads (triton 3.6's ptxas may break others). A tile in which any pair is
-    closer than 1/4 of its points' distance from the centre is done again by differences (``*_exact_ptr``, [count, D]).
+    closer than 1/4 of its points' distance from the centre is done again by differences (``*_exact_ptr``, as
+    [count, D]).
     """
     alpha = tl.full([], alpha_, tl.float64)
     tiles_y = tl.cdiv(count_y, BLOCK_N)
@@ -149,7 +148,7 @@ def pairwise_product_kernel(
                 x_pointer = x_exact_ptr + first.to(tl.int64) * features
                 y_pointer = y_exact_ptr + second.to(tl.int64) * features
                 exact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for _ in range(features):
+                for _ in tl.range(0, features, num_stages=1):
                     x = tl.load(x_pointer, mask=first < count_x, other=0.0)
                     y = tl.load(y_pointer, mask=second < count_y, other=0.0)
                     difference = x[:, None] - y[None, :]

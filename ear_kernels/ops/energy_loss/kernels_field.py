@@ -96,9 +96,9 @@ def field_norms_kernel(
     inside_ND = (sample < N)[:, None] & inside_D[None, :]
     x_row = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
     y_row = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
-    x = tl.load(
-        x_row + (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :], mask=inside_ND, other=0.0
-    ).to(dtype)  # [N, D]
+    x = tl.load(x_row + (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :], mask=inside_ND, other=0.0).to(
+        dtype
+    )  # [N, D]
     root = tl.zeros([BLOCK_D], dtype)
     if HAS_ROOT:
         root = load_root(feature_weight_ptr, feature, inside_D, DOUBLE)
@@ -152,8 +152,8 @@ def field_combine_kernel(
     """Programs [rows, blocks of partners]: from the blocks' norms to loss, 1/norm and slope of every pair.
 
     Writes partial losses [rows, partner_blocks], already scaled and weighted, and ``inverse`` and ``slope``
-    [rows, Z, N]: the gradient of x_i by a pair is ``slope * (inverse * u)``. They are kept apart because their product
-    may overflow where the gradient does not.
+    [rows, Z, N]: the gradient of x_i by a pair is ``slope * (inverse * u)``. They are kept apart because their
+    product may overflow where the gradient does not.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     alpha = tl.full([], alpha_, tl.float64)

@@ -10,7 +10,15 @@ Legend as in kernels.py.
 import triton
 import triton.language as tl
 
-from ear_kernels.ops.energy_loss.kernels import accumulate_samples, any_of, pair_step, row_offset, row_scale
+from ear_kernels.ops.energy_loss.kernels import (
+    accumulate_samples,
+    any_of,
+    inverse_root,
+    is_in_safe_range,
+    pair_step,
+    row_offset,
+    row_scale,
+)
 
 
 @triton.jit
@@ -86,8 +94,9 @@ def accumulate_draws(
     """
     powers = tl.zeros_like(tl.sum(x, axis=2))
     gradient = tl.zeros_like(x)
-    # Two levels of sums, of 16 targets at the lower one: a running sum over all of them would lose several bits.
-    powers_part, gradient_part = powers, gradient
+    # Two levels of sums, of 16 targets at the lower one: a running sum over all of them would lose several bits. The
+    # powers, all positive and averaged over samples and rows, can do without, and the registers are short.
+    gradient_part = gradient
     pulls = tl.zeros_like(mean)
     pulls_normal = tl.zeros_like(mean)
     sample = tl.arange(0, BLOCK_N)
@@ -103,10 +112,8 @@ def accumulate_draws(
             if HAS_ROOT:
                 u = u * root[None, None, :]
             valid = keep[:, None] & (sample < tl.where(group * 4 + part < m, N, 0))[None, :]
-            power, pull, out = pair_step(
-                u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE
-            )
-            powers_part += power
+            power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
+            powers += power
             gradient_part += pull
             outside = outside | out
             if PARAMETER_GRADIENT:
@@ -114,11 +121,77 @@ def accumulate_draws(
                 pulls += total
                 pulls_normal += total * normal
         if group % 4 == 3:
-            powers += powers_part
             gradient += gradient_part
-            powers_part = tl.zeros_like(powers)
             gradient_part = tl.zeros_like(gradient)
-    return powers + powers_part, gradient + gradient_part, outside, pulls, pulls_normal
+    return powers, gradient + gradient_part, outside, pulls, pulls_normal
+
+
+@triton.jit
+def accumulate_draws_fast(
+    x,
+    root,
+    mean,
+    deviation,
+    seed,
+    row,
+    feature,
+    keep,
+    m,
+    coefficient,
+    N: tl.constexpr,
+    HAS_ROOT: tl.constexpr,
+    REFINE: tl.constexpr,
+    PARAMETER_GRADIENT: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``accumulate_draws`` for alpha = 1 without eps, as long as no sum of squares over- or underflows.
+
+    Every lane of a warp does the arithmetic of all pairs of a target, so it is kept to a root, a product, a sum and the
+    running extremes that tell whether everything has to be done again with care.
+    """
+    lowest = tl.zeros_like(tl.sum(x, axis=2)) + 1.0
+    highest = lowest
+    powers = tl.zeros_like(lowest)
+    gradient = tl.zeros_like(x)
+    gradient_part = gradient
+    pulls = tl.zeros_like(mean)
+    pulls_normal = tl.zeros_like(mean)
+    sample = tl.arange(0, BLOCK_N)
+    valid = keep[:, None] & (sample < N)[None, :]
+    for group in range((m + 3) // 4):
+        first, second, third, fourth = four_normals(seed, row, feature, group, ROUNDS)
+        for part in tl.range(0, 4, loop_unroll_factor=UNROLL):
+            normal = tl.where(part < 2, tl.where(part == 0, first, second), tl.where(part == 2, third, fourth))
+            normal = normal.to(x.dtype)
+            y = mean + deviation * normal  # [R, D]
+            u = x - y[:, None, :]
+            if HAS_ROOT:
+                u = u * root[None, None, :]
+            squares = tl.sum(u * u, axis=2)
+            lowest = tl.minimum(lowest, squares)
+            highest = tl.maximum(highest, squares)
+            inverse = inverse_root(squares, REFINE)
+            if group * 4 + part >= m:  # the last group may be short
+                inverse = tl.zeros_like(inverse)
+            powers += squares * inverse
+            if PARAMETER_GRADIENT:
+                pull = u * inverse[:, :, None]
+                gradient_part += pull
+                total = tl.sum(tl.where(valid[:, :, None], pull, 0.0), axis=1)
+                pulls += total
+                pulls_normal += total * normal
+            else:
+                gradient_part += u * inverse[:, :, None]
+        if group % 4 == 3:
+            gradient += gradient_part
+            gradient_part = tl.zeros_like(gradient)
+    # Masked rows and padded samples computed something: it ends here.
+    outside = valid & (~(is_in_safe_range(lowest) & is_in_safe_range(highest)))
+    powers = tl.where(valid, powers, 0.0)
+    gradient = tl.where(valid[:, :, None], (gradient + gradient_part) * coefficient, 0.0)
+    return powers, gradient, outside, pulls * coefficient, pulls_normal * coefficient
 
 
 @triton.jit
@@ -227,16 +300,27 @@ def energy_gaussian_kernel(
     pulls_normal = pulls
     # Draws and samples are tested on their own: equal samples (a head that starts at zero) must not cost the draws a
     # second time. See energy_rows_kernel for the two passes.
-    careful = 0
-    passes = 1
-    while careful < passes:
-        fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
-            x, root, mean, deviation, seed, row, feature, keep, careful, m, target_coefficient, alpha, eps,
-            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
+    if (MODE == 1) and (not SINGLE) and (not HAS_EPS):
+        fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws_fast(
+            x, root, mean, deviation, seed, row, feature, keep, m, target_coefficient,
+            N, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
         )  # fmt: skip
-        careful += 1
-        if (MODE != 2) and (not SINGLE):
-            passes = 1 + any_of(outside).to(tl.int32)
+        if any_of(outside):
+            fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
+                x, root, mean, deviation, seed, row, feature, keep, 1, m, target_coefficient, alpha, eps,
+                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, 1, BLOCK_N,
+            )  # fmt: skip
+    else:
+        careful = 0
+        passes = 1
+        while careful < passes:
+            fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
+                x, root, mean, deviation, seed, row, feature, keep, careful, m, target_coefficient, alpha, eps,
+                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
+            )  # fmt: skip
+            careful += 1
+            if (MODE != 2) and (not SINGLE):
+                passes = 1 + any_of(outside).to(tl.int32)
     careful = 0
     passes = 1
     while careful < passes:
@@ -260,9 +344,7 @@ def energy_gaussian_kernel(
         if HAS_ROOT:
             gradient = gradient * root[None, None, :]
         gradient = tl.where(keep[:, None, None], gradient, 0.0)
-        gx_rows = gx_ptr + row_offset(
-            row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS
-        )
+        gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
         gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
         tl.store(
             gx_rows[:, None, None] + gx_offsets[None, :, :],
@@ -282,9 +364,7 @@ def energy_gaussian_kernel(
 
 
 @triton.jit
-def gaussian_normals_kernel(
-    normal_ptr, seed_ptr, m, features, ROUNDS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def gaussian_normals_kernel(normal_ptr, seed_ptr, m, features, ROUNDS: tl.constexpr, BLOCK_D: tl.constexpr):
     """The normals that ``energy_gaussian_kernel`` draws, as a contiguous [rows, m, D]: tests, and tiles too large.
 
     One program for (row, group of four targets, block of features).

@@ -172,7 +172,7 @@ class _PlannedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, incoming):  # type: ignore[override]
+    def backward(ctx, incoming):
         autograd.refuse_second_order()
         plan = ctx.plan
         gx, gy = ctx.saved_tensors
@@ -246,7 +246,7 @@ class _PlannedGaussianLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, incoming):  # type: ignore[override]
+    def backward(ctx, incoming):
         autograd.refuse_second_order()
         plan = ctx.plan
         gradients = [

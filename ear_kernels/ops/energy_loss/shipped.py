@@ -26,12 +26,23 @@ _SWITCHES = {
     "MANY": False,
     "ROW_DIMS": 1,
     "DOUBLE": False,
-    "ROUNDS": 10,
+    "ROUNDS": 7,
 }
-_EVERYTHING = {
+_EVERYTHING: dict[str, Any] = {
     "MODE": 0, "HAS_EPS": True, "HAS_ROOT": True, "HAS_MASK": True, "HAS_WEIGHT": True, "HAS_DENOMINATOR": True,
     "TARGET_GRADIENT": True, "PARAMETER_GRADIENT": True, "ROW_DIMS": 3,
 }  # fmt: skip
+
+_STRIDES = (
+    "stride_x0",
+    "stride_xn",
+    "stride_y0",
+    "stride_ym",
+    "stride_gx0",
+    "stride_gxn",
+    "stride_gy0",
+    "stride_gym",
+)
 
 
 def describe(
@@ -44,7 +55,15 @@ def describe(
     """
     working = "fp64" if dtype == "fp64" else "fp32"
     pointers = {"mask_ptr": "*i1", "seed_ptr": "*i64", "norm_ptr": f"*{working}"}
-    working_pointers = ("weight_ptr", "denominator_ptr", "loss_ptr", "inverse_ptr", "slope_ptr", "normal_ptr", "total_ptr")
+    working_pointers = (
+        "weight_ptr",
+        "denominator_ptr",
+        "loss_ptr",
+        "inverse_ptr",
+        "slope_ptr",
+        "normal_ptr",
+        "total_ptr",
+    )
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
     for parameter in kernel.params:
@@ -57,7 +76,9 @@ def describe(
             signature[argument] = pointers.get(argument, default)
         elif argument.endswith("_"):
             signature[argument] = "fp64"
-        elif argument in ones or (argument.endswith("d") and argument.startswith("stride_") and "std" not in argument):
+        elif argument in ones or (
+            argument.endswith("d") and argument.startswith("stride_") and "std" not in argument
+        ):
             values[argument] = 1
         else:
             signature[argument] = "i32"
@@ -73,30 +94,35 @@ def _rows(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str
     )  # fmt: skip
 
 
-def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", **switches: Any):
-    config = launch.energy_gaussian_config(n, features, dtype == "fp64", switches.get("MODE") == 0)
+def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str, ...] = (), **switches: Any):
+    general = switches.get("MODE") == 0 or switches.get("PARAMETER_GRADIENT", False)
+    config = launch.energy_gaussian_config(n, features, dtype == "fp64", general)
     assert config is not None
     return describe(
-        f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, N=n,
-        UNROLL=config.unroll,
+        f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, ones, N=n,
+        UNROLL=config.unroll, REFINE=False,
         BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d, SINGLE=features == 1, **switches,
     )  # fmt: skip
 
 
-def _field(name: str, n: int, features: int, dtype: str = "fp32", **switches: Any) -> list[ShippedKernel]:
+def _field(
+    name: str, n: int, features: int, dtype: str = "fp32", ones: tuple[str, ...] = (), **switches: Any
+) -> list[ShippedKernel]:
     config = launch.energy_field_config(n, features, dtype == "fp64")
     sizes = {"N": n, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "DOUBLE": dtype == "fp64", **switches}
     block_c = max(1, min(launch.next_power_of_two(n + 1), 1024 // config.block_n))
     return [
-        describe(f"field_norms[{name}]", kernels_field.field_norms_kernel, 4, dtype, **sizes),
-        describe(f"field_combine[{name}]", kernels_field.field_combine_kernel, 4, dtype, BLOCK_C=block_c, **sizes),
-        describe(f"field_gradients[{name}]", kernels_field.field_gradients_kernel, 4, dtype, **sizes),
+        describe(f"field_norms[{name}]", kernels_field.field_norms_kernel, config.num_warps, dtype, ones, **sizes),
+        describe(
+            f"field_combine[{name}]", kernels_field.field_combine_kernel, 4, dtype, ones, BLOCK_C=block_c, **sizes
+        ),
+        describe(f"field_gradients[{name}]", kernels_field.field_gradients_kernel, config.num_warps, dtype, ones, **sizes),
     ]
 
 
 def shipped() -> list[ShippedKernel]:
     """The list for ``launch.shipped_kernels``."""
-    masked = {"HAS_MASK": True, "HAS_DENOMINATOR": True}
+    masked: dict[str, Any] = {"HAS_MASK": True, "HAS_DENOMINATOR": True}
     distance = [
         describe(
             f"{kernel.__name__}[{name}]", kernel, config.num_warps, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
@@ -106,11 +132,15 @@ def shipped() -> list[ShippedKernel]:
             ("xy", kernels_distance.pairwise_exact_kernel, launch.PAIRWISE_EXACT, 1, False),
             ("xx general alpha", kernels_distance.pairwise_exact_kernel, launch.PAIRWISE_EXACT, 0, True),
             ("xy", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT, 1, False),
-            ("xx general alpha", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT, 0, True),
+            ("xx general alpha", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT_GENERAL, 0, True),
         )
     ]  # fmt: skip
     return [
         _rows("EAR", 2, 16, ones=("m",)),
+        # Every integer that a call may have as 1, which Triton turns into a constant.
+        _rows("one of everything", 2, 1, ones=("rows", "m", "features", *_STRIDES), **masked),
+        _gaussian("one of everything", 2, 1, ones=("rows", "m", "features", *_STRIDES)),
+        *_field("one of everything", 2, 10**4, ones=("m", "blocks", "partner_blocks", *_STRIDES)),
         _rows("EAR masked bf16", 2, 16, "bf16", ones=("m",), **masked),
         _rows("EAR masked fp16", 2, 16, "fp16", ones=("m",), **masked),
         _rows("EAR 4 samples, general alpha", 4, 16, ones=("m",), MODE=0),
@@ -119,7 +149,7 @@ def shipped() -> list[ShippedKernel]:
         _rows("ensemble of 64, general alpha", 64, 1, MODE=0, HAS_WEIGHT=True),
         _rows("CALM with given targets", 8, 128, MANY=True),
         _rows("everything", 8, 128, MANY=True, **_EVERYTHING),
-        _rows("largest tile", 64, 128, MANY=True, MODE=0, TARGET_GRADIENT=True),
+        _rows("largest tile", 64, 64, MANY=True, MODE=0, TARGET_GRADIENT=True),
         _gaussian("CALM", 8, 128),
         _gaussian("CALM bf16", 8, 128, "bf16"),
         _gaussian("CALM with gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked),
