@@ -12,7 +12,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # EAR_TEST_EXAMPLES=500 on a GPU; the default keeps the interpreter's run short.
-EXAMPLES = int(os.environ.get("EAR_TEST_EXAMPLES", "500" if HAS_GPU else "15"))
+EXAMPLES = int(os.environ.get("EAR_TEST_EXAMPLES", "500" if HAS_GPU else "25"))
 settings.register_profile(
     "kernels",
     max_examples=EXAMPLES,

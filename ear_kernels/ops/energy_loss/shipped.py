@@ -4,6 +4,7 @@ The tables cover each branch of the configurations in ``launch.py`` and each swi
 EAR, CALM, ensembles and fields first. Sizes that share a configuration are compiled once.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from ear_kernels import launch
@@ -152,7 +153,8 @@ def shipped() -> list[ShippedKernel]:
         _rows("largest tile", 64, 64, MANY=True, MODE=0, TARGET_GRADIENT=True),
         _gaussian("CALM", 8, 128),
         _gaussian("CALM bf16", 8, 128, "bf16"),
-        _gaussian("CALM with gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked),
+        # On sm_80 ptxas stops at 168 registers of its own accord, and 32 bytes of what is used once are on the stack.
+        replace(_gaussian("CALM, gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked), max_spills=8),
         _gaussian("CALM, everything", 8, 128, **_EVERYTHING),
         _gaussian("largest tile", 16, 256),
         _gaussian("small", 2, 16),
