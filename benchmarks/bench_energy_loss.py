@@ -51,6 +51,9 @@ def test_energy_loss(shape, which, benchmark, device, copy_rate):
         calls[0]()
     except torch.cuda.OutOfMemoryError:
         pytest.skip("does not fit into memory")
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        # Seen with torch 2.11 on the ensemble. It is the rival that fails here, and the report should say so.
+        pytest.skip(f"torch.compile fails on this shape: {str(error).splitlines()[0]}")
     record(benchmark, calls, shape.ours_bytes, copy_rate, shape=shape.name, which=which, relative_error=error)
 
 

@@ -38,9 +38,7 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
 
 
 def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
@@ -162,9 +160,7 @@ def energy_loss(
             "the energy loss needs at least 2"
         )
     if features < 1:
-        raise ValueError(
-            f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature"
-        )
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
     targets_RmD = None
     if gaussian is None and given.ndim == samples.ndim:
         targets_RmD = given.movedim(_dimension("target_dim", target_dim, given.ndim), -2)
@@ -255,9 +251,7 @@ def adaln_modulate(
         if parameter is not None:
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
-                raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]"
-                )
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
     choose_backend("adaln_modulate")
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 

@@ -1,8 +1,8 @@
 """Launching a Triton kernel again with nothing new but its pointers.
 
-``kernel[grid](...)`` binds, specialises and hashes every argument at every call, which for a kernel of sixty arguments takes
-longer than the kernel. Where shapes, strides, dtypes, options and alignment are those of an earlier call, all of that
-comes out the same, so the compiled kernel is kept and handed its pointers.
+``kernel[grid](...)`` binds, specialises and hashes every argument at every call, which for a kernel of sixty arguments
+takes longer than the kernel. Where shapes, strides, dtypes, options and alignment are those of an earlier call, all
+of that comes out the same, so the compiled kernel is kept and handed its pointers.
 """
 
 from typing import Any
@@ -25,8 +25,17 @@ class PreparedLaunch:
         num_warps: launch option.
     """
 
-    __slots__ = ("_compiled", "_constexprs", "_function", "_grid", "_kernel", "_num_warps", "_packed", "_run", "_scalars",
-                 "_tail")  # fmt: skip
+    __slots__ = (
+        "_constexprs",
+        "_function",
+        "_grid",
+        "_kernel",
+        "_num_warps",
+        "_packed",
+        "_run",
+        "_scalars",
+        "_tail",
+    )
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], scalars: tuple, constexprs: dict[str, Any], num_warps: int
@@ -53,7 +62,7 @@ class PreparedLaunch:
                 names = self._kernel.arg_names[first:]
                 self._tail = (*self._scalars, *(self._constexprs[name] for name in names))
                 self._function, self._packed = compiled.function, compiled.packed_metadata
-                self._compiled, self._run = compiled, compiled.run
+                self._run = compiled.run
             return
         self._run(
             *self._grid,

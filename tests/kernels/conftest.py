@@ -18,7 +18,6 @@ settings.register_profile(
     max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize=True,
     # No shrinking or explaining: those phases trace every line, and the interpreter has many.
     phases=(Phase.explicit, Phase.generate),
 )

@@ -122,13 +122,13 @@ def test_seeds_give_different_draws_and_follow_the_generator(device):
 
 
 def test_both_backends_estimate_the_same_loss(device):
-    """Their draws differ, so their means over many targets agree within the standard error."""
+    """Their draws differ; the difference of their means has a standard deviation of 0.006 here."""
     samples = torch.randn(200, 2, 4, device=device)
     mean, log_std = torch.randn(200, 4, device=device), 0.3 * torch.randn(4, device=device)
     losses = []
     for backend in ("triton", "eager"):
         os.environ["EAR_KERNELS_BACKEND"] = backend
-        losses.append(energy_loss(samples, GaussianTarget(mean, log_std, 64)).item())
+        losses.append(energy_loss(samples, GaussianTarget(mean, log_std, 1024)).item())
     assert abs(losses[0] - losses[1]) < 0.03
 
 

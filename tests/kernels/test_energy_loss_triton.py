@@ -152,6 +152,32 @@ def test_no_copy_of_strided_samples(device):
     assert launchers.gradient_like(samples, True, "mean").stride() == samples.stride()
 
 
+@pytest.mark.parametrize("rows", [1, 63, 500])
+def test_few_programs_do_many_rows_and_the_last_one_adds_up(rows, device, monkeypatch):
+    """What a plan launches, with three programs for up to 500 rows; the counter is left at zero for the next call."""
+    from ear_kernels import launch
+    from ear_kernels.ops.energy_loss import kernels, launchers
+
+    monkeypatch.setattr(launch, "ROWS_PROGRAMS", 3)
+    samples, target = torch.randn(rows, 2, 16, device=device), torch.randn(rows, 1, 16, device=device)
+    gradient, partial = torch.full_like(samples, torch.nan), torch.full((3,), torch.nan, device=device)
+    options = {"alpha": 1.0, "tau": 0.9, "eps": 0.0, "reduction": "mean"}
+    tensors = [samples, target, gradient, target]
+    grid, scalars, constexprs, warps = launchers.rows_launch(tensors, (True, False), options, finish=True)
+    counter, loss = torch.zeros(1, dtype=torch.int32, device=device), torch.full((), torch.nan, device=device)
+    expected_samples = samples.double().requires_grad_()
+    expected = reference.energy_loss(expected_samples, target.double(), None, None, None, **options)
+    expected.backward()
+    for _ in range(2):
+        kernels.energy_rows_kernel[grid](
+            samples, target, None, None, None, None, counter, partial, loss, gradient, target, *scalars,
+            **constexprs, num_warps=warps,
+        )  # fmt: skip
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), expected_samples.grad, rtol=1e-5, atol=1e-8)
+        assert counter.item() == 0
+
+
 def test_leading_dimensions_that_do_not_collapse(device):
     base = torch.randn(2, 3, 2, 3, 2, 4, 5, device=device)
     samples = base.permute(4, 2, 0, 3, 1, 5, 6)

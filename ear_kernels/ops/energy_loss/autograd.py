@@ -166,9 +166,7 @@ class _GaussianEnergyLoss(torch.autograd.Function):
     ):
         needs_samples, needs_mean, needs_log_std = ctx.needs_input_grad[:3]
         watched = _watched(samples)
-        forward = (
-            torch.ops.ear_kernels.energy_gaussian_forward if watched else launchers.energy_gaussian_forward
-        )
+        forward = torch.ops.ear_kernels.energy_gaussian_forward if watched else launchers.energy_gaussian_forward
         loss, gx, gmean, glog_std = forward(
             samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction,
             needs_samples, needs_mean or needs_log_std,

@@ -72,7 +72,8 @@ def pairwise_sum_triton(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) ->
 def _halves(points_ND: Tensor, centre_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(TF32 part, rest, squared norm) of the points around ``centre``: ``points - centre = part + rest``."""
     centred = points_ND - centre_D
-    squares = centred.square().sum(1, dtype=torch.float64).float()
+    # By parts: the sum in float64 makes a float64 copy of what it sums.
+    squares = torch.cat([part.square().sum(1, dtype=torch.float64) for part in centred.split(8192)]).float()
     # TF32 keeps 10 bits of the mantissa; the rest is exact in float32. In place, because the sets may be large.
     high = (centred.view(torch.int32) & -8192).view(torch.float32)
     return high, centred.sub_(high), squares

@@ -148,8 +148,8 @@ def accumulate_draws_fast(
 ):
     """``accumulate_draws`` for alpha = 1 without eps, as long as no sum of squares over- or underflows.
 
-    Every lane of a warp does the arithmetic of all pairs of a target, so it is kept to a root, a product, a sum and the
-    running extremes that tell whether everything has to be done again with care.
+    Every lane of a warp does the arithmetic of all pairs of a target, so it is kept to a root, a product, a sum and
+    the running extremes that tell whether everything has to be done again with care.
     """
     lowest = tl.zeros_like(tl.sum(x, axis=2)) + 1.0
     highest = lowest

@@ -93,14 +93,16 @@ def rows_launch(
     needs: tuple[bool, bool],
     options: dict[str, Any],
     present: tuple[bool, bool, bool, bool] = (False, False, False, False),
+    finish: bool = False,
 ) -> Prepared | None:
     """Grid, scalars, constexprs and warps of ``energy_rows_kernel``: all that depends on no pointer.
 
     Args:
-        tensors: samples ``[..., n, D]``, targets ``[..., m, D]`` and their gradients; those not wanted are not looked at.
+        tensors: samples ``[..., n, D]``, targets ``[..., m, D]`` and their gradients; only those wanted count.
         needs: which gradients are wanted.
         options: alpha, tau, eps, reduction.
         present: whether there are a mask, row weights, feature weights, and a denominator on the device.
+        finish: whether the kernel adds up the partial losses itself, which takes a counter.
 
     Returns:
         None if the leading dimensions do not collapse or a row does not fit into one program.
@@ -138,6 +140,7 @@ def rows_launch(
         "HAS_WEIGHT": has_weight,
         "HAS_DENOMINATOR": has_denominator,
         "REDUCE": reduction != "none",
+        "FINISH": finish,
         "REFINE": not double,
         "SAMPLE_GRADIENT": needs[0],
         "TARGET_GRADIENT": needs[1],
@@ -147,8 +150,9 @@ def rows_launch(
         "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
+        "BLOCK_P": launch.next_power_of_two(launch.ROWS_PROGRAMS),
     }
-    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
+    return (min(launch.ceil_div(rows, config.block_r), launch.ROWS_PROGRAMS),), scalars, constexprs, config.num_warps
 
 
 def energy_loss_forward(
@@ -220,8 +224,8 @@ def energy_loss_forward(
             count = rows if reduction == "none" else grid[0]
             partial = torch.empty(count, dtype=dtype, device=samples_RnD.device)
             kernels.energy_rows_kernel[grid](
-                samples_RnD, targets_RmD, mask, weights, fw, denominator, partial, tensors[2], tensors[3],
-                *scalars, **constexprs, num_warps=warps,
+                samples_RnD, targets_RmD, mask, weights, fw, denominator, None, partial, partial,
+                tensors[2], tensors[3], *scalars, **constexprs, num_warps=warps,
             )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gy
 
@@ -366,9 +370,7 @@ def energy_gaussian_forward(
     rows = rows_shape.numel()
     config = launch.energy_gaussian_config(n, features, double, _mode(alpha) == 0 or parameter_gradient)
     if config is None:
-        raise ValueError(
-            f"{n} samples of {features} features do not fit into one program of the Gaussian kernel"
-        )
+        raise ValueError(f"{n} samples of {features} features do not fit into one program of the Gaussian kernel")
     gx = gradient_like(samples_RnD, sample_gradient, reduction)
     shape = (*rows_shape, features) if parameter_gradient else (0,)
     gmean = mean_RD.new_empty(shape, dtype=gradient_dtype(mean_RD.dtype, reduction))
@@ -399,7 +401,7 @@ def energy_gaussian_forward(
 
 
 def _row_stride(tensor: Tensor) -> int | None:
-    """The one stride between the rows of ``[..., D]`` (0 where every row is the same); None if it has no such view."""
+    """The one stride between the rows of ``[..., D]`` (0 where all are the same row); None without such a view."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return None
     collapsed = launch.collapse_rows(tensor.shape[:-1], [tensor.stride()[:-1]])

@@ -1,7 +1,7 @@
 """The short way through the energy loss: calls whose shapes, strides, dtypes and options were seen before.
 
-A plan holds what depends on those alone, checks included, so that a call is a dictionary look-up, the allocations and the
-launches. It covers the calls that training makes: dense CUDA tensors in eager mode, reduction "mean" or "sum", no
+A plan holds what depends on those alone, checks included, so that a call is a dictionary look-up, the allocations and
+the launches. It covers the calls that training makes: dense CUDA tensors in eager mode, reduction "mean" or "sum", no
 mask and no weights. Everything else takes the long way in ``functional`` and ``autograd``.
 """
 
@@ -26,7 +26,8 @@ PLANS: dict[Hashable, Any] = {}
 
 def _signature(tensor: Tensor) -> tuple:
     return (
-        tensor.shape, tensor.stride(), tensor.dtype, tensor.device.index, tensor.requires_grad, tensor.data_ptr() % 16,
+        tensor.shape, tensor.stride(), tensor.dtype, tensor.device.index, tensor.requires_grad,
+        tensor.data_ptr() % 16,
     )  # fmt: skip
 
 
@@ -58,6 +59,22 @@ def remember(key: Hashable, plan: Any) -> None:
     if len(PLANS) >= MAX_PLANS:
         PLANS.clear()
     PLANS[key] = plan
+
+
+# One counter a stream, because kernels of one stream do not overlap.
+_COUNTERS: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: int) -> Tensor:
+    """A zero for ``energy_rows_kernel``, which leaves it at zero."""
+    if torch.cuda.is_current_stream_capturing():
+        # Two captured graphs may run at the same time, whatever stream they were captured on.
+        return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    key = (device, torch._C._cuda_getCurrentRawStream(device))
+    counter = _COUNTERS.get(key)
+    if counter is None:
+        counter = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    return counter
 
 
 class _Plan:
@@ -117,23 +134,20 @@ def _like(tensor: Tensor, reduction: str) -> tuple[Any, Any, torch.dtype]:
 class RowsPlan(_Plan):
     """A call with a target tensor whose rows fit into one program each."""
 
-    def __init__(
-        self, samples: Tensor, target: Tensor, dims: tuple[int, int], options: dict[str, Any]
-    ) -> None:
+    def __init__(self, samples: Tensor, target: Tensor, dims: tuple[int, int], options: dict[str, Any]) -> None:
         grad = torch.is_grad_enabled()
         self.needs = (grad and samples.requires_grad, grad and target.requires_grad)
         reduction = options["reduction"]
         self.formats = tuple(_like(tensor, reduction) for tensor in (samples, target))
         self.dtypes = (samples.dtype, target.dtype)
         placeholders = [
-            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            for shape, stride, dtype in self.formats
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in self.formats
         ]
         views = [
             tensor.movedim(dim, -2) if tensor.ndim == samples.ndim else tensor.unsqueeze(-2)
             for tensor, dim in zip((samples, target, *placeholders), (*dims, *dims), strict=True)
         ]
-        prepared = launchers.rows_launch(views, self.needs, options)
+        prepared = launchers.rows_launch(views, self.needs, options, finish=True)
         if prepared is None:
             raise LookupError("no plan: this call needs a copy or more than one program a row")
         grid, scalars, constexprs, warps = prepared
@@ -152,14 +166,14 @@ class RowsPlan(_Plan):
             torch.empty_strided(shape, stride, dtype=dtype, device=self.device) if needed else None
             for (shape, stride, dtype), needed in zip(self.formats, self.needs, strict=True)
         ]
-        loss, partial = self.new_loss()
+        loss = torch.empty((), dtype=self.dtype, device=self.device)
+        partial = torch.empty(self.programs, dtype=self.dtype, device=self.device)
         gx, gy = gradients
         # An absent gradient is passed as the tensor itself; the kernel does not touch it.
         self._rows(
-            self.index, samples, target, None, None, None, None, partial, samples if gx is None else gx,
-            target if gy is None else gy,
+            self.index, samples, target, None, None, None, None, _counter(self.index), partial, loss,
+            samples if gx is None else gx, target if gy is None else gy,
         )  # fmt: skip
-        self.finish(loss, partial)
         return loss, gx, gy
 
 
@@ -184,9 +198,7 @@ class _PlannedLoss(torch.autograd.Function):
 class GaussianPlan(_Plan):
     """A call whose targets are drawn in the kernel; mean and log_std have one shape."""
 
-    def __init__(
-        self, samples: Tensor, target: GaussianTarget, sample_dim: int, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, samples: Tensor, target: GaussianTarget, sample_dim: int, options: dict[str, Any]) -> None:
         mean, log_std = target.mean, target.log_std
         grad = torch.is_grad_enabled()
         self.needs = (
@@ -201,16 +213,12 @@ class GaussianPlan(_Plan):
         views = [tensor.movedim(sample_dim, -2) for tensor in (samples, placeholder)]
         prepared = None
         if mean.shape == log_std.shape:
-            prepared = launchers.gaussian_launch(
-                views, mean, log_std, target.num_targets, self.needs, options
-            )
+            prepared = launchers.gaussian_launch(views, mean, log_std, target.num_targets, self.needs, options)
         if prepared is None:
             raise LookupError("no plan: this call needs a copy or more than one program a row")
         grid, scalars, constexprs, warps = prepared
         super().__init__(samples.device, working_dtype(samples, mean, log_std), grid[0])
-        self._kernel = PreparedLaunch(
-            kernels_gaussian.energy_gaussian_kernel, grid, scalars, constexprs, warps
-        )
+        self._kernel = PreparedLaunch(kernels_gaussian.energy_gaussian_kernel, grid, scalars, constexprs, warps)
 
     def run(self, samples: Tensor, target: GaussianTarget) -> Tensor:
         """The loss."""
