@@ -3,9 +3,9 @@
     python benchmarks/digits_backends.py OUT.json [STEPS]
 
 Both runs have the same seeds, hence the same weights, batches, masks and noise; only rounding differs, and training
-amplifies it. How much is measured too: a third run, eager, starts from weights multiplied by 1 + 1e-6. The Triton curve may differ
-from the eager one by at most twice as much as that one does (largest difference of the 20-step means), or by 0.5 % of
-the loss where that is more.
+amplifies it. How much is measured too: a third run, eager, starts from weights multiplied by 1 + 1e-6. The Triton
+curve may differ from the eager one by at most twice as much as that one does (largest difference of the 20-step
+means), or by 0.5 % of the loss where that is more.
 """
 
 import json

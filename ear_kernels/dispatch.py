@@ -7,7 +7,6 @@ debugging session may change it at any time.
 
 import importlib.util
 import os
-from functools import cache
 
 from torch import Tensor
 
@@ -30,10 +29,15 @@ def requested_backend() -> str:
     return name
 
 
-@cache
-def triton_is_installed() -> bool:
-    """Whether Triton could be imported; it is not imported to find out."""
-    return importlib.util.find_spec("triton") is not None
+def _triton_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+# Looked up once, at import: torch.compile cannot trace the look-up. Triton itself is not imported.
+TRITON_IS_INSTALLED = _triton_is_installed()
 
 
 def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = "") -> str:
@@ -54,7 +58,7 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
         return "eager"
     if requested == "auto":
         usable = operation in TRITON_OPERATIONS and not refusal and tensor is not None and tensor.is_cuda
-        return "triton" if usable and triton_is_installed() else "eager"
+        return "triton" if usable and TRITON_IS_INSTALLED else "eager"
     if operation not in TRITON_OPERATIONS:
         raise NotImplementedError(
             f"{BACKEND_VARIABLE}=triton, but {operation} has no Triton kernel in this version; "
@@ -62,7 +66,7 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
         )
     if refusal:
         raise NotImplementedError(f"{BACKEND_VARIABLE}=triton, but {refusal}; use {BACKEND_VARIABLE}=eager")
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but Triton is not installed (pip install triton)")
     if tensor is not None and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(

@@ -34,10 +34,6 @@ class TileConfig:
     unroll: int = 1
 
 
-# Most programs of the one-pass kernel, each with many tiles of rows beyond that: eight for each of an H200's 132
-# multiprocessors, which is what its registers hold. Fixed, so that a sum is the same on every GPU.
-ROWS_PROGRAMS = 1056
-
 # The largest tile (samples x features) that one program holds; larger rows are split over programs.
 MAX_TILE = 4096
 

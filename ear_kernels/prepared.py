@@ -1,6 +1,6 @@
 """Launching a Triton kernel again with nothing new but its pointers.
 
-``kernel[grid](...)`` binds, specialises and hashes every argument at every call, which for a kernel of sixty arguments
+``kernel[grid](...)`` binds, specialises and hashes every argument at every call, which for sixty arguments
 takes longer than the kernel. Where shapes, strides, dtypes, options and alignment are those of an earlier call, all
 of that comes out the same, so the compiled kernel is kept and handed its pointers.
 """

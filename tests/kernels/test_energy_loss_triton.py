@@ -122,7 +122,8 @@ def test_coincident_pair_beside_a_tiny_and_a_huge_one(device):
         "samples": samples, "target": torch.zeros(4, 1, 16, device=device), "mask": None, "weights": None,
         "feature_weights": None,
     }  # fmt: skip
-    options = {"alpha": 1.0, "reduction": "none"}
+    # With tau = 1 the two terms of such rows cancel, and what is left is rounding.
+    options = {"alpha": 1.0, "tau": 0.5, "reduction": "none"}
     exact, ours = evaluate("eager", arguments, options, upcast=True), evaluate("triton", arguments, options)
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=0)
@@ -150,32 +151,6 @@ def test_no_copy_of_strided_samples(device):
     assert sizes == [24]
     assert strides == [[16]]
     assert launchers.gradient_like(samples, True, "mean").stride() == samples.stride()
-
-
-@pytest.mark.parametrize("rows", [1, 63, 500])
-def test_few_programs_do_many_rows_and_the_last_one_adds_up(rows, device, monkeypatch):
-    """What a plan launches, with three programs for up to 500 rows; the counter is left at zero for the next call."""
-    from ear_kernels import launch
-    from ear_kernels.ops.energy_loss import kernels, launchers
-
-    monkeypatch.setattr(launch, "ROWS_PROGRAMS", 3)
-    samples, target = torch.randn(rows, 2, 16, device=device), torch.randn(rows, 1, 16, device=device)
-    gradient, partial = torch.full_like(samples, torch.nan), torch.full((3,), torch.nan, device=device)
-    options = {"alpha": 1.0, "tau": 0.9, "eps": 0.0, "reduction": "mean"}
-    tensors = [samples, target, gradient, target]
-    grid, scalars, constexprs, warps = launchers.rows_launch(tensors, (True, False), options, finish=True)
-    counter, loss = torch.zeros(1, dtype=torch.int32, device=device), torch.full((), torch.nan, device=device)
-    expected_samples = samples.double().requires_grad_()
-    expected = reference.energy_loss(expected_samples, target.double(), None, None, None, **options)
-    expected.backward()
-    for _ in range(2):
-        kernels.energy_rows_kernel[grid](
-            samples, target, None, None, None, None, counter, partial, loss, gradient, target, *scalars,
-            **constexprs, num_warps=warps,
-        )  # fmt: skip
-        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient.double(), expected_samples.grad, rtol=1e-5, atol=1e-8)
-        assert counter.item() == 0
 
 
 def test_leading_dimensions_that_do_not_collapse(device):

@@ -346,8 +346,6 @@ def energy_rows_kernel(
     weight_ptr,
     feature_weight_ptr,
     denominator_ptr,
-    counter_ptr,
-    partial_ptr,
     loss_ptr,
     gx_ptr,
     gy_ptr,
@@ -390,7 +388,6 @@ def energy_rows_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_DENOMINATOR: tl.constexpr,
     REDUCE: tl.constexpr,
-    FINISH: tl.constexpr,
     REFINE: tl.constexpr,
     SAMPLE_GRADIENT: tl.constexpr,
     TARGET_GRADIENT: tl.constexpr,
@@ -400,13 +397,11 @@ def energy_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
-    """Loss and gradients, BLOCK_R rows at a time, each with its N samples, m targets and all its features.
+    """Loss and gradients of BLOCK_R rows, each with its N samples, m targets and all its features.
 
-    Writes a partial sum a program to ``partial_ptr`` (REDUCE) or the weighted loss of every row to ``loss_ptr``, and
-    the gradients of the scaled sum to ``gx_ptr`` and ``gy_ptr``. Reads every sample and target once from memory. With
-    FINISH the loss itself goes to ``loss_ptr``; ``counter_ptr`` is 0 before and after, and belongs to one stream.
+    Writes a partial sum per program (REDUCE) or the weighted loss of every row to ``loss_ptr``, and the gradients of
+    the scaled sum to ``gx_ptr`` and ``gy_ptr``. Reads every sample and target once from memory.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     alpha = tl.full([], alpha_, tl.float64)
@@ -415,89 +410,73 @@ def energy_rows_kernel(
     pair_coefficient = tl.full([], pair_coefficient_, tl.float64).to(dtype)
     scale = tl.full([], scale_, tl.float64).to(dtype)
 
-    total = tl.zeros([], dtype)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
-        row = (tl.zeros([], tl.int64) + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
-        in_range = row < rows
-        keep, factor = row_scale(
-            row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR
-        )
-        sample = tl.arange(0, BLOCK_N).to(tl.int64)
-        feature = tl.arange(0, BLOCK_D).to(tl.int64)
-        inside_D = feature < features
-        inside_ND = (sample < N)[:, None] & inside_D[None, :]
-        x_rows = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
-        y_rows = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
-        gy_rows = gy_ptr + row_offset(row, row_size_1, row_size_2, stride_gy0, stride_gy1, stride_gy2, ROW_DIMS)
-        x_offsets = (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :]
-        x = tl.load(
-            x_rows[:, None, None] + x_offsets[None, :, :],
-            mask=keep[:, None, None] & inside_ND[None, :, :],
-            other=0.0,
-        ).to(dtype)  # [R, N, D]
-        root = feature.to(dtype)
-        if HAS_ROOT:
-            weight = tl.load(feature_weight_ptr + feature, mask=inside_D, other=0.0).to(dtype)
-            if DOUBLE:
-                root = tl.sqrt(weight)
-            else:
-                root = tl.sqrt_rn(weight)
-
-        # Zeros of the right shapes: a loop must know the types of what it carries.
-        fidelity = tl.zeros_like(tl.sum(x, axis=2))
-        diversity = fidelity
-        gradient = tl.zeros_like(x)
-        careful = 0
-        passes = 1
-        while careful < passes:
-            fidelity, gradient, outside = accumulate_targets(
-                x, root, y_rows, gy_rows, feature, keep, careful, in_range, factor, m, features,
-                stride_ym, stride_yd, stride_gym, stride_gyd, target_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, TARGET_GRADIENT, MANY, BLOCK_N,
-            )  # fmt: skip
-            diversity, repulsion, outside_pairs = accumulate_samples(
-                x, root, x_rows, feature, keep, careful, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, BLOCK_N,
-            )  # fmt: skip
-            gradient -= repulsion
-            careful += 1
-            if (MODE != 2) and (not SINGLE):
-                # One test a tile, not one a pair: coincident or extreme points are rare, and then all is redone.
-                # The careful pass finds nothing outside, so there are two at most.
-                passes = 1 + any_of(outside | outside_pairs).to(tl.int32)
-
-        terms = target_coefficient * fidelity - (0.5 * pair_coefficient) * diversity
-        loss = tl.where(keep, tl.sum(terms, axis=1) * factor, 0.0)  # [R]
-        if REDUCE:
-            total += tl.sum(loss, axis=0)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_range = row < rows
+    keep, factor = row_scale(
+        row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR
+    )
+    sample = tl.arange(0, BLOCK_N).to(tl.int64)
+    feature = tl.arange(0, BLOCK_D).to(tl.int64)
+    inside_D = feature < features
+    inside_ND = (sample < N)[:, None] & inside_D[None, :]
+    x_rows = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
+    y_rows = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
+    gy_rows = gy_ptr + row_offset(row, row_size_1, row_size_2, stride_gy0, stride_gy1, stride_gy2, ROW_DIMS)
+    x_offsets = (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :]
+    x = tl.load(
+        x_rows[:, None, None] + x_offsets[None, :, :],
+        mask=keep[:, None, None] & inside_ND[None, :, :],
+        other=0.0,
+    ).to(dtype)  # [R, N, D]
+    root = feature.to(dtype)
+    if HAS_ROOT:
+        weight = tl.load(feature_weight_ptr + feature, mask=inside_D, other=0.0).to(dtype)
+        if DOUBLE:
+            root = tl.sqrt(weight)
         else:
-            tl.store(loss_ptr + row, loss, mask=in_range)
-        if SAMPLE_GRADIENT:
-            gradient = gradient * factor[:, None, None]
-            if HAS_ROOT:
-                gradient = gradient * root[None, None, :]
-            gradient = tl.where(keep[:, None, None], gradient, 0.0)
-            gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
-            gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
-            tl.store(
-                gx_rows[:, None, None] + gx_offsets[None, :, :],
-                gradient.to(gx_ptr.dtype.element_ty),
-                mask=in_range[:, None, None] & inside_ND[None, :, :],
-            )
+            root = tl.sqrt_rn(weight)
 
+    # Zeros of the right shapes: a loop must know the types of what it carries.
+    fidelity = tl.zeros_like(tl.sum(x, axis=2))
+    diversity = fidelity
+    gradient = tl.zeros_like(x)
+    careful = 0
+    passes = 1
+    while careful < passes:
+        fidelity, gradient, outside = accumulate_targets(
+            x, root, y_rows, gy_rows, feature, keep, careful, in_range, factor, m, features,
+            stride_ym, stride_yd, stride_gym, stride_gyd, target_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, TARGET_GRADIENT, MANY, BLOCK_N,
+        )  # fmt: skip
+        diversity, repulsion, outside_pairs = accumulate_samples(
+            x, root, x_rows, feature, keep, careful, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, BLOCK_N,
+        )  # fmt: skip
+        gradient -= repulsion
+        careful += 1
+        if (MODE != 2) and (not SINGLE):
+            # One test a program, not one a pair: coincident or extreme points are rare, and then all is redone.
+            # The careful pass finds nothing outside, so there are two at most.
+            passes = 1 + any_of(outside | outside_pairs).to(tl.int32)
+
+    terms = target_coefficient * fidelity - (0.5 * pair_coefficient) * diversity
+    loss = tl.where(keep, tl.sum(terms, axis=1) * factor, 0.0)  # [R]
     if REDUCE:
-        tl.store(partial_ptr + tl.program_id(0), total)
-        if FINISH:  # noqa: SIM102 (a constexpr outside, a value inside)
-            # The last program to get here adds up what all have written: in the order of the programs, so that the
-            # sum does not depend on who is last.
-            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-                program = tl.arange(0, BLOCK_P)
-                # Past the L1 cache, which may not know of the other programs' stores.
-                partial = tl.load(
-                    partial_ptr + program, mask=program < tl.num_programs(0), other=0.0, cache_modifier=".cg"
-                )
-                tl.store(loss_ptr, tl.sum(partial, axis=0))
-                tl.store(counter_ptr, 0)
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, axis=0))
+    else:
+        tl.store(loss_ptr + row, loss, mask=in_range)
+    if SAMPLE_GRADIENT:
+        gradient = gradient * factor[:, None, None]
+        if HAS_ROOT:
+            gradient = gradient * root[None, None, :]
+        gradient = tl.where(keep[:, None, None], gradient, 0.0)
+        gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
+        gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
+        tl.store(
+            gx_rows[:, None, None] + gx_offsets[None, :, :],
+            gradient.to(gx_ptr.dtype.element_ty),
+            mask=in_range[:, None, None] & inside_ND[None, :, :],
+        )
 
 
 @triton.jit

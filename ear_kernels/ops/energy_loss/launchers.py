@@ -93,7 +93,6 @@ def rows_launch(
     needs: tuple[bool, bool],
     options: dict[str, Any],
     present: tuple[bool, bool, bool, bool] = (False, False, False, False),
-    finish: bool = False,
 ) -> Prepared | None:
     """Grid, scalars, constexprs and warps of ``energy_rows_kernel``: all that depends on no pointer.
 
@@ -102,7 +101,6 @@ def rows_launch(
         needs: which gradients are wanted.
         options: alpha, tau, eps, reduction.
         present: whether there are a mask, row weights, feature weights, and a denominator on the device.
-        finish: whether the kernel adds up the partial losses itself, which takes a counter.
 
     Returns:
         None if the leading dimensions do not collapse or a row does not fit into one program.
@@ -140,7 +138,6 @@ def rows_launch(
         "HAS_WEIGHT": has_weight,
         "HAS_DENOMINATOR": has_denominator,
         "REDUCE": reduction != "none",
-        "FINISH": finish,
         "REFINE": not double,
         "SAMPLE_GRADIENT": needs[0],
         "TARGET_GRADIENT": needs[1],
@@ -150,9 +147,8 @@ def rows_launch(
         "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
-        "BLOCK_P": launch.next_power_of_two(launch.ROWS_PROGRAMS),
     }
-    return (min(launch.ceil_div(rows, config.block_r), launch.ROWS_PROGRAMS),), scalars, constexprs, config.num_warps
+    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
 
 
 def energy_loss_forward(
@@ -224,8 +220,8 @@ def energy_loss_forward(
             count = rows if reduction == "none" else grid[0]
             partial = torch.empty(count, dtype=dtype, device=samples_RnD.device)
             kernels.energy_rows_kernel[grid](
-                samples_RnD, targets_RmD, mask, weights, fw, denominator, None, partial, partial,
-                tensors[2], tensors[3], *scalars, **constexprs, num_warps=warps,
+                samples_RnD, targets_RmD, mask, weights, fw, denominator, partial, tensors[2], tensors[3],
+                *scalars, **constexprs, num_warps=warps,
             )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gy
 

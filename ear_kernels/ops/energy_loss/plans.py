@@ -61,22 +61,6 @@ def remember(key: Hashable, plan: Any) -> None:
     PLANS[key] = plan
 
 
-# One counter a stream, because kernels of one stream do not overlap.
-_COUNTERS: dict[tuple[int, int], Tensor] = {}
-
-
-def _counter(device: int) -> Tensor:
-    """A zero for ``energy_rows_kernel``, which leaves it at zero."""
-    if torch.cuda.is_current_stream_capturing():
-        # Two captured graphs may run at the same time, whatever stream they were captured on.
-        return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
-    key = (device, torch._C._cuda_getCurrentRawStream(device))
-    counter = _COUNTERS.get(key)
-    if counter is None:
-        counter = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
-    return counter
-
-
 class _Plan:
     """What both kinds of plan share: the sum of the partial losses and the scaling of the gradients."""
 
@@ -147,7 +131,7 @@ class RowsPlan(_Plan):
             tensor.movedim(dim, -2) if tensor.ndim == samples.ndim else tensor.unsqueeze(-2)
             for tensor, dim in zip((samples, target, *placeholders), (*dims, *dims), strict=True)
         ]
-        prepared = launchers.rows_launch(views, self.needs, options, finish=True)
+        prepared = launchers.rows_launch(views, self.needs, options)
         if prepared is None:
             raise LookupError("no plan: this call needs a copy or more than one program a row")
         grid, scalars, constexprs, warps = prepared
@@ -166,14 +150,14 @@ class RowsPlan(_Plan):
             torch.empty_strided(shape, stride, dtype=dtype, device=self.device) if needed else None
             for (shape, stride, dtype), needed in zip(self.formats, self.needs, strict=True)
         ]
-        loss = torch.empty((), dtype=self.dtype, device=self.device)
-        partial = torch.empty(self.programs, dtype=self.dtype, device=self.device)
+        loss, partial = self.new_loss()
         gx, gy = gradients
         # An absent gradient is passed as the tensor itself; the kernel does not touch it.
         self._rows(
-            self.index, samples, target, None, None, None, None, _counter(self.index), partial, loss,
-            samples if gx is None else gx, target if gy is None else gy,
+            self.index, samples, target, None, None, None, None, partial, samples if gx is None else gx,
+            target if gy is None else gy,
         )  # fmt: skip
+        self.finish(loss, partial)
         return loss, gx, gy
 
 

@@ -20,8 +20,6 @@ _SWITCHES = {
     "HAS_WEIGHT": False,
     "HAS_DENOMINATOR": False,
     "REDUCE": True,
-    "FINISH": True,
-    "BLOCK_P": 2048,
     "REFINE": True,
     "SAMPLE_GRADIENT": True,
     "TARGET_GRADIENT": False,
@@ -57,12 +55,11 @@ def describe(
     ``dtype`` is that of samples, targets and gradients; ``ones`` are integer arguments specialised to 1.
     """
     working = "fp64" if dtype == "fp64" else "fp32"
-    pointers = {"mask_ptr": "*i1", "counter_ptr": "*i32", "seed_ptr": "*i64", "norm_ptr": f"*{working}"}
+    pointers = {"mask_ptr": "*i1", "seed_ptr": "*i64", "norm_ptr": f"*{working}"}
     working_pointers = (
         "weight_ptr",
         "denominator_ptr",
         "loss_ptr",
-        "partial_ptr",
         "inverse_ptr",
         "slope_ptr",
         "normal_ptr",
