@@ -51,7 +51,7 @@ def energy_rows_config(n: int, features: int, double: bool = False) -> TileConfi
     if tile >= 1024:
         # The largest tiles get 16 elements a thread, because they also hold many samples' sums.
         size = tile * (2 if double else 1)
-        return TileConfig(1, block_n, block_d, size // (512 if size > 2048 else 1024))
+        return TileConfig(1, block_n, block_d, size // (512 if double or size > 2048 else 1024))
     if features == 1:
         return TileConfig(max(1, min(128, 512 // tile)), block_n, block_d, 1)
     return TileConfig(max(1, min(128, 1024 // tile)), block_n, block_d, 4)

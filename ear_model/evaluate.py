@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ear_kernels import energy_distance
 from ear_model.data import Dataset, load_digits, to_pixels
 from ear_model.ear import EAR
 from ear_model.files import write_atomically
@@ -42,18 +43,6 @@ class Evaluation:
     """Share of samples nearer to a training digit than the nearest 1 % of held-out digits are."""
 
 
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased ``2 E|a-b| - E|a-a'| - E|b-b'|`` between points ``[N, D]`` and ``[M, D]`` (paper Eq. 9, alpha 1)."""
-
-    def within(points: Tensor) -> Tensor:
-        return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").sum() / (
-            len(points) * (len(points) - 1)
-        )
-
-    between = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").mean()
-    return float(2 * between - within(a) - within(b))
-
-
 def evaluate_samples(
     samples: Tensor,
     labels: Tensor,
@@ -79,8 +68,8 @@ def evaluate_samples(
         num_samples=len(samples),
         class_consistency=float(np.mean(predicted == labels.numpy())),
         classifier_test_accuracy=float(classifier.score(test_pixels.numpy(), held_out.labels.numpy())),
-        energy_distance=energy_distance(pixels, test_pixels),
-        energy_distance_floor=energy_distance(train_pixels, test_pixels),
+        energy_distance=energy_distance(pixels, test_pixels).item(),
+        energy_distance_floor=energy_distance(train_pixels, test_pixels).item(),
         nearest_train_samples=float(nearest.median()),
         nearest_train_held_out=float(nearest_held_out.median()),
         share_below_closest_held_out=float((nearest < nearest_held_out.quantile(0.01)).double().mean()),

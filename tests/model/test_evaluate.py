@@ -19,7 +19,7 @@ def test_energy_distance_is_the_u_statistic():
         pairs = [np.linalg.norm(p - q) for i, p in enumerate(points) for j, q in enumerate(points) if i != j]
         return np.mean(pairs)
 
-    assert evaluate.energy_distance(a, b) == pytest.approx(2 * between - within(a) - within(b), rel=1e-9)
+    assert evaluate.energy_distance(a, b).item() == pytest.approx(2 * between - within(a) - within(b), rel=1e-9)
 
 
 def test_real_digits_score_as_real_digits():

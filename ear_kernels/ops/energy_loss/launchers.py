@@ -320,8 +320,9 @@ def gaussian_launch(
         "HAS_WEIGHT": has_weight,
         "HAS_DENOMINATOR": has_denominator,
         "REDUCE": reduction != "none",
-        # The relative error of the fast root, 2^-23, drowns in the sum over the draws.
-        "REFINE": False,
+        # The relative error of the fast root, 2^-23, drowns in the gradient of the samples, but not in that of
+        # log_std, where the draws cancel.
+        "REFINE": parameter_gradient and not double,
         "SAMPLE_GRADIENT": needs[0],
         "PARAMETER_GRADIENT": parameter_gradient,
         "ROW_DIMS": len(sizes),

@@ -101,7 +101,7 @@ def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple
     assert config is not None
     return describe(
         f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, ones, N=n,
-        UNROLL=config.unroll, REFINE=False,
+        UNROLL=config.unroll, REFINE=switches.get("PARAMETER_GRADIENT", False),
         BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d, SINGLE=features == 1, **switches,
     )  # fmt: skip
 
