@@ -1,8 +1,9 @@
 """The public operations: shapes, dtypes, checks and errors. The maths is in ``ops/*/reference.py``."""
 
+import torch
 from torch import Tensor
 
-from ear_kernels.dispatch import choose_backend
+from ear_kernels.dispatch import choose_backend, requested_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
@@ -57,6 +58,25 @@ def _dimension(name: str, dim: int, ndim: int) -> int:
             "which holds the features"
         )
     return dim % ndim
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The autocast dtype where autocast is on for the tensors' device, else what they promote to."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype = present[0].dtype
+    for tensor in present[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _applies(operation: str, reason: str | None) -> bool:
+    """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
+    if reason is not None and requested_backend() == "triton":
+        raise NotImplementedError(f"EAR_KERNELS_BACKEND=triton, but {operation} got {reason}")
+    return reason is None
 
 
 def energy_loss(
@@ -179,7 +199,8 @@ def adaln_modulate(
         eps: added to the variance.
 
     Returns:
-        ``[..., W]``.
+        ``[..., W]`` in the promoted dtype of hidden, shift and scale. The Triton path computes in float32 and, under
+        autocast, returns the autocast dtype (the linear that follows would cast to it).
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
@@ -196,7 +217,12 @@ def adaln_modulate(
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
                 raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
-    choose_backend("adaln_modulate")
+    if choose_backend("adaln_modulate", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+
+        tensors = (shift, scale, weight, bias)
+        if _applies("adaln_modulate", adaln.supported(hidden, *tensors)):
+            return adaln.adaln_modulate(hidden, *tensors, eps, _compute_dtype(hidden, shift, scale))
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 
 
@@ -219,7 +245,8 @@ def gated_silu_ffn(
         weight_out, bias_out: ``[W, V]`` and ``[W]`` or None.
 
     Returns:
-        ``[..., W]``.
+        ``[..., W]`` in the promoted dtype; in the autocast dtype under autocast. The Triton path rounds ``hidden`` and
+        ``gate`` to that dtype as well.
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
@@ -246,7 +273,14 @@ def gated_silu_ffn(
     for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
         if bias is not None and tuple(bias.shape) != (size,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
-    choose_backend("gated_silu_ffn")
+    if choose_backend("gated_silu_ffn", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+        from ear_kernels.ops.silu_ffn import autograd as silu_ffn
+
+        tensors = (hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
+        reason = adaln.supported(*tensors) or adaln.supported(weight_in.t())
+        if _applies("gated_silu_ffn", reason):
+            return silu_ffn.gated_silu_ffn(*tensors, _compute_dtype(*tensors))
     return silu_ffn_reference.gated_silu_ffn(
         hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out
     )
