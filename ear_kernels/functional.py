@@ -6,6 +6,7 @@ from torch import Tensor
 from ear_kernels.dispatch import choose_backend, requested_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
+from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -283,4 +284,70 @@ def gated_silu_ffn(
             return silu_ffn.gated_silu_ffn(*tensors, _compute_dtype(*tensors))
     return silu_ffn_reference.gated_silu_ffn(
         hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out
+    )
+
+
+def generator_blocks(
+    hidden: Tensor,
+    conditioning: Tensor,
+    parameters: list[Tensor],
+    *,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+    group: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """All residual blocks and the final layer of the MLP generator (paper Eq. 11) as one operation.
+
+    Legend: T tokens, R = E * group rows, E conditioning vectors, W width, D size of a token.
+
+    Args:
+        hidden: ``[T, W]``: the projected hidden state of each token.
+        conditioning: ``[E, W]``: the embedded noise c, before its SiLU; rows ``e * group`` to ``(e + 1) * group - 1``
+            share vector e.
+        parameters: 8 a block (norm weight and bias, first linear, second linear, modulation linear), then 4 of
+            the final layer (modulation linear, output linear); each linear's weight before its bias.
+        index: ``[R]`` int32, the token of each row; None if rows are tokens. Every token has the same number of rows
+            in ``inverse``.
+        inverse: ``[T * n]``: the row of sample s of token t at ``t * n + s``; None if rows are in that order.
+            Rows that it does not name are padding and get no gradient from ``hidden``.
+        group: rows a conditioning vector.
+        temperature: multiplies the shift of the residual blocks. Other than 1 only without gradients.
+        eps: of every norm.
+
+    Returns:
+        ``[R, D]`` in row order, in the dtype of ``conditioning``.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature with gradients.
+    """
+    _check_floating("hidden", hidden)
+    _check_floating("conditioning", conditioning)
+    _check_device("conditioning", conditioning, hidden, "hidden")
+    block, final = generator_reference.BLOCK_PARAMETERS, generator_reference.FINAL_PARAMETERS
+    if len(parameters) < block + final or len(parameters) % block != final:
+        raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
+    rows = conditioning.shape[0] * group
+    have = hidden.shape[0] if index is None else index.shape[0]
+    if hidden.ndim != 2 or conditioning.ndim != 2 or hidden.shape[1] != conditioning.shape[1] or have != rows:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, conditioning {tuple(conditioning.shape)}, group {group}, "
+            f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and [E * group]"
+        )
+    if choose_backend("mlp_generator", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+        from ear_kernels.ops.generator import autograd as generator
+
+        reason = adaln.supported(hidden, conditioning, *parameters)
+        if hidden.dtype != conditioning.dtype:
+            reason = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
+        if temperature != 1 and torch.is_grad_enabled():
+            reason = f"temperature {temperature} with gradients enabled"
+        if _applies("mlp_generator", reason):
+            return generator.generator_blocks(
+                hidden, conditioning, parameters, index, inverse, group, temperature, eps
+            )
+    return generator_reference.generator_blocks(
+        hidden, conditioning, parameters, index, group, temperature, eps
     )

@@ -36,9 +36,9 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def units_of(group: int) -> tuple[int, int]:
-    """(units a run, rows a unit) for runs of ``group`` rows."""
-    unit_rows = min(group, UNIT_ROWS)
+def units_of(group: int, unit_rows: int | None = None) -> tuple[int, int]:
+    """(units a run, rows a unit) for runs of ``group`` rows; at most ``unit_rows`` (``UNIT_ROWS``) rows a unit."""
+    unit_rows = min(group, UNIT_ROWS if unit_rows is None else unit_rows)
     return -(-group // unit_rows), unit_rows
 
 
@@ -62,6 +62,7 @@ def launch_forward(
     temperature: float = 1.0,
     index: Tensor | None = None,
     residual: tuple[Tensor, Tensor, Tensor] | None = None,
+    unit_rows: int | None = None,
 ) -> None:
     """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to ``stats``.
 
@@ -72,7 +73,7 @@ def launch_forward(
     rows, width = out.shape
     if rows == 0:
         return
-    chunks, unit_rows = units_of(group)
+    chunks, unit_rows = units_of(group, unit_rows)
     ffn, gate, next_hidden = residual if residual is not None else (hidden, hidden, out)
     mean, rstd = stats if stats is not None else (out, out)
     kernels.adaln_fwd_kernel[(rows // group * chunks,)](
@@ -129,6 +130,7 @@ def launch_backward(
     previous: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     sum_affine: bool,
     sum_modulation: bool = False,
+    unit_rows: int | None = None,
 ) -> Tensor:
     """Backward of :func:`launch_forward`; writes into the given gradients and returns the column sums.
 
@@ -145,7 +147,7 @@ def launch_backward(
     sums = 2 * sum_affine + 2 * sum_modulation + 2 * (sum_modulation and previous is not None)
     if rows == 0:
         return grad_out.new_zeros((sums, width), dtype=torch.float32)
-    chunks, unit_rows = units_of(group)
+    chunks, unit_rows = units_of(group, unit_rows)
     units = rows // group * chunks
     programs, units_per_program = backward_grid(units)
     partials = grad_out.new_empty((programs, max(sums, 1), width), dtype=torch.float32)
