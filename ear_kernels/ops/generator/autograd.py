@@ -176,7 +176,8 @@ def _backward(
 
     def put(layer: int, slot: int, value: Tensor) -> None:
         position = layer * BLOCK_PARAMETERS + slot
-        gradients[position] = value.to(dtypes[position])
+        # A copy: the sums are rows of one tensor, and outputs of an operation must not share memory.
+        gradients[position] = value.to(dtypes[position], copy=True)
 
     def put_weight(layer: int, slot: int, grad: Tensor, x: Tensor) -> None:
         position = layer * BLOCK_PARAMETERS + slot

@@ -25,6 +25,11 @@ from ear_kernels.ops.silu_ffn.configs import GemmConfig
 _EPILOGUE_NUMBERS = {"silu": 1, "gate": 2, "dsilu": 3}
 _SILU_BLOCK = 4096
 
+POINTWISE_PROGRAMS = 1056
+"""Programs of a pointwise backward: 8 for each of an H200's SMs; a constant for the sake of the order of its sums."""
+
+POINTWISE_STAGES = 2
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``x @ weight^T + bias`` by cuBLAS (its bias epilogue is free); float32 follows the matmul precision setting."""
@@ -109,7 +114,7 @@ def silu_backward(
         grad_pre = pre.new_empty((rows, width))
     if rows == 0:
         return grad_pre, pre.new_zeros((width,), dtype=torch.float32)
-    programs, rows_per_program = backward_grid(rows)
+    programs, rows_per_program = backward_grid(rows, POINTWISE_PROGRAMS)
     partials = pre.new_empty((programs, width), dtype=torch.float32)
     into = active if active is not None else grad_pre
     kernels.silu_bwd_kernel[(programs,)](
@@ -127,6 +132,7 @@ def silu_backward(
         WIDTH=width,
         BLOCK=block_of(width),
         STORE_ACTIVE=active is not None,
+        STAGES=POINTWISE_STAGES,
         num_warps=warps_of(width),
     )
     return grad_pre, partials.sum(0)
@@ -167,7 +173,7 @@ def gate_backward(
         return grad_out.new_zeros((width,), dtype=torch.float32)
     chunks, unit_rows = units_of(group)
     units = rows // group * chunks
-    programs, units_per_program = backward_grid(units)
+    programs, units_per_program = backward_grid(units, POINTWISE_PROGRAMS)
     partials = grad_out.new_empty((programs, width), dtype=torch.float32)
     kernels.gate_bwd_kernel[(programs,)](
         grad_out,

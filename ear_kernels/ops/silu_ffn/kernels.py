@@ -153,6 +153,7 @@ def silu_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     STORE_ACTIVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``grad_pre = grad_out * SiLU'(pre)``, its sum over rows in a fixed order, and the activation again."""
     program = tl.program_id(0)
@@ -160,7 +161,7 @@ def silu_bwd_kernel(
     live = cols < WIDTH
     sum_W = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
-    for index in range(begin, tl.minimum(begin + rows_per_program, rows)):
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
         g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(pre + row * stride_pre + cols, mask=live, other=0.0).to(tl.float32)
