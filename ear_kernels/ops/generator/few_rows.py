@@ -174,7 +174,7 @@ def _few_rows(
             K=width,
             AFFINE=norm is not None,
             SILU=norm is not None,
-            BLOCK_STATS=min(512, adaln.block_of(width)),
+            BLOCK_STATS=min(8192 // config.bm, adaln.block_of(width)),
             **tile,
         )
         return out

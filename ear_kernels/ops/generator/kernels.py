@@ -151,16 +151,16 @@ def norm_linear_kernel(
     # Mean and squared deviations of pieces of a row, merged as they come (Chan et al.): one pass, no cancellation.
     mean = tl.zeros([BM], tl.float32)
     spread = tl.zeros([BM], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_STATS):
-        ks = start + tl.arange(0, BLOCK_STATS)
-        here = min(BLOCK_STATS, K - start)
-        mask = live[:, None] & (ks < K)[None, :]
-        h = tl.load(base + ks[None, :], mask=mask, other=0.0).to(tl.float32)
-        piece = tl.sum(h, 1) / here
-        centred = tl.where((ks < K)[None, :], h - piece[:, None], 0.0)
+    for done in tl.static_range(0, K, BLOCK_STATS):
+        at = done + tl.arange(0, BLOCK_STATS)
+        here = BLOCK_STATS if done + BLOCK_STATS <= K else K - done
+        seen = live[:, None] & (at < K)[None, :]
+        h_piece = tl.load(base + at[None, :], mask=seen, other=0.0).to(tl.float32)
+        piece = tl.sum(h_piece, 1) / here
+        centred = tl.where((at < K)[None, :], h_piece - piece[:, None], 0.0)
         delta = piece - mean
-        spread += tl.sum(centred * centred, 1) + delta * delta * (start * here / (start + here))
-        mean += delta * (here / (start + here))
+        spread += tl.sum(centred * centred, 1) + delta * delta * (done * here / (done + here))
+        mean += delta * (here / (done + here))
     rstd = 1.0 / tl.sqrt(spread / K + eps)
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):

@@ -46,7 +46,7 @@ HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     "silu": (
         (0, GemmConfig(64, 64, 64, 4, 4, flatten=False)),
         (512, GemmConfig(128, 64, 64, 4, 4, flatten=False)),
-        (4096, GemmConfig(128, 256, 64, 3, 8)),
+        (4096, GemmConfig(128, 256, 64, 3, 8, split=2)),
     ),
     "gate": (
         (0, GemmConfig(64, 64, 64, 4, 4, flatten=False)),
