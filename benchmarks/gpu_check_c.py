@@ -1,3 +1,4 @@
+# ruff: noqa: B023, E501, E731 (timed closures are called in the iteration that makes them; tables are long)
 """One call on a GPU: correctness of the generator's kernels, then the times that decide the static table.
 
     python benchmarks/gpu_check_c.py            # about 5 minutes on an H200; JSON to $OUT/gpu_check_c.json
@@ -39,7 +40,10 @@ def say(line: str) -> None:
 
 def record(section: str, **values) -> None:
     RESULTS.append({"section": section, **values})
-    say(f"[{section}] " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()))
+    say(
+        f"[{section}] "
+        + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    )
 
 
 def backend(name: str) -> None:
@@ -122,7 +126,7 @@ def check_ops() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width, rows in ((1024, 4099), (1280, 517), (1536, 517), (1152, 33), (384, 1), (96, 4101)):
             torch.manual_seed(width)
-            draw = lambda *s: torch.randn(*s, device="cuda", dtype=dtype)  # noqa: E731, B023
+            draw = lambda *s: torch.randn(*s, device="cuda", dtype=dtype)
             grad = draw(rows, width)
             tensors = [draw(rows, width), draw(rows, width), draw(rows, width), draw(width), draw(width)]
             backend("triton")
@@ -131,8 +135,22 @@ def check_ops() -> None:
             same = all(torch.equal(ours[k], again[k]) for k in ours)
             eager, exact = (leaves_run(eager_adaln, tensors, grad, d) for d in (dtype, torch.float64))
             name, error, ratio = worst(ours, eager, exact)
-            record("check", op="adaln", dtype=str(dtype)[6:], width=width, worst=name, error=error, ratio=ratio, same=same)
-            weights = [draw(width, width) / width**0.5, draw(width), draw(width, width) / width**0.5, draw(width)]
+            record(
+                "check",
+                op="adaln",
+                dtype=str(dtype)[6:],
+                width=width,
+                worst=name,
+                error=error,
+                ratio=ratio,
+                same=same,
+            )
+            weights = [
+                draw(width, width) / width**0.5,
+                draw(width),
+                draw(width, width) / width**0.5,
+                draw(width),
+            ]
             tensors = [*tensors[:3], *weights]
             eager, exact = (leaves_run(eager_ffn, tensors, grad, d) for d in (dtype, torch.float64))
             table = {e: entries[-1][1] for e, entries in configs.HOPPER.items()}
@@ -142,7 +160,15 @@ def check_ops() -> None:
                 with configs.overriding(**options):
                     ours = leaves_run(gated_silu_ffn, tensors, grad, dtype)
                 name, error, ratio = worst(ours, eager, exact)
-                record("check", op=f"ffn {plan}", dtype=str(dtype)[6:], width=width, worst=name, error=error, ratio=ratio)
+                record(
+                    "check",
+                    op=f"ffn {plan}",
+                    dtype=str(dtype)[6:],
+                    width=width,
+                    worst=name,
+                    error=error,
+                    ratio=ratio,
+                )
 
 
 def generator_run(generator, z, noise, grad, name, autocast=None, **options) -> dict:
@@ -215,7 +241,7 @@ def gemms() -> None:
     ]
     for width in (1024, 1536):
         rows = 65536
-        draw = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        draw = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
         mod, x, w, b = draw(rows, 3 * width), draw(rows, width), draw(width, width) / width**0.5, draw(width)
         u, gate, h = mod[:, :width], mod[:, 2 * width :], draw(rows, width)
         out, extra = torch.empty_like(h), torch.empty_like(h)
@@ -234,8 +260,15 @@ def gemms() -> None:
         ds = draw(rows, width)
         rate("cublas ds += dmod W, beta=1", time_ms(lambda: ds.addmm_(mod, w3)), 3 * flops)
         record("gemm", width=width, what="silu pointwise", ms=time_ms(lambda: ffn.silu(x)))
-        record("gemm", width=width, what="silu_bwd pointwise", ms=time_ms(lambda: ffn.silu_backward(x, h, extra, out)))
-        record("gemm", width=width, what="gate pointwise", ms=time_ms(lambda: ffn.gate_residual(h, x, gate, 1)))
+        record(
+            "gemm",
+            width=width,
+            what="silu_bwd pointwise",
+            ms=time_ms(lambda: ffn.silu_backward(x, h, extra, out)),
+        )
+        record(
+            "gemm", width=width, what="gate pointwise", ms=time_ms(lambda: ffn.gate_residual(h, x, gate, 1))
+        )
         for config in variants:
             for epilogue, options in (
                 ("silu", {"bias": b}),
@@ -246,7 +279,7 @@ def gemms() -> None:
             ):
                 what = f"{epilogue}{' saving' if 'extra' in options else ''} {config.name}"
                 try:
-                    ms = time_ms(lambda: ffn.launch_linear(config, epilogue, x, w, out, **options))  # noqa: B023
+                    ms = time_ms(lambda: ffn.launch_linear(config, epilogue, x, w, out, **options))
                     rate(what, ms)
                 except Exception as error:
                     record("gemm", width=width, what=what, failed=repr(error)[:80])
@@ -258,7 +291,7 @@ def rowwise() -> None:
 
     for width in (1024, 1536):
         rows = 65536
-        draw = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        draw = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
         mod, before, dmod, dbefore = (draw(rows, 3 * width) for _ in range(4))
         h, f, g, nxt, df = (draw(rows, width) for _ in range(5))
         w, b = torch.randn(2, width, device="cuda")
@@ -267,16 +300,31 @@ def rowwise() -> None:
         shift, scale, gate = mod[:, :width], mod[:, width : 2 * width], before[:, 2 * width :]
         for residual, passes in ((None, 4), ((f, gate, nxt), 7)):
             ms = time_ms(
-                lambda: adaln.launch_forward(h, shift, scale, w, b, g, stats, group=1, eps=1e-6, residual=residual)  # noqa: B023
+                lambda: adaln.launch_forward(
+                    h, shift, scale, w, b, g, stats, group=1, eps=1e-6, residual=residual
+                )
             )
             record("rowwise", width=width, what=f"fwd, {passes} passes", ms=ms, gbs=passes * unit / ms)
         block = adaln.block_of(width)
         shipped = adaln.BACKWARD_ROWS[block]
         trial = [shipped[0]]
         if width == 1024:
-            trial += [adaln.RowConfig(*a) for a in ((4, 1, 396), (4, 3, 396), (8, 2, 396), (8, 2, 528, 64), (4, 2, 1056, 128), (8, 1, 264))]
+            trial += [
+                adaln.RowConfig(*a)
+                for a in (
+                    (4, 1, 396),
+                    (4, 3, 396),
+                    (8, 2, 396),
+                    (8, 2, 528, 64),
+                    (4, 2, 1056, 128),
+                    (8, 1, 264),
+                )
+            ]
         else:
-            trial += [adaln.RowConfig(*a) for a in ((8, 2, 132), (16, 2, 264, 64), (16, 2, 132), (8, 1, 132), (8, 2, 528, 128))]
+            trial += [
+                adaln.RowConfig(*a)
+                for a in ((8, 2, 132), (16, 2, 264, 64), (16, 2, 132), (8, 1, 132), (8, 2, 528, 128))
+            ]
         for config in trial:
             adaln.BACKWARD_ROWS[block] = (config, shipped[1])
             ms = time_ms(
@@ -304,7 +352,9 @@ def forward_only(generator, z, noise, **options) -> None:
         generator(z, noise, **options)
 
 
-def measure(name: str, run, section: str, size: str, z, noise, grad, gflop: float, launches: int = 3, **options) -> None:
+def measure(
+    name: str, run, section: str, size: str, z, noise, grad, gflop: float, launches: int = 3, **options
+) -> None:
     """Forward, forward + backward and peak memory of one variant."""
     fwd = time_ms(lambda: forward_only(run, z, noise, **options), launches, 3)
     both = time_ms(lambda: step(run, z, noise, grad, **options), launches, 3)
@@ -315,7 +365,16 @@ def measure(name: str, run, section: str, size: str, z, noise, grad, gflop: floa
     torch.cuda.reset_peak_memory_stats()
     step(run, z, noise, grad, **options)
     peak = (torch.cuda.max_memory_allocated() - base) / 2**30
-    record(section, size=size, what=name, fwd=fwd, fwd_bwd=both, fwd_tflops=gflop / fwd, tflops=3 * gflop / both, peak_gib=peak)
+    record(
+        section,
+        size=size,
+        what=name,
+        fwd=fwd,
+        fwd_bwd=both,
+        fwd_tflops=gflop / fwd,
+        tflops=3 * gflop / both,
+        peak_gib=peak,
+    )
 
 
 def whole(width: int, depth: int, compiled: bool = True, plans: bool = True) -> None:
@@ -375,13 +434,19 @@ def few_rows() -> None:
             noise = torch.rand(rows, 64, device="cuda", dtype=torch.bfloat16) - 0.5
             with torch.no_grad():
                 backend("eager")
-                record("few", size=f"{depth}x{width}", rows=rows, what="eager graph", ms=graph_ms(lambda: generator(z, noise)))  # noqa: B023
+                record(
+                    "few",
+                    size=f"{depth}x{width}",
+                    rows=rows,
+                    what="eager graph",
+                    ms=graph_ms(lambda: generator(z, noise)),
+                )
                 backend("triton")
                 for config in trial.get(rows, [None]):
                     try:
                         if config is not None:
                             few.TABLE = ((few.MOST_ROWS, config),)
-                        ms = graph_ms(lambda: generator(z, noise))  # noqa: B023
+                        ms = graph_ms(lambda: generator(z, noise))
                         record("few", size=f"{depth}x{width}", rows=rows, what=str(config or "table"), ms=ms)
                     except Exception as error:
                         record("few", rows=rows, what=str(config), failed=repr(error)[:100])
@@ -423,7 +488,9 @@ SECTIONS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help=f"comma-separated; of {', '.join(SECTIONS)}")
     parser.add_argument("--seconds", type=float, default=330.0)
     arguments = parser.parse_args()

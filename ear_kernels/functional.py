@@ -36,7 +36,9 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device"
+        )
 
 
 def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
@@ -140,7 +142,9 @@ def energy_loss(
             "the energy loss needs at least 2"
         )
     if features < 1:
-        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+        raise ValueError(
+            f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature"
+        )
     if target.ndim == samples.ndim:
         targets_RmD = target.movedim(_dimension("target_dim", target_dim, target.ndim), -2)
     elif target.ndim == samples.ndim - 1:
@@ -217,7 +221,9 @@ def adaln_modulate(
         if parameter is not None:
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]"
+                )
     if choose_backend("adaln_modulate", hidden) == "triton":
         from ear_kernels.ops.adaln import autograd as adaln
 
@@ -327,7 +333,9 @@ def generator_blocks(
     _check_device("conditioning", conditioning, hidden, "hidden")
     block, final = generator_reference.BLOCK_PARAMETERS, generator_reference.FINAL_PARAMETERS
     if len(parameters) < block + final or len(parameters) % block != final:
-        raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
+        raise ValueError(
+            f"{len(parameters)} parameters were given; there must be {block} a block and {final} more"
+        )
     rows = conditioning.shape[0] * group
     have = hidden.shape[0] if index is None else index.shape[0]
     if hidden.ndim != 2 or conditioning.ndim != 2 or hidden.shape[1] != conditioning.shape[1] or have != rows:

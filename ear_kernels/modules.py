@@ -174,8 +174,9 @@ class FusedMLPGenerator(nn.Module):
         """Parameters of the blocks and the final layer in the order of ``functional.generator_blocks``."""
         parameters: list[Tensor] = []
         for block in self.res_blocks:
-            for module in (block.in_ln, block.mlp[0], block.mlp[2], block.adaLN_modulation[1]):  # type: ignore[index, union-attr]
-                parameters += [module.weight, module.bias]  # type: ignore[union-attr, list-item]
+            assert isinstance(block, FusedAdaLNBlock)
+            for module in (block.in_ln, block.mlp[0], block.mlp[2], block.adaLN_modulation[1]):
+                parameters += [module.weight, module.bias]  # type: ignore[list-item]
         for module in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             parameters += [module.weight, module.bias]  # type: ignore[list-item]
         return parameters
@@ -223,7 +224,9 @@ class FusedMLPGenerator(nn.Module):
         if noise_pool is None and not (whole and choose_backend("mlp_generator", z) == "triton"):
             return self._block_by_block(z, noise, temperature, has_samples)
         if not whole:
-            raise ValueError(f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling")
+            raise ValueError(
+                f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling"
+            )
         tokens = z.reshape(-1, self.input_dim)
         samples = noise.shape[-2] if has_samples else 1
         vectors = noise.reshape(-1, samples, self.noise_dim)
@@ -231,7 +234,12 @@ class FusedMLPGenerator(nn.Module):
             few = functional.generator_few_rows(
                 tokens,
                 vectors.reshape(-1, self.noise_dim),
-                [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias],
+                [
+                    self.noise_embed.weight,
+                    self.noise_embed.bias,
+                    self.input_proj.weight,
+                    self.input_proj.bias,
+                ],
                 self.block_parameters(),
                 samples=samples,
                 temperature=float(factor),

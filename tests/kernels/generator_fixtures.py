@@ -36,8 +36,18 @@ def assert_no_worse_than_eager(
     unit = EPSILON[kernel.dtype]
     size = exact.double().abs()
     for what, error, reference, floor in (
-        ("max", ours.max(), theirs.max(), 4 * unit * torch.clamp(size.max(), min=terms**0.5 if terms > 1 else 0.0)),
-        ("rms", ours.square().mean().sqrt(), theirs.square().mean().sqrt(), unit * torch.clamp(size.square().mean().sqrt(), min=terms**0.5 if terms > 1 else 0.0)),
+        (
+            "max",
+            ours.max(),
+            theirs.max(),
+            4 * unit * torch.clamp(size.max(), min=terms**0.5 if terms > 1 else 0.0),
+        ),
+        (
+            "rms",
+            ours.square().mean().sqrt(),
+            theirs.square().mean().sqrt(),
+            unit * torch.clamp(size.square().mean().sqrt(), min=terms**0.5 if terms > 1 else 0.0),
+        ),
     ):
         bound = factor * reference + floor
         assert error <= bound, f"{name}: {what} error {error:.3e}, eager {reference:.3e}, allowed {bound:.3e}"

@@ -71,7 +71,11 @@ def test_broadcast_modulation(shape, modulation, dtype: torch.dtype) -> None:
 
 
 @given(
-    st.integers(0, 12), st.integers(1, 70), st.sampled_from([1, 2, 5, 17]), st.booleans(), st.integers(0, 2**31)
+    st.integers(0, 12),
+    st.integers(1, 70),
+    st.sampled_from([1, 2, 5, 17]),
+    st.booleans(),
+    st.integers(0, 2**31),
 )
 @settings(max_examples=12, deadline=None)
 def test_any_rows_and_width(entries: int, width: int, group: int, affine: bool, seed: int) -> None:
@@ -112,7 +116,9 @@ def test_fullgraph_compile() -> None:
     tensors = [torch.randn(6, 32, device=DEVICE) for _ in range(3)] + [torch.randn(32, device=DEVICE)] * 2
     grad = torch.randn(6, 32, device=DEVICE)
     compiled = torch.compile(adaln_modulate, fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(compiled, tensors, grad, torch.float32), run(eager, tensors, grad, torch.float32), strict=True):
+    for a, b in zip(
+        run(compiled, tensors, grad, torch.float32), run(eager, tensors, grad, torch.float32), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 

@@ -60,7 +60,9 @@ def compare(rows, gate_rows, sizes, dtype, plan, biases=True, seed=0) -> None:
     names = ["out"] + [
         name
         for name, tensor in zip(
-            ("hidden", "modulated", "gate", "weight_in", "bias_in", "weight_out", "bias_out"), tensors, strict=True
+            ("hidden", "modulated", "gate", "weight_in", "bias_in", "weight_out", "bias_out"),
+            tensors,
+            strict=True,
         )
         if tensor is not None
     ]
@@ -121,7 +123,9 @@ def test_fullgraph_compile_and_opcheck() -> None:
     tensors += [torch.randn(32, 32, device=DEVICE), torch.randn(32, device=DEVICE)] * 2
     grad = torch.randn(6, 32, device=DEVICE)
     compiled = torch.compile(gated_silu_ffn, fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(compiled, tensors, grad, torch.float32), run(eager, tensors, grad, torch.float32), strict=True):
+    for a, b in zip(
+        run(compiled, tensors, grad, torch.float32), run(eager, tensors, grad, torch.float32), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     torch.library.opcheck(torch.ops.ear_kernels.gated_silu_ffn_fwd, (*tensors, 1, True))
     h, u, gate, w_in, _, w_out, _ = tensors

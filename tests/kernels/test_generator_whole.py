@@ -25,7 +25,9 @@ def make(width: int, depth: int, seed: int, input_dim: int = 24, output_dim: int
     torch.manual_seed(seed)
     generator = FusedMLPGenerator(input_dim, width, output_dim, depth=depth, noise_dim=16)
     for parameter in generator.parameters():
-        torch.nn.init.normal_(parameter, std=0.5 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.2)
+        torch.nn.init.normal_(
+            parameter, std=0.5 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.2
+        )
     return generator.to(DEVICE)
 
 
@@ -46,14 +48,22 @@ def compare(monkeypatch, rows, samples, width, depth, dtype, plan, seed=0, **opt
     generator = copy.deepcopy(reference).to(dtype)
     z, noise = z.to(dtype), noise.to(dtype)
     grad = torch.randn(*noise.shape[:-1], 8, device=DEVICE).to(dtype)
-    exact = run(copy.deepcopy(generator).double(), z.double(), noise.double(), grad, monkeypatch, "eager", **options)
+    exact = run(
+        copy.deepcopy(generator).double(), z.double(), noise.double(), grad, monkeypatch, "eager", **options
+    )
     eager = run(generator, z, noise, grad, monkeypatch, "eager", **options)
     eager = {name: value.clone() for name, value in eager.items()}
     with configs.overriding(**PLANS[plan]):
         ours = run(generator, z, noise, grad, monkeypatch, "triton", **options)
     count = max(2, noise.numel() // 16)
     for name in exact:
-        assert_no_worse_than_eager(name, ours[name], eager[name], exact[name], terms=count if "weight" in name or "bias" in name else 1)
+        assert_no_worse_than_eager(
+            name,
+            ours[name],
+            eager[name],
+            exact[name],
+            terms=count if "weight" in name or "bias" in name else 1,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +77,13 @@ def test_matches_eager(monkeypatch, rows, samples, width, depth, dtype, plan) ->
     compare(monkeypatch, rows, samples, width, depth, dtype, plan)
 
 
-@given(st.integers(0, 13), st.sampled_from([None, 1, 2, 4]), st.integers(2, 40), st.integers(1, 3), st.integers(0, 99))
+@given(
+    st.integers(0, 13),
+    st.sampled_from([None, 1, 2, 4]),
+    st.integers(2, 40),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
 @settings(max_examples=10, deadline=None)
 def test_any_shape(rows, samples, width, depth, seed) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -104,7 +120,9 @@ def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:
             results.append(dict(run(generator, z, noise, grad, monkeypatch, backend)))
     for name, value in results[0].items():
         assert results[1][name].dtype == value.dtype, name
-        torch.testing.assert_close(results[1][name], value, atol=0.05 * value.abs().max().item() + 1e-3, rtol=0.1)
+        torch.testing.assert_close(
+            results[1][name], value, atol=0.05 * value.abs().max().item() + 1e-3, rtol=0.1
+        )
 
 
 def test_frozen_parameters_and_checkpointing(monkeypatch) -> None:
@@ -158,7 +176,9 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "samples", "width"), [(1, 1, 32), (5, 3, 96), (40, 1, 80), (129, 1, 32), (0, 1, 32)])
+@pytest.mark.parametrize(
+    ("rows", "samples", "width"), [(1, 1, 32), (5, 3, 96), (40, 1, 80), (129, 1, 32), (0, 1, 32)]
+)
 def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
     """Sampling: no gradients, temperature, weights read in place; above the limit the general path."""
     generator = make(width, 2, 1).eval().to(dtype)

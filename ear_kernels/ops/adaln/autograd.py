@@ -186,7 +186,9 @@ def launch_backward(
     config = backward_config(width, group)
     programs, units_per_program = backward_grid(units, config.programs)
     partials = grad_out.new_empty((programs, max(sums, 1), width), dtype=torch.float32)
-    ffn, gate, grad_ffn, grad_gate = previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
+    ffn, gate, grad_ffn, grad_gate = (
+        previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
+    )
     residual = grad_residual if grad_residual is not None else grad_out
     shift_out = grad_shift if grad_shift is not None else grad_scale
     kernels.adaln_bwd_kernel[(programs,)](
@@ -394,7 +396,7 @@ class AdaLNModulate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("adaln_modulate")
         hidden, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         run = torch.ops.ear_kernels.adaln_bwd if torch.compiler.is_compiling() else _backward

@@ -66,7 +66,9 @@ def _forward(
         shift, scale = mod[:, :width], mod[:, width : 2 * width]
         u = shift if group == 1 else hidden.new_empty((rows, width))
         stats = (
-            (mod.new_empty(rows, dtype=torch.float32), mod.new_empty(rows, dtype=torch.float32)) if save else None
+            (mod.new_empty(rows, dtype=torch.float32), mod.new_empty(rows, dtype=torch.float32))
+            if save
+            else None
         )
         residual = None
         if pending is not None:
@@ -270,7 +272,9 @@ def _backward(
     if index is not None:
         if inverse is not None:
             grad_hidden = grad_hidden[inverse]
-        grad_hidden = grad_hidden.view(hidden.shape[0], -1, width).sum(1) if rows else hidden.new_zeros(hidden.shape)
+        grad_hidden = (
+            grad_hidden.view(hidden.shape[0], -1, width).sum(1) if rows else hidden.new_zeros(hidden.shape)
+        )
     return [grad_hidden, grad_conditioning, *gradients]
 
 
@@ -342,7 +346,7 @@ class GeneratorBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         adaln.refuse_double_backward("mlp_generator")
         hidden, conditioning, index, inverse, *tensors = ctx.saved_tensors
         count = len(ctx.dtypes)

@@ -155,7 +155,9 @@ def _few_rows(
         **{**tile, "BN": config.bn_mod, "BK": config.bk_mod},
     )
 
-    def norm_linear(layer: int, norm: list[Tensor] | None, weight: Tensor, bias: Tensor, factor: float) -> Tensor:
+    def norm_linear(
+        layer: int, norm: list[Tensor] | None, weight: Tensor, bias: Tensor, factor: float
+    ) -> Tensor:
         n = weight.shape[0]
         out = new(rows, n)
         kernels.norm_linear_kernel[(triton.cdiv(n, config.bn), tiles_m)](

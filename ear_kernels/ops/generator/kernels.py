@@ -177,7 +177,9 @@ def norm_linear_kernel(
             u += tl.load(norm_bias + ks, mask=inside, other=0.0).to(tl.float32)[None, :]
         u = tl.where(mask, u * (1.0 + scale) + temperature * shift, 0.0)
         b = tl.load(
-            weight + cols[:, None].to(tl.int64) * K + ks[None, :], mask=(cols < N)[:, None] & inside[None, :], other=0.0
+            weight + cols[:, None].to(tl.int64) * K + ks[None, :],
+            mask=(cols < N)[:, None] & inside[None, :],
+            other=0.0,
         ).to(COMPUTE)
         acc = tl.dot(u.to(COMPUTE), tl.trans(b), acc, input_precision=PRECISION)
     acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]

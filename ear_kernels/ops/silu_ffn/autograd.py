@@ -328,7 +328,8 @@ def _backward_fake(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns = [
-        modulated.new_empty((size,), dtype=torch.float32) for size in (weight_in.shape[0], weight_out.shape[0])
+        modulated.new_empty((size,), dtype=torch.float32)
+        for size in (weight_in.shape[0], weight_out.shape[0])
     ]
     return (
         modulated.new_empty(modulated.shape),
@@ -378,7 +379,7 @@ class GatedSiluFFN(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("gated_silu_ffn")
         modulated, gate, weight_in, weight_out, pre, ffn = ctx.saved_tensors
         run = torch.ops.ear_kernels.gated_silu_ffn_bwd if torch.compiler.is_compiling() else _backward
