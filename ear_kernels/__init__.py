@@ -2,6 +2,7 @@
 
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
+from ear_kernels.patch import accelerate
 
 __version__ = "0.1.0"
 
@@ -9,6 +10,7 @@ __all__ = [
     "FusedAdaLNBlock",
     "FusedEnergyLoss",
     "FusedMLPGenerator",
+    "accelerate",
     "adaln_modulate",
     "energy_loss",
     "gated_silu_ffn",
