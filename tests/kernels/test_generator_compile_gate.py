@@ -106,6 +106,7 @@ def cases():
         "HAS_BIAS": True,
         "HAS_RESIDUAL": True,
         "HAS_PREVIOUS": True,
+        "REBUILD": True,
         "STORE_SHIFT": False,
         "SINGLE": True,
         "SUM_AFFINE": True,

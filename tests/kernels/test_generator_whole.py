@@ -165,7 +165,7 @@ def test_opcheck() -> None:
     generator = make(32, 2, 0)
     parameters = [p.detach() for p in generator.block_parameters()]
     hidden, conditioning = torch.randn(6, 32, device=DEVICE), torch.randn(6, 32, device=DEVICE)
-    args = (hidden, conditioning, parameters, None, 1, 1.0, 1e-6, True)
+    args = (hidden, conditioning, parameters, None, 1, 1.0, 1e-6, True, True)
     # opcheck's schema test cannot hold lists of tensors; the other three can.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_fwd, args, test_utils=checks)
@@ -204,3 +204,14 @@ def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:
         assert not torch.allclose(before, after)
         monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
         torch.testing.assert_close(after, generator(z, noise), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 12])
+@pytest.mark.parametrize("pool", [None, 8])
+def test_chunks_and_rebuilding_change_memory_only(monkeypatch, chunk, rebuild, pool) -> None:
+    monkeypatch.setattr(configs, "backward_rows", chunk)
+    monkeypatch.setattr(configs, "rebuild_hidden", rebuild)
+    options = {} if pool is None else {"noise_pool": pool}
+    compare(monkeypatch, (13,), 2, 32, 3, torch.float32, "triton", **options)
+    compare(monkeypatch, (13,), None if pool is None else 2, 32, 3, torch.float16, "cublas", **options)

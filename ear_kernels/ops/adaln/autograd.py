@@ -165,13 +165,14 @@ def launch_backward(
     sum_affine: bool,
     sum_modulation: bool = False,
     unit_rows: int | None = None,
+    previous_hidden: Tensor | None = None,
 ) -> Tensor:
     """Backward of :func:`launch_forward`; writes into the given gradients and returns the column sums.
 
     ``previous = (ffn, gate, grad_ffn, grad_gate)`` continues through the gated residual of the block before.
     ``grad_shift``, ``grad_scale`` and ``grad_gate`` are ``[R / group * chunks, W]`` (``units_of(group)``): sum over
     the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, and ``grad_shift`` is None where
-    the caller keeps ``grad_out`` itself.
+    the caller keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn``.
 
     Returns:
         ``[S, W]`` float32, rows as the slots of ``adaln_bwd_kernel``: S = 2 * sum_affine + 2 * sum_modulation +
@@ -190,6 +191,7 @@ def launch_backward(
         previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
     )
     residual = grad_residual if grad_residual is not None else grad_out
+    rebuilt = previous_hidden if previous_hidden is not None else grad_hidden
     shift_out = grad_shift if grad_shift is not None else grad_scale
     kernels.adaln_bwd_kernel[(programs,)](
         grad_out,
@@ -203,6 +205,7 @@ def launch_backward(
         residual,
         ffn,
         gate,
+        rebuilt,
         grad_hidden,
         shift_out,
         grad_scale,
@@ -221,6 +224,7 @@ def launch_backward(
         residual.stride(0),
         ffn.stride(0),
         gate.stride(0),
+        rebuilt.stride(0),
         grad_hidden.stride(0),
         shift_out.stride(0),
         grad_scale.stride(0),
@@ -233,6 +237,7 @@ def launch_backward(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=grad_residual is not None,
         HAS_PREVIOUS=previous is not None,
+        REBUILD=previous_hidden is not None,
         STORE_SHIFT=grad_shift is not None,
         SINGLE=group == 1,
         SUM_AFFINE=sum_affine,

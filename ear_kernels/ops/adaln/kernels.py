@@ -102,6 +102,7 @@ def adaln_bwd_kernel(
     grad_residual,  # [R, W]: gradient that reaches hidden past the norm
     ffn,  # [R, W]: output of the previous block's FFN
     gate,  # [entries, W]: gate of the previous block
+    previous_hidden,  # [R, W], out: hidden - gate * ffn, the input of the previous block (may be hidden's memory)
     grad_hidden,  # [R, W], out (may be grad_residual's memory)
     grad_shift,  # [entries * chunks, W], out
     grad_scale,  # [entries * chunks, W], out
@@ -120,6 +121,7 @@ def adaln_bwd_kernel(
     stride_residual,
     stride_ffn,
     stride_gate,
+    stride_previous,
     stride_grad_hidden,
     stride_grad_shift,
     stride_grad_scale,
@@ -132,6 +134,7 @@ def adaln_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
+    REBUILD: tl.constexpr,
     STORE_SHIFT: tl.constexpr,
     SINGLE: tl.constexpr,
     SUM_AFFINE: tl.constexpr,
@@ -143,7 +146,8 @@ def adaln_bwd_kernel(
 
     With g = grad_out, n = LN(h), x the normalised rows before the affine:
     ``dshift = g``, ``dscale = g n``, ``dn = g (1 + scale)``, ``dh = rstd (w dn - mean(w dn) - x mean(w dn x))`` plus
-    the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous block.
+    the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous block, and with
+    REBUILD that block's input, which forward then need not save.
 
     Sums over rows go to ``partials`` in a fixed order, in slots: [weight, bias] if SUM_AFFINE, then
     [shift, scale] if SUM_MODULATION, then [gate, ffn] if SUM_MODULATION and HAS_PREVIOUS. The grid does not
@@ -240,6 +244,13 @@ def adaln_bwd_kernel(
                     grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live
                 )
                 dgate_W = dh_W * f_W
+                if REBUILD:
+                    rebuilt_W = h_W - gate_W * f_W
+                    tl.store(
+                        previous_hidden + row * stride_previous + cols,
+                        rebuilt_W.to(previous_hidden.dtype.element_ty),
+                        mask=live,
+                    )
                 if SUM_MODULATION:
                     sum_ffn_W += dffn_W
                     sum_gate_W += dgate_W

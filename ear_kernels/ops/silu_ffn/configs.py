@@ -59,6 +59,12 @@ HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     ),
 }
 
+# The generator's backward takes this many rows at a time (None: all): its scratch memory is that of one chunk.
+backward_rows: int | None = 16384
+
+# Whether the generator's backward recomputes each block's input from its output instead of loading a saved copy.
+rebuild_hidden = True
+
 _overrides: dict[str, GemmConfig | None] = {}
 
 
