@@ -293,7 +293,7 @@ def rowwise() -> None:
         rows = 65536
         draw = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
         mod, before, dmod, dbefore = (draw(rows, 3 * width) for _ in range(4))
-        h, f, g, nxt, df = (draw(rows, width) for _ in range(5))
+        h, f, g, nxt, df, rebuilt = (draw(rows, width) for _ in range(6))
         w, b = torch.randn(2, width, device="cuda")
         stats = (torch.randn(rows, device="cuda"), torch.rand(rows, device="cuda"))
         unit = rows * width * 2 / 1e6
@@ -309,22 +309,10 @@ def rowwise() -> None:
         shipped = adaln.BACKWARD_ROWS[block]
         trial = [shipped[0]]
         if width == 1024:
-            trial += [
-                adaln.RowConfig(*a)
-                for a in (
-                    (4, 1, 396),
-                    (4, 3, 396),
-                    (8, 2, 396),
-                    (8, 2, 528, 64),
-                    (4, 2, 1056, 128),
-                    (8, 1, 264),
-                )
-            ]
+            options = ((4, 2, 396), (4, 2, 528, 128), (8, 2, 264), (8, 2, 528, 64), (8, 2, 792), (8, 1, 396))
         else:
-            trial += [
-                adaln.RowConfig(*a)
-                for a in ((8, 2, 132), (16, 2, 264, 64), (16, 2, 132), (8, 1, 132), (8, 2, 528, 128))
-            ]
+            options = ((8, 2, 132), (8, 2, 264, 128), (16, 2, 264, 64), (16, 2, 264), (8, 1, 132))
+        trial += [adaln.RowConfig(*option) for option in options]
         for config in trial:
             adaln.BACKWARD_ROWS[block] = (config, shipped[1])
             ms = time_ms(
@@ -332,9 +320,10 @@ def rowwise() -> None:
                     dmod[:, :width], h, scale, w, b, stats, g, None, dmod[:, width : 2 * width], group=1,
                     grad_residual=g, previous=(f, gate, df, dbefore[:, 2 * width :]),
                     sum_affine=True, sum_modulation=True,
+                    previous_hidden=rebuilt,
                 )
             )  # fmt: skip
-            record("rowwise", width=width, what=f"bwd 10 passes {config}", ms=ms, gbs=10 * unit / ms)
+            record("rowwise", width=width, what=f"bwd 11 passes {config}", ms=ms, gbs=11 * unit / ms)
         adaln.BACKWARD_ROWS[block] = shipped
 
 
@@ -391,13 +380,18 @@ def whole(width: int, depth: int, compiled: bool = True, plans: bool = True) -> 
     backend("triton")
     table = {e: entries[-1][1] for e, entries in configs.HOPPER.items()}
     none = dict.fromkeys(configs.EPILOGUES)
-    options = {"cublas everywhere": none, "table": table}
+    options = {"table": table, "cublas everywhere": none}
     if plans:
         for epilogue in configs.EPILOGUES:
             options[f"triton {epilogue} only"] = {**none, epilogue: table[epilogue]}
     for name, plan in options.items():
         with contextlib.suppress(torch.OutOfMemoryError), configs.overriding(**plan):
             measure(name, generator, "whole", size, *args)
+    shipped = configs.backward_rows, configs.rebuild_hidden
+    for rows, rebuild in ((None, False), (None, True), (32768, True), (8192, True)) if plans else ((None, False),):
+        configs.backward_rows, configs.rebuild_hidden = rows, rebuild
+        measure(f"chunk {rows} rebuild {rebuild}", generator, "whole", size, *args)
+    configs.backward_rows, configs.rebuild_hidden = shipped
     backend("eager")
     measure("eager", generator, "whole", size, *args)
     if compiled:

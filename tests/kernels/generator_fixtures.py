@@ -46,7 +46,7 @@ def assert_no_worse_than_eager(
             "rms",
             ours.square().mean().sqrt(),
             theirs.square().mean().sqrt(),
-            unit * torch.clamp(size.square().mean().sqrt(), min=terms**0.5 if terms > 1 else 0.0),
+            4 * unit * torch.clamp(size.square().mean().sqrt(), min=terms**0.5 if terms > 1 else 0.0),
         ),
     ):
         bound = factor * reference + floor

@@ -214,6 +214,13 @@ def adaln_bwd_kernel(
                 )
             if HAS_PREVIOUS:
                 f_W = tl.load(ffn + row * stride_ffn + cols, mask=live, other=0.0).to(tl.float32)
+                if REBUILD:
+                    rebuilt_W = h_W - gate_W * f_W
+                    tl.store(
+                        previous_hidden + row * stride_previous + cols,
+                        rebuilt_W.to(previous_hidden.dtype.element_ty),
+                        mask=live,
+                    )
             rs = tl.load(rstd + row)
             x_W = tl.where(live, (h_W - tl.load(mean + row)) * rs, 0.0)
             n_W = x_W
@@ -244,13 +251,6 @@ def adaln_bwd_kernel(
                     grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live
                 )
                 dgate_W = dh_W * f_W
-                if REBUILD:
-                    rebuilt_W = h_W - gate_W * f_W
-                    tl.store(
-                        previous_hidden + row * stride_previous + cols,
-                        rebuilt_W.to(previous_hidden.dtype.element_ty),
-                        mask=live,
-                    )
                 if SUM_MODULATION:
                     sum_ffn_W += dffn_W
                     sum_gate_W += dgate_W
