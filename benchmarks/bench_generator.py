@@ -1,9 +1,10 @@
-"""Generator: each operation and the whole, forward, forward + backward, few rows, pool; rivals in the same run.
+"""Generator: each operation and the whole, forward, forward + backward, few rows, pool; rivals in the same
+run.
 
     pytest benchmarks/bench_generator.py --benchmark-only          # needs a GPU; -k "6x1024" for one size
 
-Times are GPU times: launches between two events (few rows: replays of a CUDA graph). ``extra_info`` of each row holds
-TFLOP/s, the cuBLAS rate of the same run, GB/s or peak memory.
+Times are GPU times: launches between two events (few rows: replays of a CUDA graph). ``extra_info`` of each
+row holds TFLOP/s, the cuBLAS rate of the same run, GB/s or peak memory.
 """
 
 import contextlib
@@ -64,7 +65,8 @@ def cublas_tflops() -> dict[int, float]:
         x = torch.randn(ROWS, width, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16)
         gpu_seconds(lambda: F.linear(x, weight), 3)  # noqa: B023
-        seconds = statistics.median(gpu_seconds(lambda: F.linear(x, weight), 10) for _ in range(5))  # noqa: B023
+        # noqa: B023
+        seconds = statistics.median(gpu_seconds(lambda: F.linear(x, weight), 10) for _ in range(5))
         rates[width] = 2 * ROWS * width**2 / seconds / 1e12
     return rates
 

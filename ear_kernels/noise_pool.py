@@ -1,4 +1,5 @@
-"""Which noise vector each row of the generator uses when rows share them (``noise_pool``; docs/noise_pool.md)."""
+"""Which noise vector each row of the generator uses when rows share them (``noise_pool``;
+docs/noise_pool.md)."""
 
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from torch import Tensor
 class PoolArrangement:
     """Rows laid out so that those of one vector are consecutive.
 
-    Vector ``(s, k)``, k < ``per_sample``, serves sample s only; it is row ``k`` of the noise given for sample s. It
-    owns rows ``(s * per_sample + k) * group`` to ``+ group - 1``.
+    Vector ``(s, k)``, k < ``per_sample``, serves sample s only; it is row ``k`` of the noise given for sample
+    s. It owns rows ``(s * per_sample + k) * group`` to ``+ group - 1``.
     """
 
     index: Tensor
@@ -25,9 +26,9 @@ class PoolArrangement:
 def pool_arrangement(tokens: int, samples: int, pool: int, device: torch.device) -> PoolArrangement:
     """Assign the samples of every token to about ``pool`` vectors (at most ``pool`` + ``samples``).
 
-    The assignment is fixed, not drawn: token t = g * per_sample + k0 takes vector ``(s, (k0 - s g) mod per_sample)``
-    for sample s. Samples of one token use different s, so they never share a vector; the turn by ``s g`` makes two
-    tokens that share a vector in one sample have different ones in the next.
+    The assignment is fixed, not drawn: token t = g * per_sample + k0 takes vector ``(s, (k0 - s g) mod
+    per_sample)`` for sample s. Samples of one token use different s, so they never share a vector; the turn
+    by ``s g`` makes two tokens that share a vector in one sample have different ones in the next.
 
     Raises:
         TypeError: ``pool`` is no integer. ValueError: fewer vectors than samples.

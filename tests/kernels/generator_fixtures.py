@@ -23,9 +23,9 @@ def assert_no_worse_than_eager(
 ) -> None:
     """Error rule of the project: the kernel's error is at most ``factor`` times the same-dtype eager error.
 
-    Both the largest and the root-mean-square error against ``exact`` (float64) are held to it. A floor of a few
-    roundings of the largest value allows for eager results that happen to be exact; ``terms`` says how many products
-    of size about 1 an element sums, where their cancellation can leave the sum itself near 0.
+    Both the largest and the root-mean-square error against ``exact`` (float64) are held to it. A floor of a
+    few roundings of the largest value allows for eager results that happen to be exact; ``terms`` says how
+    many products of size about 1 an element sums, where their cancellation can leave the sum itself near 0.
     """
     assert kernel.shape == exact.shape, f"{name}: shape {tuple(kernel.shape)}, expected {tuple(exact.shape)}"
     assert torch.isfinite(kernel).all(), f"{name}: not finite"

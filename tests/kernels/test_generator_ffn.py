@@ -1,4 +1,5 @@
-"""SiLU network kernels (Triton GEMMs with epilogues, and pointwise kernels round cuBLAS) against float64 and eager."""
+"""SiLU network kernels (Triton GEMMs with epilogues, and pointwise kernels round cuBLAS) against float64 and
+eager."""
 
 import contextlib
 

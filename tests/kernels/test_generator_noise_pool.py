@@ -52,10 +52,11 @@ def test_a_pool_of_all_rows_is_the_independent_draw() -> None:
 
 
 def test_each_rows_loss_and_gradient_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Means over 500 draws, pool against independent: every row's loss and a gradient, by their standard errors.
+    """Means over 500 draws, pool against independent: every row's loss and a gradient, by their standard
+    errors.
 
-    With 24 rows' losses, one gradient's 64 numbers and normal errors, a largest z-score of 4.5 has a chance of
-    about 1 in 1,700 to be exceeded by accident; the seed is fixed.
+    With 24 rows' losses, one gradient's 64 numbers and normal errors, a largest z-score of 4.5 has a chance
+    of about 1 in 1,700 to be exceeded by accident; the seed is fixed.
     """
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
     generator = make(8, 2, 3).double()

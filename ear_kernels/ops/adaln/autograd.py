@@ -17,8 +17,9 @@ MAX_WIDTH = 8192
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch of a backward kernel that walks over rows. ``programs`` is a constant, not the number of SMs: the order
-    of the column sums must not depend on the device. ``registers`` caps a thread's registers (None: no cap)."""
+    """Launch of a backward kernel that walks over rows. ``programs`` is a constant, not the number of SMs:
+    the order of the column sums must not depend on the device. ``registers`` caps a thread's registers (None:
+    no cap)."""
 
     warps: int
     stages: int
@@ -26,9 +27,10 @@ class RowConfig:
     registers: int | None = None
 
 
-# Block of columns -> config. (One row a unit, runs of rows.) On an H200: 3 programs an SM at 1024 columns, 1 of 16 warps
-# at 2048; two stages prefetch the next row. None spills (tests/kernels/test_generator_compile_gate.py); a cap that
-# lets another program in (64 registers at 2048) does, by 24 bytes.
+# Block of columns -> config. (One row a unit, runs of rows.) On an H200: 3 programs an SM at 1024 columns, 1
+# of 16 warps at 2048; two stages prefetch the next row. None spills
+# (tests/kernels/test_generator_compile_gate.py); a cap that lets another program in (64 registers at 2048)
+# does, by 24 bytes.
 BACKWARD_ROWS: dict[int, tuple[RowConfig, RowConfig]] = {
     512: (RowConfig(2, 1, 528), RowConfig(2, 1, 528)),
     1024: (RowConfig(8, 2, 396), RowConfig(4, 1, 264)),
@@ -72,7 +74,8 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def units_of(group: int, unit_rows: int | None = None) -> tuple[int, int]:
-    """(units a run, rows a unit) for runs of ``group`` rows; at most ``unit_rows`` (``UNIT_ROWS``) rows a unit."""
+    """(units a run, rows a unit) for runs of ``group`` rows; at most ``unit_rows`` (``UNIT_ROWS``) rows a
+    unit."""
     unit_rows = min(group, UNIT_ROWS if unit_rows is None else unit_rows)
     return -(-group // unit_rows), unit_rows
 
@@ -99,11 +102,12 @@ def launch_forward(
     residual: tuple[Tensor, Tensor, Tensor] | None = None,
     unit_rows: int | None = None,
 ) -> None:
-    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to ``stats``.
+    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to
+    ``stats``.
 
     Every matrix has dense rows. ``shift`` and ``scale`` are ``[R / group, W]``. With ``residual = (ffn, gate,
-    next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to ``next_hidden``. ``out`` may be
-    ``shift``'s memory when ``group`` is 1: a program reads its shift before it writes.
+    next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to ``next_hidden``. ``out`` may
+    be ``shift``'s memory when ``group`` is 1: a program reads its shift before it writes.
     """
     rows, width = out.shape
     if rows == 0:
@@ -171,13 +175,13 @@ def launch_backward(
     """Backward of :func:`launch_forward`; writes into the given gradients and returns the column sums.
 
     ``previous = (ffn, gate, grad_ffn, grad_gate)`` continues through the gated residual of the block before.
-    ``grad_shift``, ``grad_scale`` and ``grad_gate`` are ``[R / group * chunks, W]`` (``units_of(group)``): sum over
-    the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, and ``grad_shift`` is None where
-    the caller keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn``.
+    ``grad_shift``, ``grad_scale`` and ``grad_gate`` are ``[R / group * chunks, W]`` (``units_of(group)``):
+    sum over the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, and ``grad_shift``
+    is None where the caller keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn``.
 
     Returns:
-        ``[S, W]`` float32, rows as the slots of ``adaln_bwd_kernel``: S = 2 * sum_affine + 2 * sum_modulation +
-        2 * (sum_modulation and previous).
+        ``[S, W]`` float32, rows as the slots of ``adaln_bwd_kernel``: S = 2 * sum_affine + 2 * sum_modulation
+        + 2 * (sum_modulation and previous).
     """
     rows, width = grad_out.shape
     sums = 2 * sum_affine + 2 * sum_modulation + 2 * (sum_modulation and previous is not None)
@@ -260,7 +264,8 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated ``[R, W]`` in ``dtype``, mean and rstd ``[R]``."""
+    """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated ``[R, W]`` in ``dtype``, mean and rstd
+    ``[R]``."""
     hidden, shift, scale = as_rows(hidden), as_rows(shift), as_rows(scale)
     out = hidden.new_empty(hidden.shape, dtype=dtype)
     mean, rstd = (hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(2))

@@ -1,11 +1,12 @@
 """LayerNorm + AdaLN modulation over rows, with the gated residual that precedes it folded in.
 
-Legend: R rows of width W. Rows come in ``entries`` runs of ``group`` consecutive rows; the rows of a run share one
-shift, scale and gate (``group`` = 1: one of them per row). A program takes one *unit*: at most ``unit_rows`` rows of
-one run (``chunks`` units a run), so that a shift shared by all rows does not put all rows into one program.
+Legend: R rows of width W. Rows come in ``entries`` runs of ``group`` consecutive rows; the rows of a run
+share one shift, scale and gate (``group`` = 1: one of them per row). A program takes one *unit*: at most
+``unit_rows`` rows of one run (``chunks`` units a run), so that a shift shared by all rows does not put all
+rows into one program.
 
-Every load is cast to float32 at once: all arithmetic is in float32 whatever the storage, on a GPU because that is
-what the maths needs and in the interpreter because its bf16 arithmetic is wrong.
+Every load is cast to float32 at once: all arithmetic is in float32 whatever the storage, on a GPU because
+that is what the maths needs and in the interpreter because its bf16 arithmetic is wrong.
 """
 
 import triton
@@ -47,7 +48,8 @@ def adaln_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     SAVE_STATS: tl.constexpr,
 ):
-    """``h' = h + gate * ffn`` and ``out = LN(h') * (1 + scale) + temperature * shift`` for the rows of one unit."""
+    """``h' = h + gate * ffn`` and ``out = LN(h') * (1 + scale) + temperature * shift`` for the rows of one
+    unit."""
     unit = tl.program_id(0)
     entry = tl.cast(unit // chunks, tl.int64)
     first = (unit % chunks) * unit_rows
@@ -102,7 +104,8 @@ def adaln_bwd_kernel(
     grad_residual,  # [R, W]: gradient that reaches hidden past the norm
     ffn,  # [R, W]: output of the previous block's FFN
     gate,  # [entries, W]: gate of the previous block
-    previous_hidden,  # [R, W], out: hidden - gate * ffn, the input of the previous block (may be hidden's memory)
+    # [R, W], out: hidden - gate * ffn, the input of the previous block (may be hidden's memory)
+    previous_hidden,
     grad_hidden,  # [R, W], out (may be grad_residual's memory)
     grad_shift,  # [entries * chunks, W], out
     grad_scale,  # [entries * chunks, W], out
@@ -145,9 +148,9 @@ def adaln_bwd_kernel(
     """Backward of the norm and modulation of one block, then of the gated residual of the block before it.
 
     With g = grad_out, n = LN(h), x the normalised rows before the affine:
-    ``dshift = g``, ``dscale = g n``, ``dn = g (1 + scale)``, ``dh = rstd (w dn - mean(w dn) - x mean(w dn x))`` plus
-    the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous block, and with
-    REBUILD that block's input, which forward then need not save.
+    ``dshift = g``, ``dscale = g n``, ``dn = g (1 + scale)``, ``dh = rstd (w dn - mean(w dn) - x mean(w dn
+    x))`` plus the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous
+    block, and with REBUILD that block's input, which forward then need not save.
 
     Sums over rows go to ``partials`` in a fixed order, in slots: [weight, bias] if SUM_AFFINE, then
     [shift, scale] if SUM_MODULATION, then [gate, ffn] if SUM_MODULATION and HAS_PREVIOUS. The grid does not
@@ -171,7 +174,8 @@ def adaln_bwd_kernel(
             sum_ffn_W = tl.zeros([BLOCK], tl.float32)
     begin = program * units_per_program
     end = tl.minimum(begin + units_per_program, units)
-    # SINGLE (one row a unit): the rows are one flat loop, which the compiler can pipeline; the outer loop runs once.
+    # SINGLE (one row a unit): the rows are one flat loop, which the compiler can pipeline; the outer loop
+    # runs once.
     outer_begin = begin
     outer_end = end
     if SINGLE:

@@ -1,7 +1,7 @@
 """The generator for few rows: 3 + 2 * depth launches, weights read where they lie, fit for a CUDA graph.
 
-No copy of a weight is made: a captured graph reads the parameters as they are at replay, and weights of another
-dtype (float32 under autocast) are rounded as they are loaded.
+No copy of a weight is made: a captured graph reads the parameters as they are at replay, and weights of
+another dtype (float32 under autocast) are rounded as they are loaded.
 """
 
 from collections import OrderedDict
@@ -17,12 +17,14 @@ from ear_kernels.ops.generator import kernels
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
 
 MOST_ROWS = 128
-"""Above this the launchers of ``ops/generator/autograd.py`` are faster: tiles of 16 rows re-read the weights."""
+"""Above this the launchers of ``ops/generator/autograd.py`` are faster: tiles of 16 rows re-read the
+weights."""
 
 
 @dataclass(frozen=True)
 class FewConfig:
-    """Tiles of the few-rows kernels; ``bn_mod`` is that of the modulation, which has 3W (depth + 1) columns."""
+    """Tiles of the few-rows kernels; ``bn_mod`` is that of the modulation, which has 3W (depth + 1)
+    columns."""
 
     bm: int
     bn: int
@@ -50,7 +52,8 @@ def config_for(rows: int) -> FewConfig:
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:
-    """int64 ``[len(tensors)]`` on the tensors' device: where they lie. Kept by address, so it cannot go stale."""
+    """int64 ``[len(tensors)]`` on the tensors' device: where they lie. Kept by address, so it cannot go
+    stale."""
     key = (tensors[0].device, *(tensor.data_ptr() for tensor in tensors))
     table = _tables.get(key)
     if table is None:

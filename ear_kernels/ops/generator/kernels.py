@@ -1,7 +1,9 @@
-"""The generator for few rows (sampling): linears that stream their weights once, with norm, SiLU and gate fused in.
+"""The generator for few rows (sampling): linears that stream their weights once, with norm, SiLU and gate
+fused in.
 
-Legend: M rows (few), a linear maps K columns to N. A tile has 16 or 32 rows, below the 64 of a WGMMA: these dots are
-``mma.sync``, whose A operand may be computed in registers (ptxas 12.8 miscompiles a WGMMA of which that is true).
+Legend: M rows (few), a linear maps K columns to N. A tile has 16 or 32 rows, below the 64 of a WGMMA: these
+dots are ``mma.sync``, whose A operand may be computed in registers (ptxas 12.8 miscompiles a WGMMA of which
+that is true).
 """
 
 import triton
@@ -148,7 +150,8 @@ def norm_linear_kernel(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     live = rows < M
     base = hidden + rows[:, None] * K
-    # Mean and squared deviations of pieces of a row, merged as they come (Chan et al.): one pass, no cancellation.
+    # Mean and squared deviations of pieces of a row, merged as they come (Chan et al.): one pass, no
+    # cancellation.
     mean = tl.zeros([BM], tl.float32)
     spread = tl.zeros([BM], tl.float32)
     for done in tl.static_range(0, K, BLOCK_STATS):

@@ -7,8 +7,8 @@ from ear_kernels.ops.adaln.reference import adaln_modulate
 from ear_kernels.ops.silu_ffn.reference import gated_silu_ffn
 
 BLOCK_PARAMETERS = 8
-"""Parameters of one block, in this order: norm weight, bias; first linear weight, bias; second linear weight, bias;
-modulation weight, bias."""
+"""Parameters of one block, in this order: norm weight, bias; first linear weight, bias; second linear weight,
+bias; modulation weight, bias."""
 
 FINAL_PARAMETERS = 4
 """Parameters of the final layer: modulation weight, bias; output linear weight, bias."""

@@ -1,7 +1,8 @@
-"""The static table: which GEMMs run as one Triton kernel with an epilogue, and with which tile; all others are cuBLAS.
+"""The static table: which GEMMs run as one Triton kernel with an epilogue, and with which tile; all others
+are cuBLAS.
 
-No autotuning and no device query at import. A Triton GEMM pays where its rate is above about 81 % of cuBLAS's; the
-measurements behind each entry are in docs/performance.md, section "Generator".
+No autotuning and no device query at import. A Triton GEMM pays where its rate is above about 81 % of
+cuBLAS's; the measurements behind each entry are in docs/performance.md, section "Generator".
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ EPILOGUES = ("silu", "gate", "dsilu")
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile and launch options of ``linear_kernel``. ``split`` = 2 runs the epilogue on half a tile at a time."""
+    """Tile and launch options of ``linear_kernel``. ``split`` = 2 runs the epilogue on half a tile at a
+    time."""
 
     bm: int
     bn: int
@@ -41,7 +43,8 @@ class GemmConfig:
         )
 
 
-# (epilogue, rows from) -> config on Hopper, for bf16 and fp16; the last entry whose row count is reached applies.
+# (epilogue, rows from) -> config on Hopper, for bf16 and fp16; the last entry whose row count is reached
+# applies.
 HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     "silu": (
         (0, GemmConfig(64, 64, 64, 4, 4, flatten=False)),
@@ -59,10 +62,12 @@ HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     ),
 }
 
-# The generator's backward takes this many rows at a time (None: all): its scratch memory is that of one chunk.
+# The generator's backward takes this many rows at a time (None: all): its scratch memory is that of one
+# chunk.
 backward_rows: int | None = 16384
 
-# Whether the generator's backward recomputes each block's input from its output instead of loading a saved copy.
+# Whether the generator's backward recomputes each block's input from its output instead of loading a saved
+# copy.
 rebuild_hidden = True
 
 _overrides: dict[str, GemmConfig | None] = {}

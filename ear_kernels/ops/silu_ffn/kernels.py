@@ -1,6 +1,7 @@
 """The SiLU network and its gated residual: a GEMM with epilogues, and the same pointwise steps around cuBLAS.
 
-Legend: R rows; a linear maps K columns to N. Loads are cast to float32 at once (see ``ops/adaln/kernels.py``).
+Legend: R rows; a linear maps K columns to N. Loads are cast to float32 at once (see
+    ``ops/adaln/kernels.py``).
 """
 
 import triton
@@ -36,7 +37,8 @@ def _epilogue(
     if EPILOGUE == 0:
         out_desc.store([m, n], acc.to(out_desc.dtype))
     if EPILOGUE == 1:
-        # The stored pre-activation is rounded, and backward differentiates at the rounded value: use it here too.
+        # The stored pre-activation is rounded, and backward differentiates at the rounded value: use it here
+        # too.
         pre = acc.to(out_desc.dtype)
         if STORE_EXTRA:
             extra_desc.store([m, n], pre)
@@ -86,8 +88,8 @@ def linear_kernel(
 ):
     """``epilogue(A @ B^T + bias)``, persistent: program p takes tiles p, p + programs, ...
 
-    Both operands of the dot come straight from descriptor loads: ptxas 12.8 miscompiles a WGMMA whose A operand was
-    computed in registers (docs/performance.md).
+    Both operands of the dot come straight from descriptor loads: ptxas 12.8 miscompiles a WGMMA whose A
+    operand was computed in registers (docs/performance.md).
     """
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -119,8 +121,8 @@ def linear_kernel(
                 EPILOGUE, HAS_BIAS, STORE_EXTRA, BN // 2,
             )  # fmt: skip
             _epilogue(
-                right, m, n + BN // 2, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials, N,
-                EPILOGUE, HAS_BIAS, STORE_EXTRA, BN // 2,
+                right, m, n + BN // 2, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials,
+                N, EPILOGUE, HAS_BIAS, STORE_EXTRA, BN // 2,
             )  # fmt: skip
 
 
