@@ -140,7 +140,8 @@ def cases():
         yield "gate_fwd", target, ffn_kernels.gate_fwd_kernel, COMMON, size, {"num_warps": 4}
         yield "gate_bwd", target, ffn_kernels.gate_bwd_kernel, COMMON, size, {"num_warps": 4}
     for epilogue, entries in configs.HOPPER.items():
-        for config in sorted({config for _, config in entries if config}, key=lambda config: config.name):
+        shipped = {config for _, config in entries if config} | {configs.CANDIDATES[epilogue]}
+        for config in sorted(shipped, key=lambda config: config.name):
             for extra in (True,) if epilogue == "dsilu" else (True, False):
                 transposed = epilogue != "dsilu"
                 b = (config.bn, config.bk) if transposed else (config.bk, config.bn)
