@@ -1,3 +1,4 @@
+# ruff: noqa: B023 (timed closures are called in the iteration that makes them)
 """Generator: each operation and the whole, forward, forward + backward, few rows, pool; rivals in the same
 run.
 
@@ -64,8 +65,7 @@ def cublas_tflops() -> dict[int, float]:
     for _, width in SIZES.values():
         x = torch.randn(ROWS, width, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16)
-        gpu_seconds(lambda: F.linear(x, weight), 3)  # noqa: B023
-        # noqa: B023
+        gpu_seconds(lambda: F.linear(x, weight), 3)
         seconds = statistics.median(gpu_seconds(lambda: F.linear(x, weight), 10) for _ in range(5))
         rates[width] = 2 * ROWS * width**2 / seconds / 1e12
     return rates

@@ -147,8 +147,8 @@ def _ear_samples(loss: nn.Module, z: Tensor, noise: Tensor) -> Tensor:
 
 def _draw(loss: nn.Module, rows: int, like: Tensor) -> Tensor:
     """Noise for two samples of each row, ``[2, rows, noise_channels]``: the public code's draw, number for number."""
-    shape = (2 * rows, loss.noise_channels)
-    noise = torch.rand(shape, dtype=like.dtype, device=like.device) - 0.5  # type: ignore[call-overload]
+    channels = int(loss.noise_channels)  # type: ignore[arg-type]
+    noise = torch.rand((2 * rows, channels), dtype=like.dtype, device=like.device) - 0.5
     return noise.view(2, rows, -1)
 
 
@@ -196,8 +196,8 @@ def _is_ear_loss(module: nn.Module) -> bool:
         net is not None
         and _linear(net, "noise_embed", None, getattr(module, "noise_channels", -1)) is not None
         and all(hasattr(module, name) for name in ("alpha", "train_temperature"))
-        and 0 < module.alpha <= 2  # type: ignore[operator]
-        and 0 < module.train_temperature <= 1  # type: ignore[operator]
+        and 0 < float(module.alpha) <= 2  # type: ignore[arg-type]
+        and 0 < float(module.train_temperature) <= 1  # type: ignore[arg-type]
         and _head_parameters(net) is not None
     )
 
@@ -275,12 +275,12 @@ def accelerate(model: nn.Module) -> Replaced:
             methods[f"{prefix}forward_loss"] = "masked tokens only, each projected once"
         if _is_ear_loss(module):
             kinds.append("EAR")
-            found += [(module, "forward", _ear_loss_forward), (module.net, "forward", _ear_net_forward)]  # type: ignore[list-item]
+            found += [(module, "forward", _ear_loss_forward), (module.net, "forward", _ear_net_forward)]
             methods[f"{prefix}forward"] = "fused energy loss, one projection a row"
             methods[f"{prefix}net.forward"] = "fused MLP generator"
         elif _is_mar_loss(module):
             kinds.append("MAR")
-            found.append((module.net, "forward", _mar_net_forward))  # type: ignore[arg-type]
+            found.append((module.net, "forward", _mar_net_forward))
             methods[f"{prefix}net.forward"] = "fused MLP blocks and final layer (the diffusion loss is unchanged)"
         elif _is_calm(module):
             kinds.append("CALM")
