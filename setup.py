@@ -1,5 +1,7 @@
 """Static package metadata. It never imports torch and never looks at the hardware."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 TRAIN = ["tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
@@ -8,7 +10,7 @@ setup(
     name="ear-kernels",
     version="0.1.0",
     description="Fused energy-loss kernels and the EAR continuous visual autoregressive model",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

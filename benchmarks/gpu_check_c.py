@@ -41,8 +41,7 @@ def say(line: str) -> None:
 def record(section: str, **values) -> None:
     RESULTS.append({"section": section, **values})
     say(
-        f"[{section}] "
-        + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        f"[{section}] " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
     )
 
 
@@ -266,9 +265,7 @@ def gemms() -> None:
             what="silu_bwd pointwise",
             ms=time_ms(lambda: ffn.silu_backward(x, h, extra, out)),
         )
-        record(
-            "gemm", width=width, what="gate pointwise", ms=time_ms(lambda: ffn.gate_residual(h, x, gate, 1))
-        )
+        record("gemm", width=width, what="gate pointwise", ms=time_ms(lambda: ffn.gate_residual(h, x, gate, 1)))
         for config in variants:
             for epilogue, options in (
                 ("silu", {"bias": b}),
@@ -300,9 +297,7 @@ def rowwise() -> None:
         shift, scale, gate = mod[:, :width], mod[:, width : 2 * width], before[:, 2 * width :]
         for residual, passes in ((None, 4), ((f, gate, nxt), 7)):
             ms = time_ms(
-                lambda: adaln.launch_forward(
-                    h, shift, scale, w, b, g, stats, group=1, eps=1e-6, residual=residual
-                )
+                lambda: adaln.launch_forward(h, shift, scale, w, b, g, stats, group=1, eps=1e-6, residual=residual)
             )
             record("rowwise", width=width, what=f"fwd, {passes} passes", ms=ms, gbs=passes * unit / ms)
         block = adaln.block_of(width)
@@ -415,7 +410,7 @@ def pool() -> None:
 def few_rows() -> None:
     from ear_kernels.ops.generator import few_rows as few
 
-    shipped = few.TABLE
+    shipped = few.TABLE, few.MOST_ROWS_WIDE
     C = few.FewConfig
     trial = {
         4: [C(16, 16, 256, 4, 3, 32, 256), C(16, 16, 128, 4, 4, 32, 128), C(16, 16, 256, 2, 3, 32, 256), C(16, 32, 128, 4, 4, 64, 128), C(16, 8, 256, 4, 3, 16, 256), C(16, 16, 512, 4, 2, 64, 256)],
@@ -439,13 +434,13 @@ def few_rows() -> None:
                 for config in trial.get(rows, [None]):
                     try:
                         if config is not None:
-                            few.TABLE = ((few.MOST_ROWS, config),)
+                            few.TABLE, few.MOST_ROWS_WIDE = ((few.MOST_ROWS, config),), few.MOST_ROWS
                         ms = graph_ms(lambda: generator(z, noise))
                         record("few", size=f"{depth}x{width}", rows=rows, what=str(config or "table"), ms=ms)
                     except Exception as error:
                         record("few", rows=rows, what=str(config), failed=repr(error)[:100])
                     finally:
-                        few.TABLE = shipped
+                        few.TABLE, few.MOST_ROWS_WIDE = shipped
 
 
 def launch_overhead() -> None:
@@ -482,9 +477,7 @@ SECTIONS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"comma-separated; of {', '.join(SECTIONS)}")
     parser.add_argument("--seconds", type=float, default=330.0)
     arguments = parser.parse_args()

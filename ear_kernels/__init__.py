@@ -1,8 +1,10 @@
 """Fused operations for models trained with the energy loss. Importing this needs no GPU and no Triton."""
 
+from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.patch import accelerate
+from ear_kernels.targets import GaussianTarget
 
 __version__ = "0.1.0"
 
@@ -10,8 +12,11 @@ __all__ = [
     "FusedAdaLNBlock",
     "FusedEnergyLoss",
     "FusedMLPGenerator",
+    "GaussianTarget",
     "accelerate",
     "adaln_modulate",
+    "energy_distance",
     "energy_loss",
+    "energy_score",
     "gated_silu_ffn",
 ]

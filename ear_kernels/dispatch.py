@@ -14,9 +14,9 @@ BACKEND_VARIABLE = "EAR_KERNELS_BACKEND"
 BACKENDS = ("auto", "triton", "eager")
 
 # Operations that have Triton kernels. Each issue that brings kernels adds its names here.
-TRITON_OPERATIONS: frozenset[str] = frozenset({"adaln_modulate", "gated_silu_ffn", "mlp_generator"})
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported: that happens at the first launch
+TRITON_OPERATIONS: frozenset[str] = frozenset(
+    {"adaln_modulate", "energy_distance", "energy_loss", "gated_silu_ffn", "mlp_generator"}
+)
 
 
 def requested_backend() -> str:
@@ -31,38 +31,48 @@ def requested_backend() -> str:
     return name
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def _triton_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
 
 
-def choose_backend(operation: str, tensor: Tensor | None = None) -> str:
-    """"eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
+# Looked up once, at import: torch.compile cannot trace the look-up. Triton itself is not imported.
+TRITON_IS_INSTALLED = _triton_is_installed()
+
+
+def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = "") -> str:
+    """ "eager" or "triton" for one call of ``operation`` (a name such as ``"energy_loss"``).
 
     Args:
         operation: the name of the operation.
-        tensor: an input of the call; its device decides under ``auto`` (Triton for CUDA tensors).
+        tensor: one of its inputs; Triton is the automatic choice for CUDA tensors.
+        refusal: why this call cannot go to Triton, if so; the automatic choice is eager then.
 
     Raises:
         ValueError: ``EAR_KERNELS_BACKEND`` names no backend.
-        NotImplementedError: Triton was demanded and this operation has no Triton kernel yet.
-        RuntimeError: Triton was demanded for a tensor on the CPU without ``TRITON_INTERPRET=1``.
+        NotImplementedError: Triton was demanded and this operation or this call has no Triton kernel.
+        RuntimeError: Triton was demanded for CPU tensors without Triton's interpreter, or is not installed.
     """
     requested = requested_backend()
     if requested == "eager":
         return "eager"
-    on_gpu = tensor is not None and tensor.device.type == "cuda"
     if requested == "auto":
-        known = operation in TRITON_OPERATIONS and on_gpu and _HAS_TRITON
-        return "triton" if known else "eager"
+        usable = operation in TRITON_OPERATIONS and not refusal and tensor is not None and tensor.is_cuda
+        return "triton" if usable and TRITON_IS_INSTALLED else "eager"
     if operation not in TRITON_OPERATIONS:
         raise NotImplementedError(
             f"{BACKEND_VARIABLE}=triton, but {operation} has no Triton kernel in this version; "
             f"unset the variable or use {BACKEND_VARIABLE}=eager"
         )
-    if not on_gpu and not _interpreting():
-        where = "no tensor" if tensor is None else f"a tensor on {tensor.device}"
+    if refusal:
+        raise NotImplementedError(f"{BACKEND_VARIABLE}=triton, but {refusal}; use {BACKEND_VARIABLE}=eager")
+    if not TRITON_IS_INSTALLED:
+        raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but Triton is not installed (pip install triton)")
+    if tensor is not None and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            f"{BACKEND_VARIABLE}=triton, but {operation} got {where}: Triton kernels run on CUDA tensors, or on CPU "
-            "tensors with TRITON_INTERPRET=1 set before the first kernel is imported"
+            f"{BACKEND_VARIABLE}=triton, but the tensors are on {tensor.device}; put them on a GPU, or set "
+            "TRITON_INTERPRET=1 before the first import of triton to run the kernels on its interpreter"
         )
     return "triton"

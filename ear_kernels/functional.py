@@ -1,13 +1,16 @@
 """The public operations: shapes, dtypes, checks and errors. The maths is in ``ops/*/reference.py``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ear_kernels.dispatch import choose_backend, requested_backend
+from ear_kernels.dispatch import choose_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
 from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+from ear_kernels.targets import GaussianTarget
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,9 +39,7 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
 
 
 def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
@@ -75,16 +76,44 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _applies(operation: str, reason: str | None) -> bool:
+def _functional_transform_is_active() -> bool:
+    """Whether torch.func.grad, vmap or another transform is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _applies(operation: str, tensor: Tensor, reason: str | None) -> bool:
     """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
-    if reason is not None and requested_backend() == "triton":
-        raise NotImplementedError(f"EAR_KERNELS_BACKEND=triton, but {operation} got {reason}")
-    return reason is None
+    if reason is None and not torch.compiler.is_compiling() and _functional_transform_is_active():
+        reason = "a torch.func transform, which needs the reference"
+    return choose_backend(operation, tensor, f"{operation} got {reason}" if reason else "") == "triton"
+
+
+def _triton_refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str:
+    """Why the Triton kernels cannot do a call of the energy loss that the reference can; "" if they can."""
+    if torch.is_grad_enabled():
+        for name, tensor in (("weights", weights), ("feature_weights", feature_weights)):
+            if tensor is not None and tensor.requires_grad:
+                return f"the kernels give no gradients of {name}"
+    if not torch.compiler.is_compiling() and _functional_transform_is_active():
+        return "torch.func transforms need the reference"
+    return ""
+
+
+# ear_kernels.ops.energy_loss.plans, once a call has gone to Triton; until then importing it would import Triton.
+_plans: Any = None
+
+
+def _load_plans() -> None:
+    global _plans
+    if _plans is None:
+        from ear_kernels.ops.energy_loss import plans
+
+        _plans = plans
 
 
 def energy_loss(
     samples: Tensor,
-    target: Tensor,
+    target: Tensor | GaussianTarget,
     mask: Tensor | None = None,
     *,
     alpha: float = 1.0,
@@ -107,7 +136,7 @@ def energy_loss(
     Args:
         samples: ``[..., n, D]``, n >= 2, floating point; the n samples are along ``sample_dim``.
         target: ``[..., D]`` (one target a row) or ``[..., m, D]`` (as many dimensions as ``samples``; the m targets
-            are along ``target_dim``).
+            are along ``target_dim``), or a :class:`GaussianTarget`, whose m targets are drawn in the kernel.
         mask: broadcastable to the rows ``[...]``, bool or number; rows where it is 0 contribute nothing and get
             zero gradient, whatever they hold (NaN and Inf included).
         alpha: exponent of the distances, in (0, 2]. Strictly proper below 2.
@@ -128,10 +157,19 @@ def energy_loss(
         ValueError: an option out of range, fewer than 2 samples, shapes or devices that do not fit.
         TypeError: an argument that is no floating-point tensor.
     """
+    key = None
+    if _plans is not None and mask is None and weights is None and feature_weights is None:
+        key = _plans.key_of(samples, target, (alpha, tau, sample_dim, target_dim, eps, reduction))
+        plan = None if key is None else _plans.PLANS.get(key)
+        if plan is not None:
+            return plan.run(samples, target)
     check_energy_loss_options(alpha, tau, eps, reduction)
     _check_floating("samples", samples)
-    _check_floating("target", target)
-    _check_device("target", target, samples, "samples")
+    gaussian = target if isinstance(target, GaussianTarget) else None
+    given = target.mean if isinstance(target, GaussianTarget) else target
+    name = "target" if gaussian is None else "target.mean"
+    _check_floating(name, given)
+    _check_device(name, given, samples, "samples")
     if samples.ndim < 2:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
     samples_RnD = samples.movedim(_dimension("sample_dim", sample_dim, samples.ndim), -2)
@@ -142,24 +180,22 @@ def energy_loss(
             "the energy loss needs at least 2"
         )
     if features < 1:
-        raise ValueError(
-            f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature"
-        )
-    if target.ndim == samples.ndim:
-        targets_RmD = target.movedim(_dimension("target_dim", target_dim, target.ndim), -2)
-    elif target.ndim == samples.ndim - 1:
-        targets_RmD = target.unsqueeze(-2)
-    else:
-        targets_RmD = None
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+    targets_RmD = None
+    if gaussian is None and given.ndim == samples.ndim:
+        targets_RmD = given.movedim(_dimension("target_dim", target_dim, given.ndim), -2)
+    elif given.ndim == samples.ndim - 1:
+        targets_RmD = given.unsqueeze(-2)
     if (
         targets_RmD is None
         or tuple(targets_RmD.shape[:-2]) != rows
         or targets_RmD.shape[-1] != features
         or targets_RmD.shape[-2] < 1
     ):
+        several = f" or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
         raise ValueError(
-            f"target has shape {tuple(target.shape)}; for samples of shape {tuple(samples.shape)} it must be "
-            f"{(*rows, features)} or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
+            f"{name} has shape {tuple(given.shape)}; for samples of shape {tuple(samples.shape)} it must be "
+            f"{(*rows, features)}{several if gaussian is None else ''}"
         )
     for name, tensor in (("mask", mask), ("weights", weights)):
         if tensor is not None:
@@ -169,21 +205,36 @@ def energy_loss(
         _check_floating("feature_weights", feature_weights)
         _check_device("feature_weights", feature_weights, samples, "samples")
         if tuple(feature_weights.shape) != (features,):
-            raise ValueError(
-                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]"
+            raise ValueError(f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]")
+    options: dict[str, Any] = {"alpha": float(alpha), "tau": float(tau), "eps": float(eps), "reduction": reduction}
+    backend = choose_backend("energy_loss", samples, _triton_refusal(weights, feature_weights))
+    if backend == "triton":
+        # Imported here, so that importing ear_kernels needs no Triton.
+        from ear_kernels.ops.energy_loss import autograd as energy_loss_triton
+
+        _load_plans()
+        if key is not None:
+            plan = _plans.make(samples, target, (sample_dim, target_dim), options)
+            if plan is not None:
+                _plans.remember(key, plan)
+                return plan.run(samples, target)
+        if gaussian is not None:
+            return energy_loss_triton.energy_loss_gaussian(
+                samples_RnD,
+                gaussian.mean,
+                gaussian.log_std.expand_as(gaussian.mean),
+                gaussian.num_targets,
+                mask,
+                weights,
+                feature_weights,
+                **options,
             )
-    choose_backend("energy_loss")
-    return energy_loss_reference.energy_loss(
-        samples_RnD,
-        targets_RmD,
-        mask,
-        weights,
-        feature_weights,
-        alpha=float(alpha),
-        tau=float(tau),
-        eps=float(eps),
-        reduction=reduction,
-    )
+        return energy_loss_triton.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, **options)
+    if gaussian is not None:
+        targets_RmD = energy_loss_reference.draw_gaussian_targets(
+            samples_RnD, gaussian.mean, gaussian.log_std, gaussian.num_targets
+        )
+    return energy_loss_reference.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, **options)
 
 
 def adaln_modulate(
@@ -221,14 +272,12 @@ def adaln_modulate(
         if parameter is not None:
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
-                raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]"
-                )
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
     if choose_backend("adaln_modulate", hidden) == "triton":
         from ear_kernels.ops.adaln import autograd as adaln
 
         tensors = (shift, scale, weight, bias)
-        if _applies("adaln_modulate", adaln.supported(hidden, *tensors)):
+        if _applies("adaln_modulate", hidden, adaln.supported(hidden, *tensors)):
             return adaln.adaln_modulate(hidden, *tensors, eps, _compute_dtype(hidden, shift, scale))
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 
@@ -252,8 +301,8 @@ def gated_silu_ffn(
         weight_out, bias_out: ``[W, V]`` and ``[W]`` or None.
 
     Returns:
-        ``[..., W]`` in the promoted dtype; in the autocast dtype under autocast. The Triton path rounds ``hidden`` and
-        ``gate`` to that dtype as well.
+        ``[..., W]`` in the promoted dtype; in the autocast dtype under autocast. The Triton path rounds ``hidden``
+        and ``gate`` to that dtype as well.
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
@@ -269,14 +318,10 @@ def gated_silu_ffn(
         )
     _check_broadcast("gate", gate, tuple(hidden.shape))
     if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
-        raise ValueError(
-            f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]"
-        )
+        raise ValueError(f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]")
     inner = weight_in.shape[0]
     if tuple(weight_out.shape) != (hidden.shape[-1], inner):
-        raise ValueError(
-            f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]"
-        )
+        raise ValueError(f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]")
     for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
         if bias is not None and tuple(bias.shape) != (size,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
@@ -286,11 +331,9 @@ def gated_silu_ffn(
 
         tensors = (hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
         reason = adaln.supported(*tensors) or adaln.supported(weight_in.t())
-        if _applies("gated_silu_ffn", reason):
+        if _applies("gated_silu_ffn", hidden, reason):
             return silu_ffn.gated_silu_ffn(*tensors, _compute_dtype(*tensors))
-    return silu_ffn_reference.gated_silu_ffn(
-        hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out
-    )
+    return silu_ffn_reference.gated_silu_ffn(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
 
 
 def generator_blocks(
@@ -333,15 +376,14 @@ def generator_blocks(
     _check_device("conditioning", conditioning, hidden, "hidden")
     block, final = generator_reference.BLOCK_PARAMETERS, generator_reference.FINAL_PARAMETERS
     if len(parameters) < block + final or len(parameters) % block != final:
-        raise ValueError(
-            f"{len(parameters)} parameters were given; there must be {block} a block and {final} more"
-        )
+        raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
     rows = conditioning.shape[0] * group
     have = hidden.shape[0] if index is None else index.shape[0]
     if hidden.ndim != 2 or conditioning.ndim != 2 or hidden.shape[1] != conditioning.shape[1] or have != rows:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, conditioning {tuple(conditioning.shape)}, group {group}, "
-            f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and [E * group]"
+            f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and "
+            "[E * group]"
         )
     if choose_backend("mlp_generator", hidden) == "triton":
         from ear_kernels.ops.adaln import autograd as adaln
@@ -352,13 +394,11 @@ def generator_blocks(
             reason = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
         if temperature != 1 and torch.is_grad_enabled():
             reason = f"temperature {temperature} with gradients enabled"
-        if _applies("mlp_generator", reason):
+        if _applies("mlp_generator", hidden, reason):
             return generator.generator_blocks(
                 hidden, conditioning, parameters, index, inverse, group, temperature, eps
             )
-    return generator_reference.generator_blocks(
-        hidden, conditioning, parameters, index, group, temperature, eps
-    )
+    return generator_reference.generator_blocks(hidden, conditioning, parameters, index, group, temperature, eps)
 
 
 def generator_few_rows(
@@ -381,7 +421,7 @@ def generator_few_rows(
     Returns:
         ``[T * samples, D]`` in the autocast dtype, or in the parameters' dtype without autocast.
     """
-    if torch.is_grad_enabled() or choose_backend("mlp_generator", z) != "triton":
+    if torch.is_grad_enabled() or not _applies("mlp_generator", z, None):
         return None
     from ear_kernels.ops.generator import few_rows
 

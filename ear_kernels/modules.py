@@ -1,5 +1,7 @@
 """Thin modules over the functional operations, with the parameter names of the public EAR head."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from ear_kernels import functional
 from ear_kernels.dispatch import choose_backend
 from ear_kernels.noise_pool import pool_arrangement
+from ear_kernels.targets import GaussianTarget
 
 
 class FusedEnergyLoss(nn.Module):
@@ -34,9 +37,13 @@ class FusedEnergyLoss(nn.Module):
         self.register_buffer("feature_weights", feature_weights, persistent=False)
 
     def forward(
-        self, samples: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+        self,
+        samples: Tensor,
+        target: Tensor | GaussianTarget,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``samples [..., n, D]`` against ``target [..., D]`` or ``[..., m, D]``."""
+        """Loss of ``samples [..., n, D]`` against ``target [..., D]``, ``[..., m, D]`` or a GaussianTarget."""
         return functional.energy_loss(
             samples,
             target,
@@ -52,9 +59,8 @@ class FusedEnergyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}"
-            + (f", eps={self.eps}" if self.eps else "")
+        return f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}" + (
+            f", eps={self.eps}" if self.eps else ""
         )
 
 
@@ -101,7 +107,7 @@ class FusedAdaLNBlock(nn.Module):
         modulated = functional.adaln_modulate(
             hidden, shift, scale, self.in_ln.weight, self.in_ln.bias, eps=self.in_ln.eps
         )
-        first, second = self.mlp[0], self.mlp[2]
+        first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
         return functional.gated_silu_ffn(
             hidden, modulated, gate, first.weight, first.bias, second.weight, second.bias
         )
@@ -134,9 +140,7 @@ class FusedMLPGenerator(nn.Module):
         noise_dim: size of a noise vector.
     """
 
-    def __init__(
-        self, input_dim: int, width: int, output_dim: int, depth: int = 6, noise_dim: int = 64
-    ) -> None:
+    def __init__(self, input_dim: int, width: int, output_dim: int, depth: int = 6, noise_dim: int = 64) -> None:
         super().__init__()
         sizes = {
             "input_dim": input_dim,
@@ -165,10 +169,11 @@ class FusedMLPGenerator(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        modulations = [block.adaLN_modulation[1] for block in self.res_blocks]  # type: ignore[union-attr, index]
-        for linear in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        zero = [cast(FusedAdaLNBlock, block).adaLN_modulation[1] for block in self.res_blocks]
+        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for linear in zero:
+            nn.init.zeros_(cast(nn.Linear, linear).weight)
+            nn.init.zeros_(cast(nn.Linear, linear).bias)
 
     def block_parameters(self) -> list[Tensor]:
         """Parameters of the blocks and the final layer in the order of ``functional.generator_blocks``."""
@@ -216,17 +221,15 @@ class FusedMLPGenerator(nn.Module):
             )
         if noise_pool is not None and not has_samples:
             raise ValueError(
-                f"noise has shape {tuple(noise.shape)}; with noise_pool it must be {(*z.shape[:-1], 'n', self.noise_dim)}, "
-                "so that no two samples of one hidden state share a vector"
+                f"noise has shape {tuple(noise.shape)}; with noise_pool it must be "
+                f"{(*z.shape[:-1], 'n', self.noise_dim)}, so that no two samples of one hidden state share a vector"
             )
         factor: float | Tensor = 1.0 if self.training else temperature
         whole = isinstance(factor, (int, float)) and (factor == 1 or not torch.is_grad_enabled())
         if noise_pool is None and not (whole and choose_backend("mlp_generator", z) == "triton"):
             return self._block_by_block(z, noise, temperature, has_samples)
         if not whole:
-            raise ValueError(
-                f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling"
-            )
+            raise ValueError(f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling")
         tokens = z.reshape(-1, self.input_dim)
         samples = noise.shape[-2] if has_samples else 1
         vectors = noise.reshape(-1, samples, self.noise_dim)
@@ -269,9 +272,7 @@ class FusedMLPGenerator(nn.Module):
             out = out[inverse]
         return out.view(*noise.shape[:-1], self.output_dim)
 
-    def _block_by_block(
-        self, z: Tensor, noise: Tensor, temperature: float | Tensor, has_samples: bool
-    ) -> Tensor:
+    def _block_by_block(self, z: Tensor, noise: Tensor, temperature: float | Tensor, has_samples: bool) -> Tensor:
         """The generator operation by operation: the eager path, and the one for a tensor temperature."""
         hidden = self.input_proj(z)
         if has_samples:

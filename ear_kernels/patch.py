@@ -206,7 +206,7 @@ def _is_ear_loss(module: nn.Module) -> bool:
 
 
 def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """Noisy tokens, times and conditions to the predicted noise and variance range, as the public net's ``forward``."""
+    """Noisy tokens, times and conditions to the predicted noise and variance range, as the public ``forward``."""
     conditioning = self.time_embed(t) + self.cond_embed(c)  # type: ignore[operator]
     return _run_blocks(self, self.input_proj(x), conditioning)  # type: ignore[operator]
 
@@ -290,10 +290,10 @@ def accelerate(model: nn.Module) -> Replaced:
         children = ", ".join(name for name, _ in model.named_children()) or "none"
         raise UnknownModelError(
             f"{type(model).__name__} is not a model that accelerate() knows: no submodule has the public EAR score "
-            "loss (net.{noise_embed, input_proj, res_blocks, final_layer}, alpha, train_temperature, noise_channels), "
-            "the MAR diffusion loss (net.{time_embed, cond_embed, input_proj, res_blocks, final_layer}) or "
-            f"CALM's energy Transformer (generative_head, transformer, energy_score, beta). Its children: {children}. "
-            "It was left untouched."
+            "loss (net.{noise_embed, input_proj, res_blocks, final_layer}, alpha, train_temperature, "
+            "noise_channels), the MAR diffusion loss (net.{time_embed, cond_embed, input_proj, res_blocks, "
+            "final_layer}) or CALM's energy Transformer (generative_head, transformer, energy_score, beta). "
+            f"Its children: {children}. It was left untouched."
         )
     for module, name, function in found:
         setattr(module, name, MethodType(function, module))

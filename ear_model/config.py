@@ -66,9 +66,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "image_size channels patch_size num_classes width depth num_heads class_tokens generator_width "
-            "generator_depth noise_dim"
-        ).split()
+            "image_size",
+            "channels",
+            "patch_size",
+            "num_classes",
+            "width",
+            "depth",
+            "num_heads",
+            "class_tokens",
+            "generator_width",
+            "generator_depth",
+            "noise_dim",
+        )
         for name in positive:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(
@@ -83,11 +92,10 @@ class ModelConfig:
         _require(0 < self.alpha <= 2, f"alpha is {self.alpha}; it must be in (0, 2]")
         _require(self.num_samples >= 2, f"num_samples is {self.num_samples}; it must be at least 2")
         _require(
-            self.noise in ("uniform", "gaussian"), f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'"
+            self.noise in ("uniform", "gaussian"),
+            f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'",
         )
-        _require(
-            0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]"
-        )
+        _require(0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]")
         for name in ("dropout", "attention_dropout", "label_dropout"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
@@ -220,15 +228,14 @@ DIGITS = ModelConfig(
     channels=1,
     patch_size=2,
     num_classes=10,
-    width=128,
-    depth=4,
+    width=96,
+    depth=3,
     num_heads=4,
     class_tokens=4,
-    dropout=0.1,
+    dropout=0.0,
     attention_dropout=0.0,
-    generator_width=128,
+    generator_width=64,
     generator_depth=3,
-    num_samples=4,
 )
 
 MODELS: dict[str, ModelConfig] = {
@@ -243,13 +250,13 @@ RUNS: dict[str, RunConfig] = {
         data="digits",
         model=DIGITS,
         train=TrainConfig(
-            steps=2000,
-            batch_size=128,
-            lr=2e-3,
+            steps=2600,
+            batch_size=64,
+            lr=3e-3,
             schedule="cosine",
             warmup_steps=100,
             ema=0.99,
-            checkpoint_every=250,
+            checkpoint_every=260,
         ),
         sampling=SamplingConfig(steps=16, guidance=2.0, temperature=0.7),
     ),

@@ -48,9 +48,7 @@ def decode_tokens(
         predicted_Bk = orders_BL[:, keep:left]
         if guided:
             hidden = model.backbone(tokens_BLD.repeat(2, 1, 1), masked_BL.repeat(2, 1), classes)
-            hidden_RC, null_hidden_RC = (
-                _gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2)
-            )
+            hidden_RC, null_hidden_RC = (_gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2))
         else:
             hidden = model.backbone(tokens_BLD, masked_BL, classes)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None

@@ -4,6 +4,7 @@ Parameters have the names of the public EAR checkpoint. Shapes: B images, L toke
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -20,14 +21,12 @@ class Backbone(nn.Module):
         width = config.width
         self.class_tokens = config.class_tokens
         self.label_dropout = config.label_dropout
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
         self.z_proj = nn.Linear(config.token_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.decoder_pos_embed_learned = nn.Parameter(
-            torch.empty(1, config.class_tokens + config.num_tokens, width)
-        )
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
         self.decoder_blocks = nn.ModuleList(
             Block(
                 width,
@@ -51,7 +50,12 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        embeddings = (self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned)
+        embeddings = (
+            self.class_emb.weight,
+            self.fake_latent,
+            self.mask_token,
+            self.decoder_pos_embed_learned,
+        )
         for parameter in embeddings:
             nn.init.normal_(parameter, std=0.02)
 
@@ -72,9 +76,7 @@ class Backbone(nn.Module):
         """Hidden states ``[B, L, C]``; the contents of masked tokens are not read."""
         batch = tokens_BLD.shape[0]
         embedded_BLC = self.z_proj(tokens_BLD)
-        embedded_BLC = torch.where(
-            masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC
-        )
+        embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:

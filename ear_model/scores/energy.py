@@ -1,9 +1,9 @@
 """The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
 
 import torch
-from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from torch import Tensor, nn
 
+from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from ear_model.config import ModelConfig
 
 

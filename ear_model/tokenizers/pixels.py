@@ -37,8 +37,7 @@ class PixelPatches:
         """``[B, L, D]`` to ``[B, channels, size, size]``. Raises ValueError for another shape."""
         if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (self.num_tokens, self.token_dim):
             raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; they must be "
-                f"[batch, {self.num_tokens}, {self.token_dim}]"
+                f"tokens have shape {tuple(tokens.shape)}; they must be [batch, {self.num_tokens}, {self.token_dim}]"
             )
         grid = tokens.reshape(-1, self.side, self.side, self.channels, self.patch, self.patch)
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.channels, self.size, self.size)

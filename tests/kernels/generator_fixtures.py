@@ -1,15 +1,10 @@
 """Shared helpers of the generator's kernel tests: devices, dtypes and the error rule."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-# Before anything imports Triton: without a GPU the kernels run in the interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+# Without a GPU the kernels run in the interpreter, which conftest.py switches on.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bf16 arithmetic is wrong, so bf16 is for the GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -1,15 +1,15 @@
-"""accelerate() on models written here to the public key layout (spec 6): same loss, gradients and samples after it."""
+"""accelerate() on models written here to the public key layout (spec 6): same loss, gradients and samples."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from generator_fixtures import DEVICE
 from torch import Tensor, nn
 
 from ear_kernels import accelerate
 from ear_kernels.patch import UnknownModelError
+from tests.kernels.generator_fixtures import DEVICE
 
 
 class Block(nn.Module):
@@ -148,7 +148,10 @@ def loss_and_gradients(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(1)
     loss = model(*inputs)
     loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "loss": loss.detach(),
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
@@ -186,7 +189,11 @@ def test_ear_loss_alone_and_optimiser_go_on(backend: str) -> None:
     torch.manual_seed(0)
     loss = randomised(ScoreLoss())
     optimiser = torch.optim.AdamW(loss.parameters(), lr=1e-2)
-    target, z, mask = torch.randn(9, 4, device=DEVICE), torch.randn(9, 12, device=DEVICE), torch.ones(9, device=DEVICE)
+    target, z, mask = (
+        torch.randn(9, 4, device=DEVICE),
+        torch.randn(9, 12, device=DEVICE),
+        torch.ones(9, device=DEVICE),
+    )
     before = loss_and_gradients(loss, target, z, mask)
     accelerate(loss)
     same(before, loss_and_gradients(loss, target, z, mask))

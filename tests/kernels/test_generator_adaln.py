@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ear_kernels import adaln_modulate
+from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_broadcast_modulation(shape, modulation, dtype: torch.dtype) -> None:
     st.booleans(),
     st.integers(0, 2**31),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_any_rows_and_width(entries: int, width: int, group: int, affine: bool, seed: int) -> None:
     compare((entries, group, width), (entries, 1, width), torch.float32, affine, seed)
 
@@ -138,3 +138,15 @@ def test_a_cpu_tensor_without_the_interpreter_is_a_clear_error(monkeypatch: pyte
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         adaln_modulate(torch.randn(2, 8), torch.zeros(2, 8), torch.zeros(2, 8))
+
+
+def test_functional_transforms_need_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(3, 8, device=DEVICE) for _ in range(3)]
+
+    def total(hidden: torch.Tensor) -> torch.Tensor:
+        return adaln_modulate(hidden, *tensors[1:]).sum()
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(total)(tensors[0])
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "auto")
+    assert torch.isfinite(torch.func.grad(total)(tensors[0])).all()

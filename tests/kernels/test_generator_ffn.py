@@ -6,13 +6,13 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ear_kernels import gated_silu_ffn
 from ear_kernels.ops.silu_ffn import configs
+from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 SMALL = configs.GemmConfig(32, 32, 16, 2, 4, flatten=False)
 if DEVICE == "cuda":
@@ -90,7 +90,7 @@ def test_matches_eager(rows, gate_rows, sizes, dtype: torch.dtype, plan: str) ->
 
 
 @given(st.integers(0, 40), st.tuples(*[st.integers(1, 6)] * 3), st.sampled_from(list(PLANS)), st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_rows_and_sizes(rows: int, eighths: tuple[int, ...], plan: str, biases: bool) -> None:
     compare((rows,), (rows,), tuple(8 * n for n in eighths), torch.float16, plan, biases, seed=rows)
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from generator_fixtures import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
-from test_generator_whole import make
 
 from ear_kernels import energy_loss
 from ear_kernels.noise_pool import pool_arrangement
+from tests.kernels.generator_fixtures import DEVICE
+from tests.kernels.test_generator_whole import make
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 500))

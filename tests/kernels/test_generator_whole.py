@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ear_kernels import FusedMLPGenerator
 from ear_kernels.ops.silu_ffn import configs
+from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 SMALL = configs.GemmConfig(32, 32, 16, 2, 4, flatten=False)
 if DEVICE == "cuda":
@@ -25,9 +25,7 @@ def make(width: int, depth: int, seed: int, input_dim: int = 24, output_dim: int
     torch.manual_seed(seed)
     generator = FusedMLPGenerator(input_dim, width, output_dim, depth=depth, noise_dim=16)
     for parameter in generator.parameters():
-        torch.nn.init.normal_(
-            parameter, std=0.5 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.2
-        )
+        torch.nn.init.normal_(parameter, std=0.5 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.2)
     return generator.to(DEVICE)
 
 
@@ -48,9 +46,7 @@ def compare(monkeypatch, rows, samples, width, depth, dtype, plan, seed=0, **opt
     generator = copy.deepcopy(reference).to(dtype)
     z, noise = z.to(dtype), noise.to(dtype)
     grad = torch.randn(*noise.shape[:-1], 8, device=DEVICE).to(dtype)
-    exact = run(
-        copy.deepcopy(generator).double(), z.double(), noise.double(), grad, monkeypatch, "eager", **options
-    )
+    exact = run(copy.deepcopy(generator).double(), z.double(), noise.double(), grad, monkeypatch, "eager", **options)
     eager = run(generator, z, noise, grad, monkeypatch, "eager", **options)
     eager = {name: value.clone() for name, value in eager.items()}
     with configs.overriding(**PLANS[plan]):
@@ -84,7 +80,7 @@ def test_matches_eager(monkeypatch, rows, samples, width, depth, dtype, plan) ->
     st.integers(1, 3),
     st.integers(0, 99),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_shape(rows, samples, width, depth, seed) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         compare(monkeypatch, (rows,), samples, width, depth, torch.float32, "triton", seed)
@@ -120,9 +116,7 @@ def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:
             results.append(dict(run(generator, z, noise, grad, monkeypatch, backend)))
     for name, value in results[0].items():
         assert results[1][name].dtype == value.dtype, name
-        torch.testing.assert_close(
-            results[1][name], value, atol=0.05 * value.abs().max().item() + 1e-3, rtol=0.1
-        )
+        torch.testing.assert_close(results[1][name], value, atol=0.05 * value.abs().max().item() + 1e-3, rtol=0.1)
 
 
 def test_frozen_parameters_and_checkpointing(monkeypatch) -> None:

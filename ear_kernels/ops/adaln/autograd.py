@@ -192,9 +192,7 @@ def launch_backward(
     config = backward_config(width, group)
     programs, units_per_program = backward_grid(units, config.programs)
     partials = grad_out.new_empty((programs, max(sums, 1), width), dtype=torch.float32)
-    ffn, gate, grad_ffn, grad_gate = (
-        previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
-    )
+    ffn, gate, grad_ffn, grad_gate = previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
     residual = grad_residual if grad_residual is not None else grad_out
     rebuilt = previous_hidden if previous_hidden is not None else grad_hidden
     shift_out = grad_shift if grad_shift is not None else grad_scale
@@ -366,8 +364,8 @@ LIBRARY.define(
     "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "adaln_bwd(Tensor grad_out, Tensor hidden, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd, int group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "adaln_bwd(Tensor grad_out, Tensor hidden, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor rstd, int group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("adaln_fwd", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("adaln_bwd", _backward, "CompositeExplicitAutograd")

@@ -200,9 +200,7 @@ def adaln_bwd_kernel(
             if SINGLE:
                 row = tl.cast(step, tl.int64)
                 slot = row
-                scale_W = (
-                    tl.load(scale + row * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
-                )
+                scale_W = tl.load(scale + row * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
                 if HAS_PREVIOUS:
                     gate_W = tl.load(gate + row * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
             else:
@@ -213,9 +211,7 @@ def adaln_bwd_kernel(
             g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=live, other=0.0).to(tl.float32)
             h_W = tl.load(hidden + source * stride_hidden + cols, mask=live, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
-                through_W = tl.load(grad_residual + row * stride_residual + cols, mask=live, other=0.0).to(
-                    tl.float32
-                )
+                through_W = tl.load(grad_residual + row * stride_residual + cols, mask=live, other=0.0).to(tl.float32)
             if HAS_PREVIOUS:
                 f_W = tl.load(ffn + row * stride_ffn + cols, mask=live, other=0.0).to(tl.float32)
                 if REBUILD:
@@ -251,9 +247,7 @@ def adaln_bwd_kernel(
             )
             if HAS_PREVIOUS:
                 dffn_W = dh_W * gate_W
-                tl.store(
-                    grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live
-                )
+                tl.store(grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live)
                 dgate_W = dh_W * f_W
                 if SUM_MODULATION:
                     sum_ffn_W += dffn_W

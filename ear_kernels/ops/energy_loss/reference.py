@@ -47,7 +47,7 @@ class _DistancePower(torch.autograd.Function):
         ctx.save_for_backward(difference)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         (difference,) = ctx.saved_tensors
         norm, direction = _norm_and_direction(difference)
         if ctx.alpha != 1:
@@ -66,6 +66,14 @@ def distance_power(difference_RPD: Tensor, alpha: float, eps: float = 0.0) -> Te
         padding = difference_RPD.new_full((*difference_RPD.shape[:-1], 1), eps)
         difference_RPD = torch.cat([difference_RPD, padding], dim=-1)
     return _DistancePower.apply(difference_RPD, alpha)
+
+
+def draw_gaussian_targets(samples_RnD: Tensor, mean_RD: Tensor, log_std_RD: Tensor, num_targets: int) -> Tensor:
+    """``mean + exp(log_std) * normal``, [R, m, D] in the working dtype; differentiable in mean and log_std."""
+    dtype = working_dtype(samples_RnD, mean_RD, log_std_RD)
+    mean_RD, log_std_RD = mean_RD.to(dtype), log_std_RD.to(dtype).expand_as(mean_RD)
+    normals_RmD = torch.randn(*mean_RD.shape[:-1], num_targets, mean_RD.shape[-1], dtype=dtype, device=mean_RD.device)
+    return mean_RD.unsqueeze(-2) + log_std_RD.exp().unsqueeze(-2) * normals_RmD
 
 
 def energy_loss_rows(

@@ -6,9 +6,10 @@ Legend: T tokens, R rows = tokens x samples, E conditioning vectors, R = E * gro
     u   [R, W]  = LN(h) (1 + scale) + shift      one kernel, which also adds the previous block's gate * ffn to h
     pre [R, W]  = u W_1^T;  y = SiLU(pre);  ffn [R, W] = y W_2^T
 
-Saved a block: mod, pre, ffn and two floats a row; h only for the final layer: backward has gate and ffn at hand and
-subtracts them again (``configs.rebuild_hidden``; the error is a rounding of the stream a block, as forward's is). With one modulation a row (group = 1) u overwrites the shift
-inside ``mod``: backward needs u and not the shift, so it costs no memory. y is recomputed beside SiLU'(pre).
+Saved a block: mod, pre, ffn and two floats a row; h only for the final layer: backward has gate and ffn at hand
+and subtracts them again (``configs.rebuild_hidden``; the error is a rounding of the stream a block, as forward's is).
+With one modulation a row (group = 1) u overwrites the shift inside ``mod``: backward needs u and not the shift, so it
+costs no memory. y is recomputed beside SiLU'(pre).
 
 Backward, a block, from g = dL/dh' and df = g * gate (written by the kernel of the block after):
 
@@ -37,8 +38,7 @@ SAVED_FINAL = 5
 
 def _split(parameters: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
     *blocks, final = (
-        list(parameters[start : start + BLOCK_PARAMETERS])
-        for start in range(0, len(parameters), BLOCK_PARAMETERS)
+        list(parameters[start : start + BLOCK_PARAMETERS]) for start in range(0, len(parameters), BLOCK_PARAMETERS)
     )
     return blocks, final
 
@@ -63,16 +63,14 @@ def _forward(
     saved: list[Tensor] = []
     pending: tuple[Tensor, Tensor] | None = None
 
-    def normalise(mod: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, factor: float, final_layer: bool = False) -> Tensor:
+    def normalise(
+        mod: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, factor: float, final_layer: bool = False
+    ) -> Tensor:
         """u of a block; adds the pending gate * ffn to ``hidden`` first. Appends what backward needs."""
         nonlocal hidden, pending, index
         shift, scale = mod[:, :width], mod[:, width : 2 * width]
         u = shift if group == 1 else hidden.new_empty((rows, width))
-        stats = (
-            (mod.new_empty(rows, dtype=torch.float32), mod.new_empty(rows, dtype=torch.float32))
-            if save
-            else None
-        )
+        stats = (mod.new_empty(rows, dtype=torch.float32), mod.new_empty(rows, dtype=torch.float32)) if save else None
         residual = None
         if pending is not None:
             residual = (*pending, hidden.new_empty((rows, width)))
@@ -376,8 +374,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     inputs = [hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)]
     return inputs + [
-        parameter.new_empty(parameter.shape, dtype=dtype)
-        for parameter, dtype in zip(parameters, dtypes, strict=True)
+        parameter.new_empty(parameter.shape, dtype=dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
     ]
 
 
@@ -462,6 +459,4 @@ def generator_blocks(
 ) -> Tensor:
     """See :func:`ear_kernels.functional.generator_blocks`."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return GeneratorBlocks.apply(
-            hidden, conditioning, index, inverse, group, temperature, eps, *parameters
-        )
+        return GeneratorBlocks.apply(hidden, conditioning, index, inverse, group, temperature, eps, *parameters)

@@ -16,15 +16,23 @@ from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator import kernels
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
 
-MOST_ROWS = 128
-"""Above this the launchers of ``ops/generator/autograd.py`` are faster: tiles of 16 rows re-read the
-weights."""
+MOST_ROWS = 64
+"""Above this, and above ``MOST_ROWS_WIDE`` where the width exceeds ``WIDE``, the launchers of
+``ops/generator/autograd.py`` run: tiles of 16 or 32 rows re-read the weights."""
+
+WIDE = 1024
+MOST_ROWS_WIDE = 16
+"""On an H200 the few-rows kernels beat eager in a CUDA graph at 4 and 64 rows of 6 x 1024 (0.121 against 0.250 ms and
+0.163 against 0.226) and at 4 rows of 12 x 1536 (0.314 against 0.474), not at its 64 rows (0.488 against 0.475)."""
 
 
 @dataclass(frozen=True)
 class FewConfig:
-    """Tiles of the few-rows kernels; ``bn_mod`` is that of the modulation, which has 3W (depth + 1)
-    columns."""
+    """Tiles of the few-rows kernels; ``bn_mod`` is that of the modulation, which has 3W (depth + 1) columns.
+
+    ``bk_norm`` and ``bk_norm_fp32`` are the K steps of the linears behind a norm, for 16-bit and for float32 weights
+    (None: ``bk``): the norm's operands need registers, and larger steps spill.
+    """
 
     bm: int
     bn: int
@@ -33,12 +41,18 @@ class FewConfig:
     stages: int
     bn_mod: int
     bk_mod: int
+    bk_norm: int | None = None
+    bk_norm_fp32: int | None = None
+
+    def norm_step(self, weights: torch.dtype) -> int:
+        """K step of the linears behind a norm, for weights of this dtype."""
+        return (self.bk_norm_fp32 if weights == torch.float32 else self.bk_norm) or self.bk
 
 
 # Rows up to -> config.
 TABLE: tuple[tuple[int, FewConfig], ...] = (
-    (16, FewConfig(16, 16, 256, 4, 3, 32, 256)),
-    (MOST_ROWS, FewConfig(32, 16, 128, 4, 4, 64, 128)),
+    (16, FewConfig(16, 16, 512, 4, 2, 64, 256, bk_norm=256, bk_norm_fp32=256)),
+    (MOST_ROWS, FewConfig(32, 16, 256, 4, 2, 64, 64, bk_norm_fp32=128)),
 )
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -72,14 +86,15 @@ def addresses(tensors: list[Tensor]) -> Tensor:
 def applies(rows: int, z: Tensor, noise: Tensor, parameters: list[Tensor], compute: torch.dtype) -> bool:
     """Whether the few-rows kernels take this call."""
     floats = set(_TRITON_TYPES)
+    width = parameters[0].shape[-1]
     return (
-        0 < rows <= MOST_ROWS
+        0 < rows <= (MOST_ROWS if width <= WIDE else MOST_ROWS_WIDE)
         and compute in floats
         and z.dtype in floats
         and noise.dtype in floats
         and all(parameter.dtype in floats and parameter.is_contiguous() for parameter in parameters)
         and len({parameter.dtype for parameter in parameters[BLOCK_PARAMETERS - 2 :: BLOCK_PARAMETERS]}) == 1
-        and parameters[0].shape[-1] <= adaln.MAX_WIDTH
+        and width <= adaln.MAX_WIDTH
     )
 
 
@@ -158,9 +173,7 @@ def _few_rows(
         **{**tile, "BN": config.bn_mod, "BK": config.bk_mod},
     )
 
-    def norm_linear(
-        layer: int, norm: list[Tensor] | None, weight: Tensor, bias: Tensor, factor: float
-    ) -> Tensor:
+    def norm_linear(layer: int, norm: list[Tensor] | None, weight: Tensor, bias: Tensor, factor: float) -> Tensor:
         n = weight.shape[0]
         out = new(rows, n)
         kernels.norm_linear_kernel[(triton.cdiv(n, config.bn), tiles_m)](
@@ -180,7 +193,7 @@ def _few_rows(
             AFFINE=norm is not None,
             SILU=norm is not None,
             BLOCK_STATS=min(8192 // config.bm, adaln.block_of(width)),
-            **tile,
+            **{**tile, "BK": config.norm_step(weight.dtype)},
         )
         return out
 
@@ -219,8 +232,8 @@ def _few_rows_fake(
 
 LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
 LIBRARY.define(
-    "generator_few_rows(Tensor z, Tensor noise, Tensor[] inputs, Tensor[] parameters, int samples, float temperature, "
-    "float eps, ScalarType dtype) -> Tensor"
+    "generator_few_rows(Tensor z, Tensor noise, Tensor[] inputs, Tensor[] parameters, int samples, "
+    "float temperature, float eps, ScalarType dtype) -> Tensor"
 )
 LIBRARY.impl("generator_few_rows", _few_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ear_kernels::generator_few_rows", _few_rows_fake, lib=LIBRARY)

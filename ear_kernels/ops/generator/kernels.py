@@ -189,9 +189,7 @@ def norm_linear_kernel(
     if SILU:
         acc = acc.to(COMPUTE).to(tl.float32)
         acc = acc * tl.sigmoid(acc)
-    tl.store(
-        out + rows[:, None] * N + cols[None, :], acc.to(COMPUTE), mask=live[:, None] & (cols < N)[None, :]
-    )
+    tl.store(out + rows[:, None] * N + cols[None, :], acc.to(COMPUTE), mask=live[:, None] & (cols < N)[None, :])
 
 
 @triton.jit

@@ -167,7 +167,10 @@ def gate_residual(hidden: Tensor, ffn: Tensor, gate: Tensor, group: int) -> Tens
 def gate_backward(
     grad_out: Tensor, ffn: Tensor, gate: Tensor, grad_ffn: Tensor, grad_gate: Tensor, group: int
 ) -> Tensor:
-    """Write the gradients of ``gate * ffn``; ``grad_gate`` is ``[R / group * chunks, W]``. Column sums of grad_ffn."""
+    """Write the gradients of ``gate * ffn``; ``grad_gate`` is ``[R / group * chunks, W]``.
+
+    Returns the column sums of ``grad_ffn``.
+    """
     rows, width = grad_out.shape
     if rows == 0:
         return grad_out.new_zeros((width,), dtype=torch.float32)
@@ -215,9 +218,9 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> t
 def gated_linear(
     active: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, gate: Tensor, save: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(``hidden + gate * f``, f or None), ``f = active @ weight^T + bias``, in one kernel; None where it does not pay.
+    """(``hidden + gate * f``, f or None), ``f = active @ weight^T + bias``, in one kernel.
 
-    One gate per row, all matrices ``[R, .]``.
+    None where that does not pay. One gate per row, all matrices ``[R, .]``.
     """
     config = configs.plan("gate", active.shape[0], active, weight, hidden, gate)
     if config is None:
@@ -300,9 +303,7 @@ def _backward(
     chunks, _ = units_of(group)
     entries = rows // group
     grad_ffn = grad_out.new_empty((rows, width))
-    grad_gate = grad_out.new_empty(
-        (entries * chunks, width), dtype=torch.float32 if chunks > 1 else gate.dtype
-    )
+    grad_gate = grad_out.new_empty((entries * chunks, width), dtype=torch.float32 if chunks > 1 else gate.dtype)
     grad_bias_out = gate_backward(grad_out, ffn, gate, grad_ffn, grad_gate, group)
     if chunks > 1:
         grad_gate = grad_gate.view(entries, chunks, width).sum(1).to(gate.dtype)
@@ -328,8 +329,7 @@ def _backward_fake(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns = [
-        modulated.new_empty((size,), dtype=torch.float32)
-        for size in (weight_in.shape[0], weight_out.shape[0])
+        modulated.new_empty((size,), dtype=torch.float32) for size in (weight_in.shape[0], weight_out.shape[0])
     ]
     return (
         modulated.new_empty(modulated.shape),

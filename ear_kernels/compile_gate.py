@@ -1,0 +1,115 @@
+"""Cross-compile every shipped kernel without a GPU; ``python -m ear_kernels.compile_gate`` prints the table.
+
+Fails on a spill, on shared memory over the limit and on a failed compiler pass. Needs a process in which triton was
+imported without TRITON_INTERPRET=1. For AMD only the passes and the shared memory are checked: the wheel has no tool
+that reads its spills except the code object's own notes, which are read where they say something.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ear_kernels.launch import ShippedKernel, shipped_kernels
+
+# Bytes of shared memory that one program may have.
+TARGETS: dict[str, tuple[str, Any, int, int]] = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+def resource_usage(asm: dict[str, Any], metadata: Any) -> tuple[int, int]:
+    """(registers a thread, bytes of spills a thread) of a compiled kernel.
+
+    NVIDIA: ``cuobjdump --dump-resource-usage`` of the cubin: what does not fit into registers is on the stack (our
+    kernels have no arrays of their own there). AMD: the assembler's notes.
+    """
+    if "cubin" in asm:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
+            text = subprocess.run(
+                [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        registers = [int(value) for value in re.findall(r"REG:(\d+)", text)]
+        stack = [int(value) for value in re.findall(r"STACK:(\d+)", text)]
+        return max(registers), max(stack)
+    text = asm.get("amdgcn", "")
+    registers = [int(value) for value in re.findall(r"\.vgpr_count:\s*(\d+)", text)]
+    spills = [int(value) for value in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)]
+    return max(registers, default=0), 4 * max(spills, default=0)
+
+
+def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int]:
+    """(registers, spilled bytes, shared memory) of ``shipped`` for one of ``TARGETS``; raises if a pass fails."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, warp, _ = TARGETS[target]
+    position = {name: index for index, name in enumerate(shipped.kernel.arg_names)}
+    signature = {name: shipped.signature.get(name, "constexpr") for name in shipped.kernel.arg_names}
+    constexprs = {(position[name],): value for name, value in shipped.constexprs.items()}
+    attributes = {
+        (position[name],): [["tt.divisibility", 16]]
+        for name, kind in shipped.signature.items()
+        if kind.startswith("*") or kind.startswith("i")
+    }
+    compiled = triton.compile(
+        ASTSource(shipped.kernel, signature, constexprs, attributes),
+        target=GPUTarget(backend, architecture, warp),
+        options={"num_warps": shipped.num_warps, "num_stages": shipped.num_stages},
+    )
+    registers, spilled = resource_usage(compiled.asm, compiled.metadata)
+    return registers, spilled, compiled.metadata.shared
+
+
+def run(targets: list[str], pattern: str = "") -> int:
+    """Compile all, print a line each, and return the number of failures."""
+    failures = 0
+    for shipped in shipped_kernels():
+        for target in targets:
+            if target not in shipped.targets or pattern not in shipped.name:
+                continue
+            start, problems, numbers = time.perf_counter(), [], ""
+            try:
+                registers, spilled, shared = compile_for(shipped, target)
+            except Exception as error:  # whatever a compiler pass raises is a failure of this configuration
+                problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            else:
+                numbers = f"{registers:4d} registers {spilled:5d} B spilled {shared:7d} B shared"
+                if spilled > 4 * shipped.max_spills:
+                    problems.append("spills")
+                if shared > TARGETS[target][3]:
+                    problems.append(f"shared memory over {TARGETS[target][3]} B")
+            failures += bool(problems)
+            print(
+                f"{'FAIL' if problems else 'ok':4s} {target:7s} {numbers} {time.perf_counter() - start:5.1f} s  "
+                f"{shipped.num_warps} warps  {shipped.name} {'; '.join(problems)}",
+                flush=True,
+            )
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    arguments = parser.parse_args()
+    failures = run(arguments.target or list(TARGETS), arguments.only)
+    print(f"{failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Parameter groups, learning-rate schedule and the moving average of the weights (spec 5)."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ear_model.config import TrainConfig
+from ear_model.ear import EAR
+
+
+def parameter_groups(model: EAR, config: TrainConfig) -> list[dict]:
+    """AdamW groups with ``weight_decay`` and ``lr_scale`` (multiplies the scheduled learning rate).
+
+    "paper": (1) 1-D parameters and biases of the backbone: no decay; (2) its other parameters, embeddings and
+    positions included: decay; (3) the whole generator: no decay, scaled rate. "public", the grouping of the
+    public code: (1) also holds the generator's 1-D parameters and biases, at the full rate.
+    """
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    generator: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        one_dimensional = parameter.ndim == 1 or name.endswith(".bias")
+        if name.startswith("score.") and not (one_dimensional and config.parameter_groups == "public"):
+            generator.append(parameter)
+        else:
+            (plain if one_dimensional else decayed).append(parameter)
+    return [
+        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": generator, "weight_decay": 0.0, "lr_scale": config.generator_lr_scale},
+    ]
+
+
+def make_optimizer(model: EAR, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`, in its fused form, which a CPU has too."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def is_finetuning(step: int, config: TrainConfig) -> bool:
+    """Whether step (from 0) belongs to the tau fine-tuning phase at the end of the run."""
+    return step >= config.steps - config.finetune_steps
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
+    if is_finetuning(step, config):
+        return config.finetune_lr
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    last = config.steps - config.finetune_steps
+    progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate times its ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+class ExponentialMovingAverage:
+    """Moving average of the parameters, updated after every optimiser step.
+
+    Args:
+        model: the model; the average starts at its weights.
+        decay: ``average = decay * average + (1 - decay) * weight``.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.averages: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One step, over all parameters at once."""
+        averages: list[Tensor] = list(self.averages.values())
+        parameters: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's parameters by the averages."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.averages[name])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients to a norm of at most ``limit``; returns the norm before, as a tensor (no wait)."""
+    return nn.utils.clip_grad_norm_(list(parameters), limit, error_if_nonfinite=False)

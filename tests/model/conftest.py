@@ -1,0 +1,45 @@
+"""Small models and runs for the tests of the model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ear_model.config import DIGITS, RUNS, ModelConfig, RunConfig, SamplingConfig, TrainConfig
+from ear_model.ear import EAR
+
+TINY = replace(
+    DIGITS,
+    width=16,
+    depth=2,
+    num_heads=2,
+    class_tokens=2,
+    generator_width=16,
+    generator_depth=1,
+    noise_dim=8,
+    num_samples=2,
+)
+
+
+def tiny_run(**train) -> RunConfig:
+    """A digits run of a model that trains in seconds."""
+    settings = {"steps": 6, "batch_size": 8, "warmup_steps": 2, "checkpoint_every": 2, "log_every": 1, "lr": 1e-3}
+    return replace(RUNS["digits"], model=TINY, train=TrainConfig(**{**settings, **train}), sampling=SamplingConfig(4))
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Fresh values for every parameter: at initialisation all samples are zero and hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture
+def tiny_model() -> EAR:
+    return randomise(EAR(TINY))

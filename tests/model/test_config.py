@@ -1,0 +1,83 @@
+"""Configurations: checks, round trip, other versions."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from ear_model.config import MODELS, RUNS, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+
+
+@pytest.mark.parametrize("config", [*MODELS.values(), *RUNS.values()])
+def test_round_trip_through_json(config):
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config))), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d.update(format_version=99), "version 99"),
+        (lambda d: d.pop("format_version"), "version None"),
+        (lambda d: d["model"].update(colour=1), "colour"),
+        (lambda d: d["model"].pop("width"), "width"),
+        (lambda d: d.update(model=3), "3 is no configuration"),
+        (lambda d: d["model"].update(width=-1), "width is -1"),
+        (lambda d: d["model"].update(width="wide"), "wrong type"),
+    ],
+)
+def test_foreign_configurations_are_refused(change, named):
+    stored = to_dict(RUNS["digits"])
+    change(stored)
+    with pytest.raises(ValueError, match=named):
+        from_dict(RunConfig, stored, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha", 0.0),
+        ("alpha", 2.5),
+        ("num_samples", 1),
+        ("patch_size", 3),
+        ("num_heads", 5),
+        ("dropout", 1.0),
+        ("min_mask_ratio", 0.0),
+        ("noise", "cauchy"),
+        ("image_size", 0),
+    ],
+)
+def test_bad_model_values_are_named(field, value):
+    with pytest.raises(ValueError, match=str(value)):
+        replace(MODELS["digits"], **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("accumulate", 3), ("lr", 0.0), ("ema", 1.0), ("tau", 1.1), ("finetune_steps", 600_000)],
+)
+def test_bad_training_values_are_named(field, value):
+    with pytest.raises(ValueError, match=str(value)):
+        replace(TrainConfig(), **{field: value})
+
+
+def test_paper_defaults():
+    """Spec 3 to 5."""
+    model, train = ModelConfig(), TrainConfig()
+    assert (model.dropout, model.attention_dropout, model.label_dropout, model.noise_dim) == (0.1, 0.1, 0.1, 64)
+    assert (train.beta1, train.beta2, train.weight_decay, train.clip, train.ema) == (0.9, 0.95, 0.02, 3.0, 0.9999)
+    assert (train.lr, train.generator_lr_scale, train.finetune_tau, train.batch_size) == (8e-4, 0.25, 0.99, 2048)
+    assert train.finetune_lr == pytest.approx(7e-5 * 2048 / 256)
+
+
+def test_every_field_is_documented():
+    """The command line shows the string below a field as its help."""
+    import inspect
+
+    from ear_model import config as module
+
+    source = inspect.getsource(module)
+    for cls in (ModelConfig, TrainConfig, module.SamplingConfig, RunConfig):
+        body = source.split(f"class {cls.__name__}")[1].split("@dataclass")[0]
+        for field in fields(cls):
+            after = body.split(f"\n    {field.name}: ")[1].split("\n")[1]
+            assert after.strip().startswith('"""'), f"{cls.__name__}.{field.name}"
