@@ -3,6 +3,7 @@
 from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
+from ear_kernels.patch import accelerate
 from ear_kernels.targets import GaussianTarget
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __all__ = [
     "FusedEnergyLoss",
     "FusedMLPGenerator",
     "GaussianTarget",
+    "accelerate",
     "adaln_modulate",
     "energy_distance",
     "energy_loss",

@@ -14,7 +14,9 @@ BACKEND_VARIABLE = "EAR_KERNELS_BACKEND"
 BACKENDS = ("auto", "triton", "eager")
 
 # Operations that have Triton kernels. Each issue that brings kernels adds its names here.
-TRITON_OPERATIONS: frozenset[str] = frozenset({"energy_loss", "energy_distance"})
+TRITON_OPERATIONS: frozenset[str] = frozenset(
+    {"adaln_modulate", "energy_distance", "energy_loss", "gated_silu_ffn", "mlp_generator"}
+)
 
 
 def requested_backend() -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ear_kernels.dispatch import choose_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
+from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
 from ear_kernels.targets import GaussianTarget
 
@@ -63,9 +64,28 @@ def _dimension(name: str, dim: int, ndim: int) -> int:
     return dim % ndim
 
 
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The autocast dtype where autocast is on for the tensors' device, else what they promote to."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype = present[0].dtype
+    for tensor in present[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def _functional_transform_is_active() -> bool:
     """Whether torch.func.grad, vmap or another transform is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _applies(operation: str, tensor: Tensor, reason: str | None) -> bool:
+    """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
+    if reason is None and not torch.compiler.is_compiling() and _functional_transform_is_active():
+        reason = "a torch.func transform, which needs the reference"
+    return choose_backend(operation, tensor, f"{operation} got {reason}" if reason else "") == "triton"
 
 
 def _triton_refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str:
@@ -235,7 +255,8 @@ def adaln_modulate(
         eps: added to the variance.
 
     Returns:
-        ``[..., W]``.
+        ``[..., W]`` in the promoted dtype of hidden, shift and scale. The Triton path computes in float32 and, under
+        autocast, returns the autocast dtype (the linear that follows would cast to it).
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
@@ -252,7 +273,12 @@ def adaln_modulate(
             _check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
                 raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
-    choose_backend("adaln_modulate")
+    if choose_backend("adaln_modulate", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+
+        tensors = (shift, scale, weight, bias)
+        if _applies("adaln_modulate", hidden, adaln.supported(hidden, *tensors)):
+            return adaln.adaln_modulate(hidden, *tensors, eps, _compute_dtype(hidden, shift, scale))
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 
 
@@ -275,7 +301,8 @@ def gated_silu_ffn(
         weight_out, bias_out: ``[W, V]`` and ``[W]`` or None.
 
     Returns:
-        ``[..., W]``.
+        ``[..., W]`` in the promoted dtype; in the autocast dtype under autocast. The Triton path rounds ``hidden``
+        and ``gate`` to that dtype as well.
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
@@ -298,5 +325,109 @@ def gated_silu_ffn(
     for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
         if bias is not None and tuple(bias.shape) != (size,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
-    choose_backend("gated_silu_ffn")
+    if choose_backend("gated_silu_ffn", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+        from ear_kernels.ops.silu_ffn import autograd as silu_ffn
+
+        tensors = (hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
+        reason = adaln.supported(*tensors) or adaln.supported(weight_in.t())
+        if _applies("gated_silu_ffn", hidden, reason):
+            return silu_ffn.gated_silu_ffn(*tensors, _compute_dtype(*tensors))
     return silu_ffn_reference.gated_silu_ffn(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
+
+
+def generator_blocks(
+    hidden: Tensor,
+    conditioning: Tensor,
+    parameters: list[Tensor],
+    *,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+    group: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """All residual blocks and the final layer of the MLP generator (paper Eq. 11) as one operation.
+
+    Legend: T tokens, R = E * group rows, E conditioning vectors, W width, D size of a token.
+
+    Args:
+        hidden: ``[T, W]``: the projected hidden state of each token.
+        conditioning: ``[E, W]``: the embedded noise c, before its SiLU; rows ``e * group`` to ``(e + 1) * group - 1``
+            share vector e.
+        parameters: 8 a block (norm weight and bias, first linear, second linear, modulation linear), then 4 of
+            the final layer (modulation linear, output linear); each linear's weight before its bias.
+        index: ``[R]`` int32, the token of each row; None if rows are tokens. Every token has the same number of rows
+            in ``inverse``.
+        inverse: ``[T * n]``: the row of sample s of token t at ``t * n + s``; None if rows are in that order.
+            Rows that it does not name are padding and get no gradient from ``hidden``.
+        group: rows a conditioning vector.
+        temperature: multiplies the shift of the residual blocks. Other than 1 only without gradients.
+        eps: of every norm.
+
+    Returns:
+        ``[R, D]`` in row order, in the dtype of ``conditioning``.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature with gradients.
+    """
+    _check_floating("hidden", hidden)
+    _check_floating("conditioning", conditioning)
+    _check_device("conditioning", conditioning, hidden, "hidden")
+    block, final = generator_reference.BLOCK_PARAMETERS, generator_reference.FINAL_PARAMETERS
+    if len(parameters) < block + final or len(parameters) % block != final:
+        raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
+    rows = conditioning.shape[0] * group
+    have = hidden.shape[0] if index is None else index.shape[0]
+    if hidden.ndim != 2 or conditioning.ndim != 2 or hidden.shape[1] != conditioning.shape[1] or have != rows:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, conditioning {tuple(conditioning.shape)}, group {group}, "
+            f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and "
+            "[E * group]"
+        )
+    if choose_backend("mlp_generator", hidden) == "triton":
+        from ear_kernels.ops.adaln import autograd as adaln
+        from ear_kernels.ops.generator import autograd as generator
+
+        reason = adaln.supported(hidden, conditioning, *parameters)
+        if hidden.dtype != conditioning.dtype:
+            reason = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
+        if temperature != 1 and torch.is_grad_enabled():
+            reason = f"temperature {temperature} with gradients enabled"
+        if _applies("mlp_generator", hidden, reason):
+            return generator.generator_blocks(
+                hidden, conditioning, parameters, index, inverse, group, temperature, eps
+            )
+    return generator_reference.generator_blocks(hidden, conditioning, parameters, index, group, temperature, eps)
+
+
+def generator_few_rows(
+    z: Tensor,
+    noise: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor | None:
+    """The whole generator for few rows and without gradients, or None where that path does not apply.
+
+    Args:
+        z: ``[T, C]``. noise: ``[T * samples, noise_dim]``.
+        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``.
+        parameters, temperature, eps: as in :func:`generator_blocks`.
+
+    Returns:
+        ``[T * samples, D]`` in the autocast dtype, or in the parameters' dtype without autocast.
+    """
+    if torch.is_grad_enabled() or not _applies("mlp_generator", z, None):
+        return None
+    from ear_kernels.ops.generator import few_rows
+
+    dtype = _compute_dtype(*inputs)
+    if not torch.is_autocast_enabled(z.device.type) and (z.dtype != dtype or noise.dtype != dtype):
+        return None
+    if not few_rows.applies(noise.shape[0], z, noise, parameters, dtype):
+        return None
+    return few_rows.few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)

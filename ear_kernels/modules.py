@@ -2,10 +2,13 @@
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import functional
+from ear_kernels.dispatch import choose_backend
+from ear_kernels.noise_pool import pool_arrangement
 from ear_kernels.targets import GaussianTarget
 
 
@@ -172,7 +175,20 @@ class FusedMLPGenerator(nn.Module):
             nn.init.zeros_(cast(nn.Linear, linear).weight)
             nn.init.zeros_(cast(nn.Linear, linear).bias)
 
-    def forward(self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    def block_parameters(self) -> list[Tensor]:
+        """Parameters of the blocks and the final layer in the order of ``functional.generator_blocks``."""
+        parameters: list[Tensor] = []
+        for block in self.res_blocks:
+            assert isinstance(block, FusedAdaLNBlock)
+            for module in (block.in_ln, block.mlp[0], block.mlp[2], block.adaLN_modulation[1]):
+                parameters += [module.weight, module.bias]  # type: ignore[list-item]
+        for module in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            parameters += [module.weight, module.bias]  # type: ignore[list-item]
+        return parameters
+
+    def forward(
+        self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0, *, noise_pool: int | None = None
+    ) -> Tensor:
         """Tokens from hidden states and noise.
 
         Args:
@@ -180,6 +196,9 @@ class FusedMLPGenerator(nn.Module):
             noise: ``[..., noise_dim]`` (one sample a hidden state) or ``[..., n, noise_dim]`` (n samples of each;
                 z is then projected once, not n times).
             temperature: multiplies the shift of the residual blocks; in eval mode only (paper section 4.3).
+            noise_pool: use about this many of the given noise vectors, each for several rows, so that the modulation
+                is computed once a vector and not once a row (training; docs/noise_pool.md). Needs the sample
+                dimension in ``noise``; no two samples of one hidden state share a vector. None: every row its own.
 
         Returns:
             ``[..., D]`` or ``[..., n, D]``.
@@ -200,6 +219,61 @@ class FusedMLPGenerator(nn.Module):
                 f"noise has shape {tuple(noise.shape)}; for z of shape {tuple(z.shape)} it must be "
                 f"{(*z.shape[:-1], self.noise_dim)} or {(*z.shape[:-1], 'n', self.noise_dim)}"
             )
+        if noise_pool is not None and not has_samples:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; with noise_pool it must be "
+                f"{(*z.shape[:-1], 'n', self.noise_dim)}, so that no two samples of one hidden state share a vector"
+            )
+        factor: float | Tensor = 1.0 if self.training else temperature
+        whole = isinstance(factor, (int, float)) and (factor == 1 or not torch.is_grad_enabled())
+        if noise_pool is None and not (whole and choose_backend("mlp_generator", z) == "triton"):
+            return self._block_by_block(z, noise, temperature, has_samples)
+        if not whole:
+            raise ValueError(f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling")
+        tokens = z.reshape(-1, self.input_dim)
+        samples = noise.shape[-2] if has_samples else 1
+        vectors = noise.reshape(-1, samples, self.noise_dim)
+        if noise_pool is None:
+            few = functional.generator_few_rows(
+                tokens,
+                vectors.reshape(-1, self.noise_dim),
+                [
+                    self.noise_embed.weight,
+                    self.noise_embed.bias,
+                    self.input_proj.weight,
+                    self.input_proj.bias,
+                ],
+                self.block_parameters(),
+                samples=samples,
+                temperature=float(factor),
+            )
+            if few is not None:
+                return few.view(*noise.shape[:-1], self.output_dim)
+        hidden = self.input_proj(tokens)
+        index = inverse = None
+        group = 1
+        if noise_pool is not None and vectors.numel():
+            arrangement = pool_arrangement(tokens.shape[0], samples, noise_pool, z.device)
+            index, inverse, group = arrangement.index, arrangement.inverse, arrangement.group
+            vectors = vectors[: arrangement.per_sample].transpose(0, 1)
+        elif samples != 1:
+            index = torch.arange(tokens.shape[0] * samples, dtype=torch.int32, device=z.device) // samples
+        out = functional.generator_blocks(
+            hidden,
+            self.noise_embed(vectors.reshape(-1, self.noise_dim)),
+            self.block_parameters(),
+            index=index,
+            inverse=inverse,
+            group=group,
+            temperature=float(factor),
+            eps=1e-6,
+        )
+        if inverse is not None:
+            out = out[inverse]
+        return out.view(*noise.shape[:-1], self.output_dim)
+
+    def _block_by_block(self, z: Tensor, noise: Tensor, temperature: float | Tensor, has_samples: bool) -> Tensor:
+        """The generator operation by operation: the eager path, and the one for a tensor temperature."""
         hidden = self.input_proj(z)
         if has_samples:
             hidden = hidden.unsqueeze(-2).expand(*noise.shape[:-1], self.width)

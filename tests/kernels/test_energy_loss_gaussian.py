@@ -80,7 +80,7 @@ def test_same_draws_as_the_reference(dtype, device):
         exact = by_reference((x, mean, log_std), normals, mask, weights, fw, options, torch.float64)
         eager = by_reference((x, mean, log_std), normals, mask, weights, fw, options, working)
         eager = (eager[0], *(t.to(dtype) for t in eager[1:]))
-        # The terms of the loss, and those of the gradient of log_std (signed draws), are larger than what they add up to.
+        # The terms of the loss and those of the gradient of log_std, signed draws, are larger than their sum.
         draws = log_std.double().exp().unsqueeze(-2) * normals.double()
         scales = {"loss": 4 * exact[0].abs().max().item(), "log_std": None}
         if alpha == 1.0 and reduction == "none":

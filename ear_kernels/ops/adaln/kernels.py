@@ -1,0 +1,309 @@
+"""LayerNorm + AdaLN modulation over rows, with the gated residual that precedes it folded in.
+
+Legend: R rows of width W. Rows come in ``entries`` runs of ``group`` consecutive rows; the rows of a run
+share one shift, scale and gate (``group`` = 1: one of them per row). A program takes one *unit*: at most
+``unit_rows`` rows of one run (``chunks`` units a run), so that a shift shared by all rows does not put all
+rows into one program.
+
+Every load is cast to float32 at once: all arithmetic is in float32 whatever the storage, on a GPU because
+that is what the maths needs and in the interpreter because its bf16 arithmetic is wrong.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def adaln_fwd_kernel(
+    hidden,  # [R, W], or [T, W] with an index
+    index,  # [R] int32: the row of hidden that row r starts from
+    ffn,  # [R, W]: output of the previous block's FFN
+    gate,  # [entries, W]: gate of the previous block
+    shift,  # [entries, W]
+    scale,  # [entries, W]
+    weight,  # [W]
+    bias,  # [W]
+    next_hidden,  # [R, W], out: hidden + gate * ffn
+    out,  # [R, W], out: the modulated rows
+    mean,  # [R] float32, out
+    rstd,  # [R] float32, out
+    rows,
+    group,
+    chunks,
+    unit_rows,
+    stride_hidden,
+    stride_ffn,
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    stride_next,
+    stride_out,
+    eps,
+    temperature,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_STATS: tl.constexpr,
+):
+    """``h' = h + gate * ffn`` and ``out = LN(h') * (1 + scale) + temperature * shift`` for the rows of one
+    unit."""
+    unit = tl.program_id(0)
+    entry = tl.cast(unit // chunks, tl.int64)
+    first = (unit % chunks) * unit_rows
+    last = tl.minimum(first + unit_rows, group)
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    shift_W = tl.load(shift + entry * stride_shift + cols, mask=live, other=0.0).to(tl.float32) * temperature
+    scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
+    if HAS_WEIGHT:
+        weight_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
+    for step in range(first, last):
+        row = entry * group + step
+        source = row
+        if HAS_INDEX:
+            source = tl.load(index + row).to(tl.int64)
+        h_W = tl.load(hidden + source * stride_hidden + cols, mask=live, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            f_W = tl.load(ffn + row * stride_ffn + cols, mask=live, other=0.0).to(tl.float32)
+            # Rounded to the stream's type before the norm: backward sees this stored row, not the exact one.
+            stored_W = (h_W + gate_W * f_W).to(next_hidden.dtype.element_ty)
+            tl.store(next_hidden + row * stride_next + cols, stored_W, mask=live)
+            h_W = stored_W.to(tl.float32)
+        mu = tl.sum(h_W, 0) / WIDTH
+        centred_W = tl.where(live, h_W - mu, 0.0)
+        rs = 1.0 / tl.sqrt(tl.sum(centred_W * centred_W, 0) / WIDTH + eps)
+        if SAVE_STATS:
+            tl.store(mean + row, mu)
+            tl.store(rstd + row, rs)
+        n_W = centred_W * rs
+        if HAS_WEIGHT:
+            n_W *= weight_W
+        if HAS_BIAS:
+            n_W += bias_W
+        u_W = n_W * scale_W + shift_W
+        tl.store(out + row * stride_out + cols, u_W.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def adaln_bwd_kernel(
+    grad_out,  # [R, W]: gradient of the modulated rows
+    hidden,  # [R, W], or [T, W] with an index: the input of the norm
+    index,  # [R] int32
+    scale,  # [entries, W]
+    weight,  # [W]
+    bias,  # [W]
+    mean,  # [R] float32
+    rstd,  # [R] float32
+    grad_residual,  # [R, W]: gradient that reaches hidden past the norm
+    ffn,  # [R, W]: output of the previous block's FFN
+    gate,  # [entries, W]: gate of the previous block
+    # [R, W], out: hidden - gate * ffn, the input of the previous block (may be hidden's memory)
+    previous_hidden,
+    grad_hidden,  # [R, W], out (may be grad_residual's memory)
+    grad_shift,  # [entries * chunks, W], out
+    grad_scale,  # [entries * chunks, W], out
+    grad_ffn,  # [R, W], out: gate * grad_hidden
+    grad_gate,  # [entries * chunks, W], out
+    partials,  # [programs, SUMS, W] float32, out: this program's sums over its rows
+    rows,
+    group,
+    chunks,
+    unit_rows,
+    units,
+    units_per_program,
+    stride_grad_out,
+    stride_hidden,
+    stride_scale,
+    stride_residual,
+    stride_ffn,
+    stride_gate,
+    stride_previous,
+    stride_grad_hidden,
+    stride_grad_shift,
+    stride_grad_scale,
+    stride_grad_ffn,
+    stride_grad_gate,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
+    REBUILD: tl.constexpr,
+    STORE_SHIFT: tl.constexpr,
+    SINGLE: tl.constexpr,
+    SUM_AFFINE: tl.constexpr,
+    SUM_MODULATION: tl.constexpr,
+    SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Backward of the norm and modulation of one block, then of the gated residual of the block before it.
+
+    With g = grad_out, n = LN(h), x the normalised rows before the affine:
+    ``dshift = g``, ``dscale = g n``, ``dn = g (1 + scale)``, ``dh = rstd (w dn - mean(w dn) - x mean(w dn
+    x))`` plus the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous
+    block, and with REBUILD that block's input, which forward then need not save.
+
+    Sums over rows go to ``partials`` in a fixed order, in slots: [weight, bias] if SUM_AFFINE, then
+    [shift, scale] if SUM_MODULATION, then [gate, ffn] if SUM_MODULATION and HAS_PREVIOUS. The grid does not
+    depend on the device, so the result does not either.
+    """
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    if HAS_WEIGHT:
+        weight_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
+    if SUM_AFFINE:
+        sum_weight_W = tl.zeros([BLOCK], tl.float32)
+        sum_bias_W = tl.zeros([BLOCK], tl.float32)
+    if SUM_MODULATION:
+        sum_shift_W = tl.zeros([BLOCK], tl.float32)
+        sum_scale_W = tl.zeros([BLOCK], tl.float32)
+        if HAS_PREVIOUS:
+            sum_gate_W = tl.zeros([BLOCK], tl.float32)
+            sum_ffn_W = tl.zeros([BLOCK], tl.float32)
+    begin = program * units_per_program
+    end = tl.minimum(begin + units_per_program, units)
+    # SINGLE (one row a unit): the rows are one flat loop, which the compiler can pipeline; the outer loop
+    # runs once.
+    outer_begin = begin
+    outer_end = end
+    if SINGLE:
+        outer_begin = 0
+        outer_end = 1
+    for unit in range(outer_begin, outer_end):
+        if SINGLE:
+            first = begin
+            last = end
+        else:
+            entry = tl.cast(unit // chunks, tl.int64)
+            slot = tl.cast(unit, tl.int64)
+            first = (unit % chunks) * unit_rows
+            last = tl.minimum(first + unit_rows, group)
+            scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
+            unit_shift_W = tl.zeros([BLOCK], tl.float32)
+            unit_scale_W = tl.zeros([BLOCK], tl.float32)
+            if HAS_PREVIOUS:
+                gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
+                unit_gate_W = tl.zeros([BLOCK], tl.float32)
+        for step in tl.range(first, last, num_stages=STAGES):
+            if SINGLE:
+                row = tl.cast(step, tl.int64)
+                slot = row
+                scale_W = tl.load(scale + row * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
+                if HAS_PREVIOUS:
+                    gate_W = tl.load(gate + row * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
+            else:
+                row = entry * group + step
+            source = row
+            if HAS_INDEX:
+                source = tl.load(index + row).to(tl.int64)
+            g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=live, other=0.0).to(tl.float32)
+            h_W = tl.load(hidden + source * stride_hidden + cols, mask=live, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                through_W = tl.load(grad_residual + row * stride_residual + cols, mask=live, other=0.0).to(tl.float32)
+            if HAS_PREVIOUS:
+                f_W = tl.load(ffn + row * stride_ffn + cols, mask=live, other=0.0).to(tl.float32)
+                if REBUILD:
+                    rebuilt_W = h_W - gate_W * f_W
+                    tl.store(
+                        previous_hidden + row * stride_previous + cols,
+                        rebuilt_W.to(previous_hidden.dtype.element_ty),
+                        mask=live,
+                    )
+            rs = tl.load(rstd + row)
+            x_W = tl.where(live, (h_W - tl.load(mean + row)) * rs, 0.0)
+            n_W = x_W
+            if HAS_WEIGHT:
+                n_W = n_W * weight_W
+            if HAS_BIAS:
+                n_W = n_W + bias_W
+            dscale_W = g_W * n_W
+            dn_W = g_W * scale_W
+            if SUM_AFFINE:
+                sum_weight_W += dn_W * x_W
+                sum_bias_W += dn_W
+            if HAS_WEIGHT:
+                dn_W = dn_W * weight_W
+            average = tl.sum(dn_W, 0) / WIDTH
+            projection = tl.sum(dn_W * x_W, 0) / WIDTH
+            dh_W = (dn_W - average - x_W * projection) * rs
+            if HAS_RESIDUAL:
+                dh_W += through_W
+            tl.store(
+                grad_hidden + row * stride_grad_hidden + cols,
+                dh_W.to(grad_hidden.dtype.element_ty),
+                mask=live,
+            )
+            if HAS_PREVIOUS:
+                dffn_W = dh_W * gate_W
+                tl.store(grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live)
+                dgate_W = dh_W * f_W
+                if SUM_MODULATION:
+                    sum_ffn_W += dffn_W
+                    sum_gate_W += dgate_W
+            if SUM_MODULATION:
+                sum_shift_W += g_W
+                sum_scale_W += dscale_W
+            if SINGLE:
+                if STORE_SHIFT:
+                    tl.store(
+                        grad_shift + slot * stride_grad_shift + cols,
+                        g_W.to(grad_shift.dtype.element_ty),
+                        mask=live,
+                    )
+                tl.store(
+                    grad_scale + slot * stride_grad_scale + cols,
+                    dscale_W.to(grad_scale.dtype.element_ty),
+                    mask=live,
+                )
+                if HAS_PREVIOUS:
+                    tl.store(
+                        grad_gate + slot * stride_grad_gate + cols,
+                        dgate_W.to(grad_gate.dtype.element_ty),
+                        mask=live,
+                    )
+            else:
+                unit_shift_W += g_W
+                unit_scale_W += dscale_W
+                if HAS_PREVIOUS:
+                    unit_gate_W += dgate_W
+        if not SINGLE:
+            if STORE_SHIFT:
+                tl.store(
+                    grad_shift + slot * stride_grad_shift + cols,
+                    unit_shift_W.to(grad_shift.dtype.element_ty),
+                    mask=live,
+                )
+            tl.store(
+                grad_scale + slot * stride_grad_scale + cols,
+                unit_scale_W.to(grad_scale.dtype.element_ty),
+                mask=live,
+            )
+            if HAS_PREVIOUS:
+                tl.store(
+                    grad_gate + slot * stride_grad_gate + cols,
+                    unit_gate_W.to(grad_gate.dtype.element_ty),
+                    mask=live,
+                )
+    base = partials + program.to(tl.int64) * SUMS * WIDTH + cols
+    if SUM_AFFINE:
+        tl.store(base, sum_weight_W, mask=live)
+        tl.store(base + WIDTH, sum_bias_W, mask=live)
+        base += 2 * WIDTH
+    if SUM_MODULATION:
+        tl.store(base, sum_shift_W, mask=live)
+        tl.store(base + WIDTH, sum_scale_W, mask=live)
+        if HAS_PREVIOUS:
+            tl.store(base + 2 * WIDTH, sum_gate_W, mask=live)
+            tl.store(base + 3 * WIDTH, sum_ffn_W, mask=live)

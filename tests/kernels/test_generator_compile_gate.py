@@ -1,0 +1,263 @@
+"""Every shipped config of the generator's kernels compiles for its targets, without spills and within shared memory.
+
+Runs in a process of its own, because compiling needs Triton without its interpreter. As a script it prints the table:
+``python tests/kernels/test_generator_compile_gate.py``.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}
+ROOT = Path(__file__).parents[2]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) of a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def compile_for(fn: Any, target: int | str, types: dict[str, str], constants: dict[str, Any], **options: Any) -> dict:
+    """Compile one kernel; ``types`` gives the non-pointer arguments, every other one is ``types['*']``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    amd = isinstance(target, str)
+    signature, attributes = {}, {}
+    for position, name in enumerate(fn.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = types.get(name) or ("i32" if name.startswith("stride_") else types["*"])
+        # As a launch would specialise the generator's sizes: aligned pointers, multiples of 16.
+        if (
+            signature[name].startswith("*")
+            or name.startswith("stride_")
+            or name in ("N", "K", "W", "noise_dim", "input_dim")
+        ):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    if amd:
+        options.pop("maxnreg", None)
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
+    kernel = triton.compile(source, target=gpu, options=options)
+    result = {"shared": kernel.metadata.shared, "limit": SHARED_LIMIT[target], "registers": 0, "spills": 0}
+    if amd:
+        counts = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+        result["spills"] = sum(map(int, counts))
+    else:
+        result["registers"], result["spills"] = _resources(kernel.asm["cubin"])
+        # A WGMMA whose A operand is a register list: ptxas 12.8 may reuse those registers too early.
+        result["register_a"] = len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", kernel.asm["ptx"]))
+    return result
+
+
+INTEGERS = {
+    name: "i32"
+    for name in [
+        "rows",
+        "group",
+        "chunks",
+        "unit_rows",
+        "units",
+        "units_per_program",
+        "rows_per_program",
+        "size",
+        "M",
+        "N",
+        "K",
+        "W",
+        "layers",
+        "tiles",
+        "samples",
+        "noise_dim",
+        "input_dim",
+    ]
+}
+FLOATS = {"eps": "fp32", "temperature": "fp32", "mean": "*fp32", "rstd": "*fp32", "partials": "*fp32"}
+COMMON = {"*": "*bf16", "index": "*i32", "weights": "*i64", "biases": "*i64", **INTEGERS, **FLOATS}
+
+
+def cases():
+    """(name, target, arguments of compile_for)."""
+    import triton.language as tl
+
+    from ear_kernels.ops.adaln import autograd as adaln
+    from ear_kernels.ops.adaln import kernels as adaln_kernels
+    from ear_kernels.ops.generator import few_rows
+    from ear_kernels.ops.generator import kernels as few_kernels
+    from ear_kernels.ops.silu_ffn import autograd as ffn
+    from ear_kernels.ops.silu_ffn import configs
+    from ear_kernels.ops.silu_ffn import kernels as ffn_kernels
+
+    master = {**COMMON, "weight": "*fp32", "bias": "*fp32"}
+    forward = {
+        "HAS_INDEX": False,
+        "HAS_RESIDUAL": True,
+        "HAS_WEIGHT": True,
+        "HAS_BIAS": True,
+        "SAVE_STATS": True,
+    }
+    backward = {
+        "HAS_INDEX": False,
+        "HAS_WEIGHT": True,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": True,
+        "HAS_PREVIOUS": True,
+        "REBUILD": True,
+        "STORE_SHIFT": False,
+        "SINGLE": True,
+        "SUM_AFFINE": True,
+        "SUM_MODULATION": True,
+        "SUMS": 6,
+    }
+    everywhere: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+    for width, targets in ((96, (90,)), (384, (90,)), (1024, everywhere), (1280, (90,)), (1536, everywhere)):
+        size = {"WIDTH": width, "BLOCK": adaln.block_of(width)}
+        for target in targets:
+            yield (
+                f"adaln_fwd {width}", target, adaln_kernels.adaln_fwd_kernel, master, {**forward, **size},
+                {"num_warps": adaln.warps_of(width)},
+            )  # fmt: skip
+            for group, flags in ((1, {}), (4, {"SINGLE": False, "STORE_SHIFT": True})):
+                config = adaln.backward_config(width, group)
+                options = {"num_warps": config.warps}
+                if config.registers:
+                    options["maxnreg"] = config.registers
+                yield (
+                    f"adaln_bwd {width} group {group}", target, adaln_kernels.adaln_bwd_kernel, master,
+                    {**backward, **flags, **size, "STAGES": config.stages}, options,
+                )  # fmt: skip
+            yield (
+                f"silu_bwd {width}", target, ffn_kernels.silu_bwd_kernel, COMMON,
+                {**size, "STORE_ACTIVE": True, "STAGES": ffn.POINTWISE_STAGES}, {"num_warps": adaln.warps_of(width)},
+            )  # fmt: skip
+    for target in everywhere:
+        size = {"WIDTH": 1024, "BLOCK": 1024}
+        yield "silu_fwd", target, ffn_kernels.silu_fwd_kernel, COMMON, {"BLOCK": 4096}, {"num_warps": 8}
+        yield "gate_fwd", target, ffn_kernels.gate_fwd_kernel, COMMON, size, {"num_warps": 4}
+        yield "gate_bwd", target, ffn_kernels.gate_bwd_kernel, COMMON, size, {"num_warps": 4}
+    for epilogue, entries in configs.HOPPER.items():
+        shipped = {config for _, config in entries if config} | {configs.CANDIDATES[epilogue]}
+        for config in sorted(shipped, key=lambda config: config.name):
+            for extra in (True,) if epilogue == "dsilu" else (True, False):
+                transposed = epilogue != "dsilu"
+                b = (config.bn, config.bk) if transposed else (config.bk, config.bn)
+                half = config.bn // config.split
+                types = {**COMMON, "bias": "*bf16"}
+                for name, (first, second) in {
+                    "a_desc": (config.bm, config.bk),
+                    "b_desc": b,
+                    **{f"{key}_desc": (config.bm, half) for key in ("extra", "residual", "gate", "out")},
+                }.items():
+                    types[name] = f"tensordesc<bf16[{first}, {second}]>"
+                constants = {
+                    "EPILOGUE": ffn._EPILOGUE_NUMBERS[epilogue],
+                    "HAS_BIAS": transposed,
+                    "STORE_EXTRA": extra,
+                    "B_TRANSPOSED": transposed,
+                    "BM": config.bm,
+                    "BN": config.bn,
+                    "BK": config.bk,
+                    "GROUP_M": config.group_m,
+                    "SPLIT": config.split,
+                    "FLATTEN": config.flatten,
+                }
+                absent = {"silu": ("residual_desc", "gate_desc"), "gate": (), "dsilu": ("gate_desc", "bias")}[
+                    epilogue
+                ]
+                absent += () if extra else ("extra_desc",)
+                absent += () if epilogue == "dsilu" else ("partials",)
+                constants |= dict.fromkeys(absent)
+                yield (
+                    f"linear {epilogue} {config.name}{' saving' if extra else ''}", 90, ffn_kernels.linear_kernel,
+                    types, constants, {"num_warps": config.warps, "num_stages": config.stages},
+                )  # fmt: skip
+    for rows, config in few_rows.TABLE:
+        for target in everywhere if rows == 16 else (90,):
+            for dtype, kind in (("bf16", tl.bfloat16), *((("fp32", tl.float32),) if target == 90 else ())):
+                types = {**COMMON, **{f"weight{end}": f"*{dtype}" for end in ("", "_noise", "_z")}}
+                types |= {f"bias{end}": f"*{dtype}" for end in ("", "_noise", "_z")}
+                tile = {
+                    "COMPUTE": tl.bfloat16,
+                    "PRECISION": "tf32",
+                    "BM": config.bm,
+                    "BN": config.bn,
+                    "BK": config.bk,
+                }
+                options = {"num_warps": config.warps, "num_stages": config.stages}
+                name = f"rows <= {rows}, {dtype} weights"
+                yield f"embed {name}", target, few_kernels.embed_kernel, types, {**tile, "BK": 64}, options
+                yield (
+                    f"modulation {name}", target, few_kernels.modulation_kernel, types,
+                    {**tile, "BN": config.bn_mod, "BK": config.bk_mod, "WEIGHT": kind}, options,
+                )  # fmt: skip
+                yield (
+                    f"norm_linear {name}", target, few_kernels.norm_linear_kernel, types,
+                    {**tile, "K": 1536, "AFFINE": True, "SILU": True, "BLOCK_STATS": 8192 // config.bm,
+                     "BK": config.norm_step(torch.float32 if dtype == "fp32" else torch.bfloat16)}, options,
+                )  # fmt: skip
+                yield f"gate_linear {name}", target, few_kernels.gate_linear_kernel, types, tile, options
+
+
+def main(part: int = 0, parts: int = 1) -> None:
+    for name, target, fn, types, constants, options in itertools.islice(cases(), part, None, parts):
+        try:
+            result = compile_for(fn, target, types, constants, **options)
+        except Exception as error:  # the table is the point: one failure must not hide the others
+            result = {"error": repr(error)[:300]}
+        print(json.dumps({"name": name, "target": target, **result}), flush=True)
+
+
+@pytest.mark.slow
+def test_every_shipped_config_compiles_cleanly() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, part, "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for part in ("0", "1")
+    ]
+    results = []
+    for run in runs:
+        output, errors = run.communicate()
+        assert run.returncode == 0, errors[-2000:]
+        results += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert len(results) > 40
+    broken = []
+    for result in results:
+        if (
+            "error" in result
+            or result["shared"] > result["limit"]
+            or result.get("register_a")
+            or (result["spills"] and result["target"] == 90)
+        ):
+            broken.append(result)
+    assert not broken, "\n".join(map(str, broken))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""The whole generator as one autograd function: outputs and every gradient against float64 and eager."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ear_kernels import FusedMLPGenerator
+from ear_kernels.ops.silu_ffn import configs
+from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
+
+SMALL = configs.GemmConfig(32, 32, 16, 2, 4, flatten=False)
+if DEVICE == "cuda":
+    SMALL = configs.GemmConfig(64, 64, 64, 2, 4, flatten=False)
+PLANS = {
+    "cublas": {"silu": None, "gate": None, "dsilu": None},
+    "triton": {"silu": SMALL, "gate": SMALL, "dsilu": SMALL},
+}
+
+
+def make(width: int, depth: int, seed: int, input_dim: int = 24, output_dim: int = 8) -> FusedMLPGenerator:
+    """A generator whose zero-initialised layers are not zero, else no gradient would reach the blocks."""
+    torch.manual_seed(seed)
+    generator = FusedMLPGenerator(input_dim, width, output_dim, depth=depth, noise_dim=16)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.2)
+    return generator.to(DEVICE)
+
+
+def run(generator, z, noise, grad, monkeypatch, backend, **options):
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+    generator.zero_grad(set_to_none=True)
+    z, noise = (t.detach().clone().requires_grad_() for t in (z, noise))
+    out = generator(z, noise, **options)
+    out.backward(grad.to(out.dtype))
+    gradients = {name: parameter.grad for name, parameter in generator.named_parameters()}
+    return {"out": out.detach(), "z": z.grad, "noise": noise.grad, **gradients}
+
+
+def compare(monkeypatch, rows, samples, width, depth, dtype, plan, seed=0, **options) -> None:
+    reference = make(width, depth, seed)
+    z = torch.randn(*rows, 24, device=DEVICE)
+    noise = torch.rand(*rows, *([samples] if samples else []), 16, device=DEVICE) - 0.5
+    generator = copy.deepcopy(reference).to(dtype)
+    z, noise = z.to(dtype), noise.to(dtype)
+    grad = torch.randn(*noise.shape[:-1], 8, device=DEVICE).to(dtype)
+    exact = run(copy.deepcopy(generator).double(), z.double(), noise.double(), grad, monkeypatch, "eager", **options)
+    eager = run(generator, z, noise, grad, monkeypatch, "eager", **options)
+    eager = {name: value.clone() for name, value in eager.items()}
+    with configs.overriding(**PLANS[plan]):
+        ours = run(generator, z, noise, grad, monkeypatch, "triton", **options)
+    count = max(2, noise.numel() // 16)
+    for name in exact:
+        assert_no_worse_than_eager(
+            name,
+            ours[name],
+            eager[name],
+            exact[name],
+            terms=count if "weight" in name or "bias" in name else 1,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("rows", "samples", "width", "depth"),
+    [((11,), None, 32, 2), ((3, 4), 2, 96, 3), ((1,), 1, 40, 1), ((0,), 2, 32, 1), ((9,), 3, 32, 1)],
+    ids=str,
+)
+def test_matches_eager(monkeypatch, rows, samples, width, depth, dtype, plan) -> None:
+    compare(monkeypatch, rows, samples, width, depth, dtype, plan)
+
+
+@given(
+    st.integers(0, 13),
+    st.sampled_from([None, 1, 2, 4]),
+    st.integers(2, 40),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+@settings(max_examples=10 if DEVICE == "cuda" else 5)
+def test_any_shape(rows, samples, width, depth, seed) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compare(monkeypatch, (rows,), samples, width, depth, torch.float32, "triton", seed)
+
+
+@pytest.mark.parametrize("pool", [2, 5, 8, 24, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_pool_matches_eager(monkeypatch, pool, dtype) -> None:
+    compare(monkeypatch, (13,), 2, 32, 2, dtype, "triton", noise_pool=pool)
+
+
+def test_temperature_and_eval(monkeypatch) -> None:
+    generator = make(32, 2, 0).eval()
+    z, noise = torch.randn(5, 24, device=DEVICE), torch.rand(5, 16, device=DEVICE)
+    outputs = []
+    for backend in ("eager", "triton"):
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+        with torch.no_grad():
+            outputs.append(generator(z, noise, 0.7))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(outputs[0], generator(z, noise, 1.0))
+
+
+def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:
+    """Autocast over float32 weights: gradients in the parameters' dtype, near eager's."""
+    generator = make(32, 2, 0)
+    z, noise = torch.randn(7, 24, device=DEVICE), torch.rand(7, 2, 16, device=DEVICE)
+    grad = torch.randn(7, 2, 8, device=DEVICE)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    results = []
+    for backend in ("eager", "triton"):
+        with torch.autocast(DEVICE, dtype=dtype):
+            results.append(dict(run(generator, z, noise, grad, monkeypatch, backend)))
+    for name, value in results[0].items():
+        assert results[1][name].dtype == value.dtype, name
+        torch.testing.assert_close(results[1][name], value, atol=0.05 * value.abs().max().item() + 1e-3, rtol=0.1)
+
+
+def test_frozen_parameters_and_checkpointing(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    generator = make(32, 2, 0)
+    z, noise = torch.randn(5, 24, device=DEVICE, requires_grad=True), torch.rand(5, 16, device=DEVICE)
+    generator(z, noise).sum().backward()
+    expected = z.grad.clone()
+    z.grad = None
+    generator.requires_grad_(False)
+    out = torch.utils.checkpoint.checkpoint(generator, z, noise, use_reentrant=False)
+    out.sum().backward()
+    torch.testing.assert_close(z.grad, expected)
+
+
+def test_second_order_gradients_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    generator = make(32, 1, 0)
+    z = torch.randn(3, 24, device=DEVICE, requires_grad=True)
+    out = generator(z, torch.rand(3, 16, device=DEVICE))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(out.sum(), z, create_graph=True)
+
+
+def test_fullgraph_compile(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    generator = make(32, 2, 0)
+    z, noise = torch.randn(5, 24, device=DEVICE), torch.rand(5, 2, 16, device=DEVICE)
+    grad = torch.randn(5, 2, 8, device=DEVICE)
+    plain = run(generator, z, noise, grad, monkeypatch, "triton")
+    compiled = torch.compile(generator, fullgraph=True, backend="aot_eager")
+    other = run(compiled, z, noise, grad, monkeypatch, "triton")
+    torch.testing.assert_close(other["out"], plain["out"])
+    torch.testing.assert_close(other["z"], plain["z"])
+
+
+def test_opcheck() -> None:
+    from ear_kernels.ops.generator import autograd  # noqa: F401
+
+    generator = make(32, 2, 0)
+    parameters = [p.detach() for p in generator.block_parameters()]
+    hidden, conditioning = torch.randn(6, 32, device=DEVICE), torch.randn(6, 32, device=DEVICE)
+    args = (hidden, conditioning, parameters, None, 1, 1.0, 1e-6, True, True)
+    # opcheck's schema test cannot hold lists of tensors; the other three can.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_fwd, args, test_utils=checks)
+    out, *saved = torch.ops.ear_kernels.generator_blocks_fwd(*args)
+    dtypes = [torch.float32] * len(parameters)
+    args = (out, hidden, conditioning, parameters, saved, None, None, 1, 1e-6, dtypes)
+    torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_bwd, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "samples", "width"), [(1, 1, 32), (5, 3, 96), (40, 1, 80), (129, 1, 32), (0, 1, 32)]
+)
+def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
+    """Sampling: no gradients, temperature, weights read in place; above the limit the general path."""
+    generator = make(width, 2, 1).eval().to(dtype)
+    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
+    noise = torch.rand(rows, samples, 16, device=DEVICE, dtype=dtype) - 0.5
+    with torch.no_grad():
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = generator(z, noise, 0.7)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise, 0.7)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
+    assert_no_worse_than_eager("out", ours, eager, exact)
+
+
+def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    generator = make(32, 1, 0).eval()
+    z, noise = torch.randn(3, 24, device=DEVICE), torch.rand(3, 16, device=DEVICE)
+    with torch.no_grad():
+        before = generator(z, noise)
+        generator.res_blocks[0].adaLN_modulation[1].weight.mul_(2)
+        after = generator(z, noise)
+        assert not torch.allclose(before, after)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        torch.testing.assert_close(after, generator(z, noise), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 12] if DEVICE == "cuda" else [None, 7])
+@pytest.mark.parametrize("pool", [None, 8])
+def test_chunks_and_rebuilding_change_memory_only(monkeypatch, chunk, rebuild, pool) -> None:
+    monkeypatch.setattr(configs, "backward_rows", chunk)
+    monkeypatch.setattr(configs, "rebuild_hidden", rebuild)
+    options = {} if pool is None else {"noise_pool": pool}
+    compare(monkeypatch, (13,), 2, 32, 3, torch.float32, "triton", **options)
+    compare(monkeypatch, (13,), None if pool is None else 2, 32, 3, torch.float16, "cublas", **options)
