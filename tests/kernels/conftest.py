@@ -17,7 +17,7 @@ settings.register_profile(
     "kernels",
     max_examples=EXAMPLES,
     deadline=None,
-    # Fresh examples in every run, but for CI: what lands must not hang on a draw. The other tests are fresh there too.
+    # Fresh examples in every run but CI's: what lands must not hang on a draw. Other tests are fresh there too.
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=list(HealthCheck),
     # No shrinking or explaining: those phases trace every line, and the interpreter has many.

@@ -139,7 +139,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(params=["eager", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "auto" if request.param == "triton" and DEVICE == "cuda" else "eager")
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton" if request.param == "triton" and DEVICE == "cuda" else "eager")
     return request.param
 
 

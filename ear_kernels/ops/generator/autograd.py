@@ -161,7 +161,7 @@ class _Gradients:
     """Parameter gradients, summed over chunks of rows in float32."""
 
     def __init__(self, dtypes: list[torch.dtype]) -> None:
-        self.dtypes = dtypes
+        self.dtypes = [as_dtype(dtype) for dtype in dtypes]
         self.sums: list[Tensor | None] = [None] * len(dtypes)
 
     def add(self, layer: int, slot: int, value: Tensor, last: bool) -> None:
@@ -360,6 +360,16 @@ def _backward_chunk(
     ffn_ops.silu_backward(grad_activated, adaln.as_rows(conditioning), grad_pre=grad_conditioning)
 
 
+# torch 2.11 hands the entries of a ScalarType[] argument to fakes and kernels as c10::ScalarType codes, later ones as
+# dtypes (a single ScalarType comes as a dtype in both).
+_SCALAR_TYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}
+
+
+def as_dtype(dtype: torch.dtype | int) -> torch.dtype:
+    """The dtype of an entry of a ScalarType[] argument."""
+    return _SCALAR_TYPES[dtype] if isinstance(dtype, int) else dtype
+
+
 def _backward_fake(
     grad_out: Tensor,
     hidden: Tensor,
@@ -374,7 +384,8 @@ def _backward_fake(
 ) -> list[Tensor]:
     inputs = [hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)]
     return inputs + [
-        parameter.new_empty(parameter.shape, dtype=dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
+        parameter.new_empty(parameter.shape, dtype=as_dtype(dtype))
+        for parameter, dtype in zip(parameters, dtypes, strict=True)
     ]
 
 
