@@ -18,8 +18,8 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
     {"adaln_modulate", "energy_distance", "energy_loss", "gated_silu_ffn", "mlp_generator"}
 )
 
-# Those that ``auto`` chooses. The generator's kernels have to be asked for with ``triton``: they are not yet much faster
-# than torch.compile, nor checked under torch.compile on torch 2.11 (docs/performance_generator.md).
+# Those that ``auto`` chooses. The generator's kernels have to be asked for with ``triton``: they are not yet much
+# faster than torch.compile, nor checked under torch.compile on torch 2.11 (docs/performance_generator.md).
 AUTOMATIC_OPERATIONS: frozenset[str] = frozenset({"energy_distance", "energy_loss"})
 
 
