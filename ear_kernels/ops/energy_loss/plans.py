@@ -22,6 +22,7 @@ from ear_kernels.targets import GaussianTarget
 # Bounds what ever-changing shapes may pile up.
 MAX_PLANS = 1024
 PLANS: dict[Hashable, Any] = {}
+_PLAIN_OPTIONS = frozenset({int, float, str})
 
 
 def _signature(tensor: Tensor) -> tuple:
@@ -43,6 +44,8 @@ def key_of(samples: Any, target: Any, options: tuple) -> Hashable | None:
         return None
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
+    if not all(type(option) in _PLAIN_OPTIONS for option in options):
+        return None  # left to the checks; True would be found as 1
     grad = torch.is_grad_enabled()
     if type(target) is GaussianTarget:
         mean, log_std = target.mean, target.log_std
