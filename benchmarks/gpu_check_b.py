@@ -123,16 +123,6 @@ def stage_rows(rate: float, only: str) -> None:
 
 
 def stage_calm(rate: float, only: str) -> None:
-    from ear_kernels.ops.energy_loss import kernels_gaussian
-
-    kernel = kernels_gaussian.energy_gaussian_kernel
-
-    class Without:
-        """The kernel without Newton's step on the inverse roots."""
-
-        def __getitem__(self, grid):
-            return lambda *a, **k: kernel[grid](*a, **{**k, "REFINE": False})
-
     for shape in GPU_SHAPES:
         if not shape.gaussian or only not in shape.name.lower():
             continue
@@ -152,11 +142,6 @@ def stage_calm(rate: float, only: str) -> None:
             with patched(launch, "energy_gaussian_config", lambda *a, c=config: c):
                 label = f"{block_r} rows, {warps} warps, unroll {unroll}"
                 measure(shape.name, f"forward: {label}", calls, shape.ours_bytes, rate)
-                if (block_r, unroll) in ((1, 1), (1, 4)) and warps < 4:
-                    with patched(launchers, "PHILOX_ROUNDS", 7):
-                        measure(shape.name, f"forward: {label}, 7 rounds", calls, shape.ours_bytes, rate)
-                    with patched(kernels_gaussian, "energy_gaussian_kernel", Without()):
-                        measure(shape.name, f"forward: {label}, no Newton", calls, shape.ours_bytes, rate)
 
 
 def stage_field(rate: float) -> None:

@@ -96,17 +96,20 @@ def test_huge_and_tiny_differences(alpha, size):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_subtracted_in_float32_under_autocast(dtype):
-    """Points 1 apart at 1000: bfloat16 has no 1001, a half-precision difference would be 0 or 8."""
-    samples = torch.tensor([[[1000.0], [1004.0]]]).to(dtype).float() + torch.tensor([[[0.0], [1.0]]])
-    target = torch.full((1, 1), 1000.0)
+    """Against float64 on the same halves; the same formula in halves is off by far more than the tolerance."""
+    samples, target = torch.randn(50, 2, 64).to(dtype), torch.randn(50, 64).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = energy_loss(samples, target)
-        half = energy_loss(samples.to(dtype), target.to(dtype))
-    distance = samples[0, 1, 0] - samples[0, 0, 0]
-    assert loss.dtype == half.dtype == torch.float32
-    torch.testing.assert_close(loss, distance - distance + 0 * distance)
-    exact = energy_loss(samples.to(dtype).double(), target.to(dtype).double())
-    torch.testing.assert_close(half.double(), exact, rtol=1e-6, atol=1e-6)
+        loss = energy_loss(samples, target, tau=0.5, reduction="none")
+    exact = energy_loss(samples.double(), target.double(), tau=0.5, reduction="none")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+
+    def half_norm(v):
+        return (v * v).sum(dim=-1).sqrt()
+
+    x1, x2 = samples.unbind(dim=1)
+    in_halves = half_norm(x1 - target) + half_norm(x2 - target) - 0.5 * half_norm(x1 - x2)
+    assert (in_halves.double() / exact - 1).abs().max() > 1e-4
 
 
 def test_half_gradients_come_back_in_half():
