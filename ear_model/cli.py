@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import math
@@ -83,6 +84,10 @@ class Evaluate:
 
 Command = TypeVar("Command")
 
+# Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
+# ``main`` turns into one line. ``parse_command`` reads its dataclass.
+COMMAND_MODULES: dict[str, str] = {}
+
 USAGE = """usage: ear COMMAND ...
 
   ear train digits --out RUN       train EAR on handwritten digits (a few minutes on a laptop)
@@ -120,16 +125,19 @@ def _run(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
+    if command in COMMAND_MODULES:
+        return importlib.import_module(COMMAND_MODULES[command]).run(rest)
     if command == "train":
         return _train(rest)
     if command == "sample":
-        return _sample(_parse(Sample, rest, "ear sample"))
+        return _sample(parse_command(Sample, rest, "ear sample"))
     if command == "evaluate":
-        return _evaluate(_parse(Evaluate, rest, "ear evaluate"))
-    raise ValueError(f"unknown command {command!r}; use train, sample or evaluate")
+        return _evaluate(parse_command(Evaluate, rest, "ear evaluate"))
+    known = ", ".join(["train", "sample", "evaluate", *COMMAND_MODULES])
+    raise ValueError(f"unknown command {command!r}; use one of {known}")
 
 
-def _parse(kind: type[Command], arguments: list[str], program: str, default: Command | None = None) -> Command:
+def parse_command(kind: type[Command], arguments: list[str], program: str, default: Command | None = None) -> Command:
     """The command's dataclass from its arguments; bad ones as a ValueError of one line."""
     words = io.StringIO()
     try:
@@ -161,7 +169,7 @@ def _train(arguments: list[str]) -> int:
     if preset not in RUNS:
         known = " (a model without a training data set in this version)" if preset in MODELS else ""
         raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
-    command = _parse(Train, arguments[1:], f"ear train {preset}", Train(config=RUNS[preset]))
+    command = parse_command(Train, arguments[1:], f"ear train {preset}", Train(config=RUNS[preset]))
     run_training(command.config, command.out, resume=command.resume, device=command.device)
     return 0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_type_hints
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Config = TypeVar("Config")
 
@@ -178,6 +178,12 @@ class TrainConfig:
     """Constant learning rate of the fine-tuning steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """'auto' is bf16 autocast on a GPU and fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the backbone's blocks; 'auto' is on on a GPU."""
+    rows_per_noise: int = 1
+    """Rows that share a noise vector (docs/noise_pool.md); 1 is independent noise, as in the paper."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several processes: a whole model each (ddp), or its parts spread over them (fsdp)."""
     seed: int = 0
     """Seed of weights, data order, masks and noise."""
     checkpoint_every: int = 1000
@@ -186,7 +192,7 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "rows_per_noise", "checkpoint_every", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("lr", "finetune_lr", "generator_lr_scale", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
@@ -210,8 +216,12 @@ class TrainConfig:
 class RunConfig:
     """Everything that defines a run."""
 
-    data: Literal["digits"] = "digits"
-    """Data set."""
+    data: Literal["digits", "cache", "npz"] = "digits"
+    """Data set: scikit-learn's digits, a cache of `ear cache`, or a cache of the public EAR and MAR code."""
+    data_path: str = ""
+    """Directory of the cache; unused for the digits."""
+    tokenizer: str = ""
+    """Weights of the tokenizer that decodes samples to pixels; empty if the model reads pixels."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     train: TrainConfig = field(default_factory=TrainConfig)

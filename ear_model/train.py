@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ear_model import checkpoint, optim
 from ear_model.config import RunConfig
-from ear_model.data import Batches, Dataset, load_digits
+from ear_model.data import Batches, TrainingData, load_training_data
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
 from ear_model.sample import resolve_device
@@ -47,14 +47,14 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.device = resolve_device(device)
         self._check_run_dir(resume)
-        train, _ = load_digits()
-        self._check_data(train)
+        data = load_training_data(config)
+        self._check_data(data)
         # After the checks: nothing is drawn or written before they pass.
         torch.manual_seed(config.train.seed)
         self.model = EAR(config.model).to(self.device).train()
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.ema = optim.ExponentialMovingAverage(self.model, config.train.ema)
-        self.batches = Batches(train, config.train.batch_size // config.train.accumulate, config.train.seed)
+        self.batches = Batches(data, config.train.batch_size // config.train.accumulate, config.train.seed)
         self.step = 0
         if resume and checkpoint.checkpoint_steps(run_dir):
             self._load()
@@ -75,18 +75,16 @@ class Trainer:
         elif exists:
             raise ValueError(f"{self.run_dir} exists already; give a new --out, or --resume to go on with it")
 
-    def _check_data(self, dataset: Dataset) -> None:
+    def _check_data(self, data: TrainingData) -> None:
         model = self.config.model
-        shape, expected = (
-            tuple(dataset.images.shape[1:]),
-            (model.channels, model.image_size, model.image_size),
-        )
-        if shape != expected:
-            raise ValueError(f"{self.config.data} has images of shape {shape}; the model reads {expected}")
-        if int(dataset.labels.max()) >= model.num_classes:
+        expected = (model.channels, model.image_size, model.image_size)
+        if tuple(data.image_shape) != expected:
             raise ValueError(
-                f"{self.config.data} has labels up to {int(dataset.labels.max())}; "
-                f"the model knows {model.num_classes} classes"
+                f"{self.config.data} has images of shape {tuple(data.image_shape)}; the model reads {expected}"
+            )
+        if data.num_classes > model.num_classes:
+            raise ValueError(
+                f"{self.config.data} has {data.num_classes} classes; the model knows {model.num_classes}"
             )
 
     def _write_environment(self) -> None:

@@ -196,7 +196,7 @@ def test_data_that_does_not_fit_the_model(tmp_path):
     config = tiny_run()
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\); the model reads \(1, 16, 16\)"):
         Trainer(replace(config, model=replace(config.model, image_size=16)), tmp_path / "a", device="cpu")
-    with pytest.raises(ValueError, match="labels up to 9; the model knows 5 classes"):
+    with pytest.raises(ValueError, match="10 classes; the model knows 5"):
         Trainer(replace(config, model=replace(config.model, num_classes=5)), tmp_path / "b", device="cpu")
     assert not (tmp_path / "a").exists()
     with pytest.raises(ValueError, match="device 'cudda' is unknown"):
