@@ -112,6 +112,7 @@ def cases():
     forward = {
         "HAS_INDEX": False,
         "HAS_RESIDUAL": True,
+        "HAS_SHIFT": True,
         "HAS_WEIGHT": True,
         "HAS_BIAS": True,
         "SAVE_STATS": True,
@@ -126,6 +127,7 @@ def cases():
         "STORE_SHIFT": False,
         "SINGLE": True,
         "SUM_AFFINE": True,
+        "SUM_FFN": True,
         "SUM_MODULATION": True,
         "SUMS": 6,
     }
@@ -137,7 +139,10 @@ def cases():
                 f"adaln_fwd {width}", target, adaln_kernels.adaln_fwd_kernel, master, {**forward, **size},
                 {"num_warps": adaln.warps_of(width)},
             )  # fmt: skip
-            for group, flags in ((1, {}), (4, {"SINGLE": False, "STORE_SHIFT": True})):
+            for group, flags in (
+                (1, {}),
+                (4, {"SINGLE": False, "STORE_SHIFT": True, "SUM_MODULATION": False, "SUMS": 3}),
+            ):
                 config = adaln.backward_config(width, group)
                 options = {"num_warps": config.warps}
                 if config.registers:
@@ -152,7 +157,14 @@ def cases():
             )  # fmt: skip
     for target in everywhere:
         size = {"WIDTH": 1024, "BLOCK": 1024}
-        yield "silu_fwd", target, ffn_kernels.silu_fwd_kernel, COMMON, {"BLOCK": 4096}, {"num_warps": 8}
+        yield (
+            "silu_fwd",
+            target,
+            ffn_kernels.silu_fwd_kernel,
+            COMMON,
+            {"WIDTH": 1024, "BLOCK": 4096},
+            {"num_warps": 8},
+        )
         yield "gate_fwd", target, ffn_kernels.gate_fwd_kernel, COMMON, size, {"num_warps": 4}
         yield "gate_bwd", target, ffn_kernels.gate_bwd_kernel, COMMON, size, {"num_warps": 4}
     for epilogue, entries in configs.HOPPER.items():

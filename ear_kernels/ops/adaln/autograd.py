@@ -4,7 +4,7 @@ Importing this imports Triton; ``ear_kernels.functional`` does so at the first c
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,17 @@ def launch_options(config: RowConfig, tensor: Tensor) -> dict[str, int]:
     return options
 
 
+class ColumnSums(NamedTuple):
+    """Sums over all rows, ``[W]`` float32 each; None where they were not asked for."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    ffn: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    gate: Tensor | None = None
+
+
 UNIT_ROWS = 16
 """Most rows of one run (rows that share their modulation) that one unit of work takes."""
 
@@ -88,7 +99,7 @@ def backward_grid(units: int, most: int) -> tuple[int, int]:
 
 def launch_forward(
     hidden: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -105,7 +116,7 @@ def launch_forward(
     """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to
     ``stats``.
 
-    Every matrix has dense rows. ``shift`` and ``scale`` are ``[R / group, W]``. With ``residual = (ffn, gate,
+    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With ``residual = (ffn, gate,
     next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to ``next_hidden``. ``out`` may
     be ``shift``'s memory when ``group`` is 1: a program reads its shift before it writes.
     """
@@ -120,7 +131,7 @@ def launch_forward(
         index if index is not None else hidden,
         ffn,
         gate,
-        shift,
+        shift if shift is not None else scale,
         scale,
         weight if weight is not None else hidden,
         bias if bias is not None else hidden,
@@ -135,7 +146,7 @@ def launch_forward(
         hidden.stride(0),
         ffn.stride(0),
         gate.stride(0),
-        shift.stride(0),
+        shift.stride(0) if shift is not None else 0,
         scale.stride(0),
         next_hidden.stride(0),
         out.stride(0),
@@ -145,6 +156,7 @@ def launch_forward(
         BLOCK=block_of(width),
         HAS_INDEX=index is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_SHIFT=shift is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         SAVE_STATS=stats is not None,
@@ -168,25 +180,30 @@ def launch_backward(
     grad_residual: Tensor | None = None,
     previous: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     sum_affine: bool,
+    sum_ffn: bool = False,
     sum_modulation: bool = False,
     unit_rows: int | None = None,
     previous_hidden: Tensor | None = None,
-) -> Tensor:
+) -> ColumnSums:
     """Backward of :func:`launch_forward`; writes into the given gradients and returns the column sums.
 
     ``previous = (ffn, gate, grad_ffn, grad_gate)`` continues through the gated residual of the block before.
     ``grad_shift``, ``grad_scale`` and ``grad_gate`` are ``[R / group * chunks, W]`` (``units_of(group)``):
-    sum over the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, and ``grad_shift``
-    is None where the caller keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn``.
+    sum over the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, with one chunk ``grad_scale``
+    may be ``scale``, ``grad_gate`` may be ``gate`` and ``grad_ffn`` ``ffn``; ``grad_shift`` is None where the caller
+    keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn`` and may be ``hidden``.
 
-    Returns:
-        ``[S, W]`` float32, rows as the slots of ``adaln_bwd_kernel``: S = 2 * sum_affine + 2 * sum_modulation
-        + 2 * (sum_modulation and previous).
+    ``sum_affine`` asks for the sums of the norm's weight and bias, ``sum_ffn`` for that of ``grad_ffn``,
+    ``sum_modulation`` for those of shift, scale and, with ``previous``, gate.
     """
     rows, width = grad_out.shape
-    sums = 2 * sum_affine + 2 * sum_modulation + 2 * (sum_modulation and previous is not None)
+    names = ["weight", "bias"] if sum_affine else []
+    names += ["ffn"] if sum_ffn else []
+    names += ["shift", "scale"] if sum_modulation else []
+    names += ["gate"] if sum_modulation and previous is not None else []
+    sums = len(names)
     if rows == 0:
-        return grad_out.new_zeros((sums, width), dtype=torch.float32)
+        return ColumnSums(**{name: grad_out.new_zeros(width, dtype=torch.float32) for name in names})
     chunks, unit_rows = units_of(group, unit_rows)
     units = rows // group * chunks
     config = backward_config(width, group)
@@ -215,7 +232,6 @@ def launch_backward(
         grad_ffn,
         grad_gate,
         partials,
-        rows,
         group,
         chunks,
         unit_rows,
@@ -244,12 +260,13 @@ def launch_backward(
         STORE_SHIFT=grad_shift is not None,
         SINGLE=group == 1,
         SUM_AFFINE=sum_affine,
+        SUM_FFN=sum_ffn,
         SUM_MODULATION=sum_modulation,
         SUMS=sums,
         STAGES=config.stages,
         **launch_options(config, hidden),
     )
-    return partials.sum(0)[:sums]
+    return ColumnSums(**dict(zip(names, partials.sum(0).unbind(), strict=False)))
 
 
 def _forward(
@@ -331,9 +348,11 @@ def _backward(
     if chunks > 1:
         grad_shift = grad_shift.view(entries, chunks, width).sum(1).to(shift.dtype)
         grad_scale = grad_scale.view(entries, chunks, width).sum(1).to(scale.dtype)
-    if sums.shape[0] == 0:
-        sums = sums.new_zeros((2, width))
-    return grad_hidden, grad_shift, grad_scale, sums[0].clone(), sums[1].clone()
+    if sums.weight is None or sums.bias is None:
+        empty = [hidden.new_zeros((width,), dtype=torch.float32) for _ in range(2)]
+        return grad_hidden, grad_shift, grad_scale, empty[0], empty[1]
+    # Copies: outputs of an operation must not share memory.
+    return grad_hidden, grad_shift, grad_scale, sums.weight.clone(), sums.bias.clone()
 
 
 def _backward_fake(

@@ -44,6 +44,7 @@ def adaln_fwd_kernel(
     BLOCK: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_STATS: tl.constexpr,
@@ -56,7 +57,8 @@ def adaln_fwd_kernel(
     last = tl.minimum(first + unit_rows, group)
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
-    shift_W = tl.load(shift + entry * stride_shift + cols, mask=live, other=0.0).to(tl.float32) * temperature
+    if HAS_SHIFT:
+        shift_W = tl.load(shift + entry * stride_shift + cols, mask=live, other=0.0).to(tl.float32) * temperature
     scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
     if HAS_WEIGHT:
         weight_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
@@ -87,7 +89,9 @@ def adaln_fwd_kernel(
             n_W *= weight_W
         if HAS_BIAS:
             n_W += bias_W
-        u_W = n_W * scale_W + shift_W
+        u_W = n_W * scale_W
+        if HAS_SHIFT:
+            u_W += shift_W
         tl.store(out + row * stride_out + cols, u_W.to(out.dtype.element_ty), mask=live)
 
 
@@ -112,7 +116,6 @@ def adaln_bwd_kernel(
     grad_ffn,  # [R, W], out: gate * grad_hidden
     grad_gate,  # [entries * chunks, W], out
     partials,  # [programs, SUMS, W] float32, out: this program's sums over its rows
-    rows,
     group,
     chunks,
     unit_rows,
@@ -141,6 +144,7 @@ def adaln_bwd_kernel(
     STORE_SHIFT: tl.constexpr,
     SINGLE: tl.constexpr,
     SUM_AFFINE: tl.constexpr,
+    SUM_FFN: tl.constexpr,
     SUM_MODULATION: tl.constexpr,
     SUMS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -152,9 +156,12 @@ def adaln_bwd_kernel(
     x))`` plus the residual's gradient; then ``dffn = dh * gate`` and ``dgate = dh * ffn`` of the previous
     block, and with REBUILD that block's input, which forward then need not save.
 
-    Sums over rows go to ``partials`` in a fixed order, in slots: [weight, bias] if SUM_AFFINE, then
-    [shift, scale] if SUM_MODULATION, then [gate, ffn] if SUM_MODULATION and HAS_PREVIOUS. The grid does not
-    depend on the device, so the result does not either.
+    Every output but the sums may be the memory of the input it belongs to (dscale that of scale, dgate of gate,
+    dffn of ffn): a row is read before it is written, and only by the program that writes it.
+
+    Sums over rows go to ``partials`` in a fixed order, in slots: [weight, bias] if SUM_AFFINE, [ffn] if SUM_FFN,
+    then [shift, scale] if SUM_MODULATION and [gate] if also HAS_PREVIOUS. The grid does not depend on the device,
+    so the result does not either.
     """
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -166,144 +173,120 @@ def adaln_bwd_kernel(
     if SUM_AFFINE:
         sum_weight_W = tl.zeros([BLOCK], tl.float32)
         sum_bias_W = tl.zeros([BLOCK], tl.float32)
+    if SUM_FFN:
+        sum_ffn_W = tl.zeros([BLOCK], tl.float32)
     if SUM_MODULATION:
         sum_shift_W = tl.zeros([BLOCK], tl.float32)
         sum_scale_W = tl.zeros([BLOCK], tl.float32)
         if HAS_PREVIOUS:
             sum_gate_W = tl.zeros([BLOCK], tl.float32)
-            sum_ffn_W = tl.zeros([BLOCK], tl.float32)
+    if not SINGLE:
+        unit_shift_W = tl.zeros([BLOCK], tl.float32)
+        unit_scale_W = tl.zeros([BLOCK], tl.float32)
+        unit_gate_W = tl.zeros([BLOCK], tl.float32)
     begin = program * units_per_program
     end = tl.minimum(begin + units_per_program, units)
-    # SINGLE (one row a unit): the rows are one flat loop, which the compiler can pipeline; the outer loop
-    # runs once.
-    outer_begin = begin
-    outer_end = end
-    if SINGLE:
-        outer_begin = 0
-        outer_end = 1
-    for unit in range(outer_begin, outer_end):
+    # One flat loop over all rows of all units, so that the compiler prefetches across units; it reads a shared scale
+    # and gate again for every row, from the L1.
+    for step in tl.range(begin * unit_rows, end * unit_rows, num_stages=STAGES):
         if SINGLE:
-            first = begin
-            last = end
+            row = tl.cast(step, tl.int64)
+            entry = row
+            slot = row
+            seen = live
         else:
-            entry = tl.cast(unit // chunks, tl.int64)
-            slot = tl.cast(unit, tl.int64)
-            first = (unit % chunks) * unit_rows
-            last = tl.minimum(first + unit_rows, group)
-            scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
-            unit_shift_W = tl.zeros([BLOCK], tl.float32)
-            unit_scale_W = tl.zeros([BLOCK], tl.float32)
-            if HAS_PREVIOUS:
-                gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
-                unit_gate_W = tl.zeros([BLOCK], tl.float32)
-        for step in tl.range(first, last, num_stages=STAGES):
+            turn = tl.cast(step, tl.int64)
+            slot = turn // unit_rows
+            turn = turn % unit_rows
+            entry = slot // chunks
+            inside = (slot % chunks) * unit_rows + turn
+            row = entry * group + inside
+            # The last unit of a run may be short.
+            seen = cols < tl.where(inside < group, WIDTH, 0)
+        scale_W = tl.load(scale + entry * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
+        if HAS_PREVIOUS:
+            gate_W = tl.load(gate + entry * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
+        source = row
+        if HAS_INDEX:
             if SINGLE:
-                row = tl.cast(step, tl.int64)
-                slot = row
-                scale_W = tl.load(scale + row * stride_scale + cols, mask=live, other=0.0).to(tl.float32) + 1.0
-                if HAS_PREVIOUS:
-                    gate_W = tl.load(gate + row * stride_gate + cols, mask=live, other=0.0).to(tl.float32)
-            else:
-                row = entry * group + step
-            source = row
-            if HAS_INDEX:
                 source = tl.load(index + row).to(tl.int64)
-            g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=live, other=0.0).to(tl.float32)
-            h_W = tl.load(hidden + source * stride_hidden + cols, mask=live, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                through_W = tl.load(grad_residual + row * stride_residual + cols, mask=live, other=0.0).to(tl.float32)
-            if HAS_PREVIOUS:
-                f_W = tl.load(ffn + row * stride_ffn + cols, mask=live, other=0.0).to(tl.float32)
-                if REBUILD:
-                    rebuilt_W = h_W - gate_W * f_W
-                    tl.store(
-                        previous_hidden + row * stride_previous + cols,
-                        rebuilt_W.to(previous_hidden.dtype.element_ty),
-                        mask=live,
-                    )
-            rs = tl.load(rstd + row)
-            x_W = tl.where(live, (h_W - tl.load(mean + row)) * rs, 0.0)
-            n_W = x_W
-            if HAS_WEIGHT:
-                n_W = n_W * weight_W
-            if HAS_BIAS:
-                n_W = n_W + bias_W
-            dscale_W = g_W * n_W
-            dn_W = g_W * scale_W
-            if SUM_AFFINE:
-                sum_weight_W += dn_W * x_W
-                sum_bias_W += dn_W
-            if HAS_WEIGHT:
-                dn_W = dn_W * weight_W
-            average = tl.sum(dn_W, 0) / WIDTH
-            projection = tl.sum(dn_W * x_W, 0) / WIDTH
-            dh_W = (dn_W - average - x_W * projection) * rs
-            if HAS_RESIDUAL:
-                dh_W += through_W
-            tl.store(
-                grad_hidden + row * stride_grad_hidden + cols,
-                dh_W.to(grad_hidden.dtype.element_ty),
-                mask=live,
-            )
-            if HAS_PREVIOUS:
-                dffn_W = dh_W * gate_W
-                tl.store(grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=live)
-                dgate_W = dh_W * f_W
-                if SUM_MODULATION:
-                    sum_ffn_W += dffn_W
-                    sum_gate_W += dgate_W
-            if SUM_MODULATION:
-                sum_shift_W += g_W
-                sum_scale_W += dscale_W
-            if SINGLE:
-                if STORE_SHIFT:
-                    tl.store(
-                        grad_shift + slot * stride_grad_shift + cols,
-                        g_W.to(grad_shift.dtype.element_ty),
-                        mask=live,
-                    )
-                tl.store(
-                    grad_scale + slot * stride_grad_scale + cols,
-                    dscale_W.to(grad_scale.dtype.element_ty),
-                    mask=live,
-                )
-                if HAS_PREVIOUS:
-                    tl.store(
-                        grad_gate + slot * stride_grad_gate + cols,
-                        dgate_W.to(grad_gate.dtype.element_ty),
-                        mask=live,
-                    )
             else:
-                unit_shift_W += g_W
-                unit_scale_W += dscale_W
-                if HAS_PREVIOUS:
-                    unit_gate_W += dgate_W
-        if not SINGLE:
-            if STORE_SHIFT:
+                source = tl.load(index + row, mask=inside < group, other=0).to(tl.int64)
+        g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=seen, other=0.0).to(tl.float32)
+        h_W = tl.load(hidden + source * stride_hidden + cols, mask=seen, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            through_W = tl.load(grad_residual + row * stride_residual + cols, mask=seen, other=0.0).to(tl.float32)
+        if HAS_PREVIOUS:
+            f_W = tl.load(ffn + row * stride_ffn + cols, mask=seen, other=0.0).to(tl.float32)
+            if REBUILD:
+                rebuilt_W = h_W - gate_W * f_W
                 tl.store(
-                    grad_shift + slot * stride_grad_shift + cols,
-                    unit_shift_W.to(grad_shift.dtype.element_ty),
-                    mask=live,
+                    previous_hidden + row * stride_previous + cols,
+                    rebuilt_W.to(previous_hidden.dtype.element_ty),
+                    mask=seen,
                 )
-            tl.store(
-                grad_scale + slot * stride_grad_scale + cols,
-                unit_scale_W.to(grad_scale.dtype.element_ty),
-                mask=live,
-            )
+        if SINGLE:
+            mu = tl.load(mean + row)
+            rs = tl.load(rstd + row)
+        else:
+            mu = tl.load(mean + row, mask=inside < group, other=0.0)
+            rs = tl.load(rstd + row, mask=inside < group, other=0.0)
+        x_W = tl.where(live, (h_W - mu) * rs, 0.0)
+        n_W = x_W
+        if HAS_WEIGHT:
+            n_W = n_W * weight_W
+        if HAS_BIAS:
+            n_W = n_W + bias_W
+        dscale_W = g_W * n_W
+        dn_W = g_W * scale_W
+        if SUM_AFFINE:
+            sum_weight_W += dn_W * x_W
+            sum_bias_W += dn_W
+        if HAS_WEIGHT:
+            dn_W = dn_W * weight_W
+        average = tl.sum(dn_W, 0) / WIDTH
+        projection = tl.sum(dn_W * x_W, 0) / WIDTH
+        dh_W = (dn_W - average - x_W * projection) * rs
+        if HAS_RESIDUAL:
+            dh_W += through_W
+        tl.store(grad_hidden + row * stride_grad_hidden + cols, dh_W.to(grad_hidden.dtype.element_ty), mask=seen)
+        if HAS_PREVIOUS:
+            dffn_W = dh_W * gate_W
+            tl.store(grad_ffn + row * stride_grad_ffn + cols, dffn_W.to(grad_ffn.dtype.element_ty), mask=seen)
+            dgate_W = dh_W * f_W
+            if SUM_FFN:
+                sum_ffn_W += dffn_W
+        if SUM_MODULATION:
+            sum_shift_W += g_W
+            sum_scale_W += dscale_W
             if HAS_PREVIOUS:
-                tl.store(
-                    grad_gate + slot * stride_grad_gate + cols,
-                    unit_gate_W.to(grad_gate.dtype.element_ty),
-                    mask=live,
-                )
+                sum_gate_W += dgate_W
+        done = live
+        if not SINGLE:
+            fresh = turn == 0
+            unit_shift_W = tl.where(fresh, 0.0, unit_shift_W) + g_W
+            unit_scale_W = tl.where(fresh, 0.0, unit_scale_W) + dscale_W
+            g_W = unit_shift_W
+            dscale_W = unit_scale_W
+            if HAS_PREVIOUS:
+                unit_gate_W = tl.where(fresh, 0.0, unit_gate_W) + dgate_W
+                dgate_W = unit_gate_W
+            done = cols < tl.where(turn == unit_rows - 1, WIDTH, 0)
+        if STORE_SHIFT:
+            tl.store(grad_shift + slot * stride_grad_shift + cols, g_W.to(grad_shift.dtype.element_ty), mask=done)
+        tl.store(grad_scale + slot * stride_grad_scale + cols, dscale_W.to(grad_scale.dtype.element_ty), mask=done)
+        if HAS_PREVIOUS:
+            tl.store(grad_gate + slot * stride_grad_gate + cols, dgate_W.to(grad_gate.dtype.element_ty), mask=done)
     base = partials + program.to(tl.int64) * SUMS * WIDTH + cols
     if SUM_AFFINE:
         tl.store(base, sum_weight_W, mask=live)
         tl.store(base + WIDTH, sum_bias_W, mask=live)
         base += 2 * WIDTH
+    if SUM_FFN:
+        tl.store(base, sum_ffn_W, mask=live)
+        base += WIDTH
     if SUM_MODULATION:
         tl.store(base, sum_shift_W, mask=live)
         tl.store(base + WIDTH, sum_scale_W, mask=live)
         if HAS_PREVIOUS:
             tl.store(base + 2 * WIDTH, sum_gate_W, mask=live)
-            tl.store(base + 3 * WIDTH, sum_ffn_W, mask=live)

@@ -93,12 +93,14 @@ def launch_linear(
     return partials.sum(0) if partials is not None else None
 
 
-def silu(pre: Tensor) -> Tensor:
-    """SiLU of a contiguous tensor."""
-    out = torch.empty_like(pre)
+def silu(pre: Tensor, out: Tensor | None = None) -> Tensor:
+    """SiLU of a contiguous ``[R, W]``, into ``out`` (dense rows) if given."""
+    out = torch.empty_like(pre) if out is None else out
     if pre.numel():
         grid = (-(-pre.numel() // _SILU_BLOCK),)
-        kernels.silu_fwd_kernel[grid](pre, out, pre.numel(), BLOCK=_SILU_BLOCK, num_warps=8)
+        kernels.silu_fwd_kernel[grid](
+            pre, out, pre.numel(), out.stride(0), WIDTH=pre.shape[1], BLOCK=_SILU_BLOCK, num_warps=8
+        )
     return out
 
 
@@ -231,10 +233,16 @@ def gated_linear(
     return out, ffn
 
 
-def silu_linear_backward(grad_ffn: Tensor, weight_out: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through ``SiLU(pre) @ weight_out^T``: (gradient of pre, SiLU(pre), column sums of the gradient)."""
+def silu_linear_backward(
+    grad_ffn: Tensor, weight_out: Tensor, pre: Tensor, active: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through ``SiLU(pre) @ weight_out^T``: (gradient of pre, SiLU(pre), column sums of the gradient).
+
+    SiLU(pre) goes into ``active`` if given, which may be ``pre``.
+    """
     config = configs.plan("dsilu", pre.shape[0], grad_ffn, weight_out, pre)
-    active = pre.new_empty(pre.shape)
+    if active is None or config is not None:
+        active = pre.new_empty(pre.shape)
     if config is None:
         grad = torch.mm(grad_ffn, weight_out)
         grad, sums = silu_backward(grad, pre, active, grad_pre=grad)

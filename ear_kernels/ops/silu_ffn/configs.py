@@ -67,13 +67,9 @@ HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     "dsilu": ((0, None),),
 }
 
-# The generator's backward takes this many rows at a time (None: all): its scratch memory is that of one chunk.
-# H200, 6 x 1024, 65,536 rows: all at once 28.06 ms and 5.97 GiB, chunks of 16,384 rows 30.05 ms and 4.97 GiB.
-backward_rows: int | None = None
-
-# Whether the generator's backward recomputes each block's input from its output instead of loading a saved
-# copy.
-rebuild_hidden = True
+# Whether the generator's backward computes the weight gradients that nothing waits for on a second stream, beside
+# the memory-bound kernels.
+overlap_weight_gradients = False
 
 _overrides: dict[str, GemmConfig | None] = {}
 

@@ -128,15 +128,18 @@ def linear_kernel(
 
 @triton.jit
 def silu_fwd_kernel(
-    pre,  # [size]
-    out,  # [size], out
-    size,
+    pre,  # [R, W], contiguous
+    out,  # [R, W], rows stride_out apart, out
+    size,  # R * W
+    stride_out,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = SiLU(pre)`` over contiguous memory."""
+    """``out = SiLU(pre)``."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(pre + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    tl.store(out + offsets, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=offsets < size)
+    place = out + (offsets // WIDTH) * stride_out + offsets % WIDTH
+    tl.store(place, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=offsets < size)
 
 
 @triton.jit
