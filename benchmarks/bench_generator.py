@@ -88,6 +88,17 @@ def compiled(rival: str, function):
     return torch.compile(function) if rival == "compile" else function
 
 
+def relative(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """Root mean square difference over root mean square."""
+    return float((ours.float() - other.float()).norm() / other.float().norm())
+
+
+def check(outputs: Callable[[str], list[torch.Tensor]], rival: str, allowed: float = 0.03) -> None:
+    """Fail if the rival's outputs are not the eager ones up to the rounding of bf16 sums."""
+    for ours, eager in zip(outputs(rival), outputs("eager"), strict=True):
+        assert relative(ours, eager) < allowed, f"{rival} is off by {relative(ours, eager):.3f}"
+
+
 def make(depth: int, width: int) -> FusedMLPGenerator:
     torch.manual_seed(0)
     generator = FusedMLPGenerator(768, width, 16, depth=depth, noise_dim=64)
@@ -120,6 +131,17 @@ def whole(benchmark, cublas_tflops, size: str, mode: str, rival: str, **options)
     depth, width = SIZES[size]
     generator = make(depth, width)
     z, noise, grad = training_inputs()
+
+    def outputs(which: str) -> list[torch.Tensor]:
+        generator.zero_grad(set_to_none=True)
+        z.grad = None
+        with backend(which), torch.autocast("cuda", torch.bfloat16):
+            out = generator(z, noise, **options)
+            out.backward(grad)
+        return [out.detach(), z.grad, *(p.grad for p in generator.parameters() if mode == "fwd_bwd")]
+
+    if rival == "triton":
+        check(outputs, rival)
     with backend(rival):
         run = compiled(rival, generator)
 
@@ -145,6 +167,7 @@ def whole(benchmark, cublas_tflops, size: str, mode: str, rival: str, **options)
     benchmark.extra_info.update(
         tflops=flops / seconds / 1e12, cublas_tflops=cublas_tflops[width], peak_gib=peak / 2**30, rows=ROWS
     )
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("rival", ["eager", "triton"])
@@ -163,7 +186,14 @@ def test_few_rows(benchmark, size: str, rows: int, rival: str) -> None:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            generator(z, noise)
+            out = generator(z, noise)
+        graph.replay()
+
+        def outputs(which: str) -> list[torch.Tensor]:
+            with backend(which):
+                return [out if which == rival else generator(z, noise)]
+
+        check(outputs, rival)
         seconds = measure(benchmark, graph.replay, launches=100)
     weights = sum(parameter.numel() * 2 for parameter in generator.parameters())
     benchmark.extra_info.update(gbs=weights / seconds / 1e9, rows=rows)
@@ -195,6 +225,13 @@ def test_operation(benchmark, cublas_tflops, operation: str, mode: str, rival: s
 
         def both() -> None:
             torch.autograd.grad(run(*inputs), inputs, grad)
+
+        def outputs(which: str) -> list[torch.Tensor]:
+            with backend(which):
+                out = function(*inputs)
+                return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+        check(outputs, rival)
 
         seconds = measure(benchmark, forward if mode == "fwd" else both)
     if operation == "adaln_modulate":

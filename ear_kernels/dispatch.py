@@ -18,10 +18,6 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
     {"adaln_modulate", "energy_distance", "energy_loss", "gated_silu_ffn", "mlp_generator"}
 )
 
-# Those that ``auto`` chooses. The generator's kernels have to be asked for with ``triton``: they are not yet much
-# faster than torch.compile, nor checked under torch.compile on torch 2.11 (docs/performance_generator.md).
-AUTOMATIC_OPERATIONS: frozenset[str] = frozenset({"energy_distance", "energy_loss"})
-
 
 def requested_backend() -> str:
     """The backend asked for by ``EAR_KERNELS_BACKEND``: "auto", "triton" or "eager".
@@ -51,7 +47,7 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
 
     Args:
         operation: the name of the operation.
-        tensor: one of its inputs; Triton is the automatic choice for CUDA tensors, for ``AUTOMATIC_OPERATIONS``.
+        tensor: one of its inputs; Triton is the automatic choice for CUDA tensors.
         refusal: why this call cannot go to Triton, if so; the automatic choice is eager then.
 
     Raises:
@@ -63,7 +59,7 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
     if requested == "eager":
         return "eager"
     if requested == "auto":
-        usable = operation in AUTOMATIC_OPERATIONS and not refusal and tensor is not None and tensor.is_cuda
+        usable = operation in TRITON_OPERATIONS and not refusal and tensor is not None and tensor.is_cuda
         return "triton" if usable and TRITON_IS_INSTALLED else "eager"
     if operation not in TRITON_OPERATIONS:
         raise NotImplementedError(

@@ -430,6 +430,6 @@ def generator_few_rows(
     dtype = _compute_dtype(*inputs)
     if not torch.is_autocast_enabled(z.device.type) and (z.dtype != dtype or noise.dtype != dtype):
         return None
-    if not few_rows.applies(noise.shape[0], z, noise, parameters, dtype):
+    if not few_rows.applies(noise.shape[0], z, noise, inputs, parameters, dtype):
         return None
     return few_rows.few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)

@@ -52,6 +52,7 @@ class Trainer:
         # After the checks: nothing is drawn or written before they pass.
         torch.manual_seed(config.train.seed)
         self.model = EAR(config.model).to(self.device).train()
+        self.model.score.rows_per_noise = config.train.rows_per_noise
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.ema = optim.ExponentialMovingAverage(self.model, config.train.ema)
         self.batches = Batches(data, config.train.batch_size // config.train.accumulate, config.train.seed)

@@ -22,6 +22,8 @@ class EnergyScore(nn.Module):
         self.energy_loss = FusedEnergyLoss(alpha=config.alpha)
         self.num_samples = config.num_samples
         self.noise = config.noise
+        self.rows_per_noise = 1
+        """Rows that share a noise vector in training (docs/noise_pool.md); 1 is independent noise."""
 
     @property
     def tau(self) -> float:
@@ -43,8 +45,10 @@ class EnergyScore(nn.Module):
 
     def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
         """The energy loss of paper Eq. 10 over all pairs of samples, a scalar in float32."""
+        rows = hidden_RC.shape[0] * self.num_samples
         noise_RnE = self.draw_noise(hidden_RC.shape[0], self.num_samples, like=hidden_RC)
-        return self.energy_loss(self.generator(hidden_RC, noise_RnE), targets_RD)
+        pool = max(self.num_samples, rows // self.rows_per_noise) if self.rows_per_noise > 1 else None
+        return self.energy_loss(self.generator(hidden_RC, noise_RnE, noise_pool=pool), targets_RD)
 
     def sample(
         self,

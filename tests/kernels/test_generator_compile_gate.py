@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}
 ROOT = Path(__file__).parents[2]
@@ -86,14 +85,16 @@ INTEGERS = {
         "K",
         "W",
         "layers",
-        "tiles",
+        "D",
+        "first_phase",
+        "last_phase",
         "samples",
         "noise_dim",
         "input_dim",
     ]
 }
 FLOATS = {"eps": "fp32", "temperature": "fp32", "mean": "*fp32", "rstd": "*fp32", "partials": "*fp32"}
-COMMON = {"*": "*bf16", "index": "*i32", "weights": "*i64", "biases": "*i64", **INTEGERS, **FLOATS}
+COMMON = {"*": "*bf16", "index": "*i32", "table": "*i64", "counter": "*i32", **INTEGERS, **FLOATS}
 
 
 def cases():
@@ -203,31 +204,35 @@ def cases():
                     f"linear {epilogue} {config.name}{' saving' if extra else ''}", 90, ffn_kernels.linear_kernel,
                     types, constants, {"num_warps": config.warps, "num_stages": config.stages},
                 )  # fmt: skip
-    for rows, config in few_rows.TABLE:
-        for target in everywhere if rows == 16 else (90,):
-            for dtype, kind in (("bf16", tl.bfloat16), *((("fp32", tl.float32),) if target == 90 else ())):
-                types = {**COMMON, **{f"weight{end}": f"*{dtype}" for end in ("", "_noise", "_z")}}
-                types |= {f"bias{end}": f"*{dtype}" for end in ("", "_noise", "_z")}
-                tile = {
+    for most, widest, half, single in few_rows.TABLE:
+        for config, kind, line in ((half, tl.bfloat16, 64), (single, tl.float32, 32)):
+            for target in (80, 90, 100) if most == 16 and kind is tl.bfloat16 else (90,):
+                constants = {
+                    "W": min(widest, 1536),
+                    "WEIGHT": kind,
+                    "NORM": kind,
                     "COMPUTE": tl.bfloat16,
                     "PRECISION": "tf32",
+                    "BARRIERS": True,
+                    "PREFETCH": True,
                     "BM": config.bm,
                     "BN": config.bn,
                     "BK": config.bk,
+                    "STAGES": config.stages,
+                    "BN_MOD": config.bn_mod,
+                    "BK_MOD": config.bk_mod,
+                    "STAGES_MOD": config.stages_mod,
+                    "PIECE": adaln.block_of(min(widest, 1536)),
+                    "LINES": adaln.block_of(min(widest, 1536)) // line,
+                    "LINE": line,
                 }
-                options = {"num_warps": config.warps, "num_stages": config.stages}
-                name = f"rows <= {rows}, {dtype} weights"
-                yield f"embed {name}", target, few_kernels.embed_kernel, types, {**tile, "BK": 64}, options
                 yield (
-                    f"modulation {name}", target, few_kernels.modulation_kernel, types,
-                    {**tile, "BN": config.bn_mod, "BK": config.bk_mod, "WEIGHT": kind}, options,
+                    f"generator, rows <= {most}, width <= {widest}, {kind} weights",
+                    target,
+                    few_kernels.generator_kernel,
+                    COMMON,
+                    constants, {"num_warps": config.warps, "launch_cooperative_grid": True},
                 )  # fmt: skip
-                yield (
-                    f"norm_linear {name}", target, few_kernels.norm_linear_kernel, types,
-                    {**tile, "K": 1536, "AFFINE": True, "SILU": True, "BLOCK_STATS": 8192 // config.bm,
-                     "BK": config.norm_step(torch.float32 if dtype == "fp32" else torch.bfloat16)}, options,
-                )  # fmt: skip
-                yield f"gate_linear {name}", target, few_kernels.gate_linear_kernel, types, tile, options
 
 
 def main(part: int = 0, parts: int = 1) -> None:

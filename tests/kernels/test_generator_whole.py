@@ -78,12 +78,13 @@ def test_matches_eager(monkeypatch, rows, samples, width, depth, dtype, plan) ->
     st.sampled_from([None, 1, 2, 4]),
     st.integers(2, 40),
     st.integers(1, 3),
+    st.sampled_from(DTYPES),
     st.integers(0, 99),
 )
-@settings(max_examples=10 if DEVICE == "cuda" else 5)
-def test_any_shape(rows, samples, width, depth, seed) -> None:
+@settings(max_examples=100 if DEVICE == "cuda" else 5)
+def test_any_shape(rows, samples, width, depth, dtype, seed) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        compare(monkeypatch, (rows,), samples, width, depth, torch.float32, "triton", seed)
+        compare(monkeypatch, (rows,), samples, width, depth, dtype, "triton", seed)
 
 
 @pytest.mark.parametrize("pool", [2, 5, 8, 24, 100])
@@ -214,11 +215,5 @@ def test_backward_runs_again_if_asked_to(monkeypatch, pool) -> None:
     second = torch.autograd.grad(out, wanted, grad)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(RuntimeError, match="retain_graph|second time"):
+    with pytest.raises(RuntimeError, match=r"retain_graph|second time"):
         torch.autograd.grad(out, wanted, grad)
-
-
-def test_weight_gradients_beside_other_kernels(monkeypatch) -> None:
-    """The second stream changes when a gradient is computed, not what it is."""
-    monkeypatch.setattr(configs, "overlap_weight_gradients", True)
-    compare(monkeypatch, (13,), 2, 32, 3, torch.float32, "triton")

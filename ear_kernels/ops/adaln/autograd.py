@@ -27,14 +27,12 @@ class RowConfig:
     registers: int | None = None
 
 
-# Block of columns -> config. (One row a unit, runs of rows.) On an H200: 3 programs an SM at 1024 columns, 1
-# of 16 warps at 2048; two stages prefetch the next row. None spills
-# (tests/kernels/test_generator_compile_gate.py); a cap that lets another program in (64 registers at 2048)
-# does, by 24 bytes.
+# Block of columns -> config. (One row a unit, runs of rows.) The fastest of 36 launches each on an H200
+# (docs/performance_generator.md); two stages prefetch the next row. None spills.
 BACKWARD_ROWS: dict[int, tuple[RowConfig, RowConfig]] = {
     512: (RowConfig(2, 1, 528), RowConfig(2, 1, 528)),
-    1024: (RowConfig(8, 2, 396), RowConfig(4, 1, 264)),
-    2048: (RowConfig(16, 2, 132), RowConfig(8, 1, 132)),
+    1024: (RowConfig(4, 2, 396), RowConfig(4, 2, 396)),
+    2048: (RowConfig(4, 2, 264), RowConfig(4, 2, 264)),
     4096: (RowConfig(16, 1, 132), RowConfig(16, 1, 132)),
     8192: (RowConfig(16, 1, 132), RowConfig(16, 1, 132)),
 }
@@ -116,9 +114,9 @@ def launch_forward(
     """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to
     ``stats``.
 
-    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With ``residual = (ffn, gate,
-    next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to ``next_hidden``. ``out`` may
-    be ``shift``'s memory when ``group`` is 1: a program reads its shift before it writes.
+    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
+    ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
+    ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
     """
     rows, width = out.shape
     if rows == 0:
@@ -189,9 +187,10 @@ def launch_backward(
 
     ``previous = (ffn, gate, grad_ffn, grad_gate)`` continues through the gated residual of the block before.
     ``grad_shift``, ``grad_scale`` and ``grad_gate`` are ``[R / group * chunks, W]`` (``units_of(group)``):
-    sum over the chunks where there are several. ``grad_hidden`` may be ``grad_residual``, with one chunk ``grad_scale``
-    may be ``scale``, ``grad_gate`` may be ``gate`` and ``grad_ffn`` ``ffn``; ``grad_shift`` is None where the caller
-    keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn`` and may be ``hidden``.
+    sum over the chunks where there are several. ``grad_hidden`` may be ``grad_residual``; with one chunk
+    ``grad_scale`` may be ``scale``, ``grad_gate`` may be ``gate`` and ``grad_ffn`` ``ffn``; ``grad_shift`` is None
+    where the caller keeps ``grad_out`` itself. ``previous_hidden`` receives ``hidden - gate * ffn`` and may be
+    ``hidden``.
 
     ``sum_affine`` asks for the sums of the norm's weight and bias, ``sum_ffn`` for that of ``grad_ffn``,
     ``sum_modulation`` for those of shift, scale and, with ``previous``, gate.

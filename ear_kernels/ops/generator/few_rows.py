@@ -1,4 +1,4 @@
-"""The generator for few rows: 3 + 2 * depth launches, weights read where they lie, fit for a CUDA graph.
+"""The generator for few rows: one persistent kernel, weights read where they lie, fit for a CUDA graph.
 
 No copy of a weight is made: a captured graph reads the parameters as they are at replay, and weights of
 another dtype (float32 under autocast) are rounded as they are loaded.
@@ -14,45 +14,35 @@ from torch import Tensor
 
 from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator import kernels
-from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
+from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, FINAL_PARAMETERS
+from ear_kernels.ops.silu_ffn import configs
 
 MOST_ROWS = 64
-"""Above this, and above ``MOST_ROWS_WIDE`` where the width exceeds ``WIDE``, the launchers of
-``ops/generator/autograd.py`` run: tiles of 16 or 32 rows re-read the weights."""
-
-WIDE = 1024
-MOST_ROWS_WIDE = 16
-"""On an H200 the few-rows kernels beat eager in a CUDA graph at 4 and 64 rows of 6 x 1024 (0.121 against 0.250 ms and
-0.163 against 0.226) and at 4 rows of 12 x 1536 (0.314 against 0.474), not at its 64 rows (0.488 against 0.475)."""
+"""Above this the launchers of ``ops/generator/passes.py`` run: one tile holds all rows."""
 
 
 @dataclass(frozen=True)
 class FewConfig:
-    """Tiles of the few-rows kernels; ``bn_mod`` is that of the modulation, which has 3W (depth + 1) columns.
-
-    ``bk_norm`` and ``bk_norm_fp32`` are the K steps of the linears behind a norm, for 16-bit and for float32 weights
-    (None: ``bk``): the norm's operands need registers, and larger steps spill.
-    """
+    """Tiles of the persistent kernel: ``bm`` rows; ``bn`` columns in steps of ``bk`` with ``stages`` of them in
+    flight; and the same for the modulation, which has 3W (depth + 1) columns."""
 
     bm: int
     bn: int
     bk: int
-    warps: int
     stages: int
     bn_mod: int
     bk_mod: int
-    bk_norm: int | None = None
-    bk_norm_fp32: int | None = None
-
-    def norm_step(self, weights: torch.dtype) -> int:
-        """K step of the linears behind a norm, for weights of this dtype."""
-        return (self.bk_norm_fp32 if weights == torch.float32 else self.bk_norm) or self.bk
+    stages_mod: int
+    warps: int = 4
 
 
-# Rows up to -> config.
-TABLE: tuple[tuple[int, FewConfig], ...] = (
-    (16, FewConfig(16, 16, 512, 4, 2, 64, 256, bk_norm=256, bk_norm_fp32=256)),
-    (MOST_ROWS, FewConfig(32, 16, 256, 4, 2, 64, 64, bk_norm_fp32=128)),
+# (Rows up to, width up to) -> config for 16-bit weights (the fastest of 25 on an H200),
+# and for float32 ones, which need more registers.
+TABLE: tuple[tuple[int, int, FewConfig, FewConfig], ...] = (
+    (16, 1024, FewConfig(16, 8, 128, 6, 32, 128, 6), FewConfig(16, 8, 128, 3, 32, 128, 2)),
+    (16, adaln.MAX_WIDTH, FewConfig(16, 16, 256, 4, 64, 128, 4), FewConfig(16, 16, 128, 3, 32, 128, 2)),
+    (MOST_ROWS, 1024, FewConfig(64, 8, 128, 6, 64, 64, 6), FewConfig(64, 8, 128, 2, 32, 64, 2)),
+    (MOST_ROWS, adaln.MAX_WIDTH, FewConfig(64, 16, 128, 4, 64, 128, 4), FewConfig(64, 16, 128, 2, 32, 64, 2)),
 )
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -60,9 +50,10 @@ _MOST_TABLES = 64
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
-def config_for(rows: int) -> FewConfig:
-    """The static table's entry for this many rows."""
-    return next(config for most, config in TABLE if rows <= most)
+def config_for(rows: int, width: int, weights: torch.dtype = torch.bfloat16) -> FewConfig:
+    """The static table's entry for this many rows of this width and weights of this dtype."""
+    half, single = next((half, single) for most, widest, half, single in TABLE if rows <= most and width <= widest)
+    return single if weights == torch.float32 else half
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:
@@ -83,18 +74,28 @@ def addresses(tensors: list[Tensor]) -> Tensor:
     return table
 
 
-def applies(rows: int, z: Tensor, noise: Tensor, parameters: list[Tensor], compute: torch.dtype) -> bool:
-    """Whether the few-rows kernels take this call."""
+def applies(
+    rows: int, z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], compute: torch.dtype
+) -> bool:
+    """Whether the few-rows kernel takes this call."""
     floats = set(_TRITON_TYPES)
-    width = parameters[0].shape[-1]
+    norms: set[torch.dtype] = set()
+    weights = {tensor.dtype for tensor in inputs}
+    for position, parameter in enumerate(parameters):
+        is_norm = position % BLOCK_PARAMETERS < 2 and position < len(parameters) - FINAL_PARAMETERS
+        (norms if is_norm else weights).add(parameter.dtype)
     return (
-        0 < rows <= (MOST_ROWS if width <= WIDE else MOST_ROWS_WIDE)
+        0 < rows <= MOST_ROWS
+        # Untested on AMD, where it spills.
+        and torch.version.hip is None
         and compute in floats
         and z.dtype in floats
         and noise.dtype in floats
-        and all(parameter.dtype in floats and parameter.is_contiguous() for parameter in parameters)
-        and len({parameter.dtype for parameter in parameters[BLOCK_PARAMETERS - 2 :: BLOCK_PARAMETERS]}) == 1
-        and width <= adaln.MAX_WIDTH
+        and len(weights) == 1
+        and len(norms) == 1
+        and weights | norms <= floats
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (*inputs, *parameters))
+        and parameters[0].shape[-1] <= adaln.MAX_WIDTH
     )
 
 
@@ -113,108 +114,68 @@ def _few_rows(
     ``inputs``: noise_embed weight, bias, input_proj weight, bias.
     """
     z, noise = adaln.as_rows(z), adaln.as_rows(noise)
-    weight_noise, bias_noise, weight_z, bias_z = inputs
-    rows, width = noise.shape[0], weight_noise.shape[0]
-    *blocks, final = (
-        parameters[start : start + BLOCK_PARAMETERS] for start in range(0, len(parameters), BLOCK_PARAMETERS)
-    )
-    layers = len(blocks) + 1
-    config = config_for(rows)
-    tiles_m = triton.cdiv(rows, config.bm)
-    tiles_n = triton.cdiv(width, config.bn)
+    rows, width = noise.shape[0], inputs[0].shape[0]
+    layers = len(parameters) // BLOCK_PARAMETERS + 1
+    output_dim = parameters[-2].shape[0]
+    final_mod, final_mod_bias, final_weight, final_bias = parameters[-FINAL_PARAMETERS:]
+    # The final layer's row of the table: no norm parameters (addresses that are never read), no second linear.
+    final_row = [final_mod, final_mod, final_weight, final_bias, final_mod, final_mod, final_mod, final_mod_bias]
+    table = addresses([*parameters[:-FINAL_PARAMETERS], *final_row, *inputs])
+    weights, norms = inputs[0].dtype, parameters[0].dtype
+    config = config_for(rows, width, weights)
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    precision = "ieee" if exact else "tf32"
-    compute = _TRITON_TYPES[dtype]
+    cuda = z.is_cuda
+    line = 128 // weights.itemsize
 
     def new(*shape: int) -> Tensor:
         return z.new_empty(shape, dtype=dtype)
 
-    tile = {
-        "COMPUTE": compute,
-        "PRECISION": precision,
-        "BM": config.bm,
-        "BN": config.bn,
-        "BK": config.bk,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
-    activated, hidden = new(rows, width), new(rows, width)
-    kernels.embed_kernel[(tiles_n, tiles_m, 2)](
-        noise,
-        weight_noise,
-        bias_noise,
-        z,
-        weight_z,
-        bias_z,
-        activated,
-        hidden,
-        rows,
-        width,
-        noise.shape[1],
-        z.shape[1],
-        samples,
-        noise.stride(0),
-        z.stride(0),
-        **{**tile, "BK": min(config.bk, 64)},
-    )
-    modulations = [(block[6], block[7]) for block in blocks] + [(final[0], final[1])]
-    mod = new(layers, rows, 3 * width)
-    tiles = triton.cdiv(3 * width, config.bn_mod)
-    kernels.modulation_kernel[(layers * tiles, tiles_m)](
-        activated,
-        addresses([weight for weight, _ in modulations]),
-        addresses([bias for _, bias in modulations]),
-        mod,
-        rows,
-        width,
-        layers,
-        tiles,
-        WEIGHT=_TRITON_TYPES[final[0].dtype],
-        **{**tile, "BN": config.bn_mod, "BK": config.bk_mod},
-    )
-
-    def norm_linear(layer: int, norm: list[Tensor] | None, weight: Tensor, bias: Tensor, factor: float) -> Tensor:
-        n = weight.shape[0]
-        out = new(rows, n)
-        kernels.norm_linear_kernel[(triton.cdiv(n, config.bn), tiles_m)](
-            hidden,
-            mod[layer],
-            norm[0] if norm else hidden,
-            norm[1] if norm else hidden,
-            weight,
-            bias,
+    out = new(rows, output_dim)
+    scratch = [new(rows, width), new(rows, width), new(layers, rows, 3 * width), new(rows, width), new(rows, width)]
+    counter = torch.zeros(1, dtype=torch.int32, device=z.device)
+    phases = 2 + 3 * layers - 1
+    spans = [(0, phases)] if cuda else [(phase, phase + 1) for phase in range(phases)]
+    for first, last in spans:
+        kernels.generator_kernel[(configs.processors(z),)](
+            noise,
+            z,
+            table,
+            *scratch,
             out,
+            counter,
             rows,
-            n,
-            3 * width,
+            output_dim,
+            noise.shape[1],
+            z.shape[1],
+            samples,
+            layers,
+            noise.stride(0),
+            z.stride(0),
+            first,
+            last,
             eps,
-            factor,
-            K=width,
-            AFFINE=norm is not None,
-            SILU=norm is not None,
-            BLOCK_STATS=min(8192 // config.bm, adaln.block_of(width)),
-            **{**tile, "BK": config.norm_step(weight.dtype)},
+            temperature,
+            W=width,
+            WEIGHT=_TRITON_TYPES[weights],
+            NORM=_TRITON_TYPES[norms],
+            COMPUTE=_TRITON_TYPES[dtype],
+            PRECISION="ieee" if exact else "tf32",
+            BARRIERS=cuda,
+            PREFETCH=cuda,
+            BM=config.bm,
+            BN=config.bn,
+            BK=config.bk,
+            BN_MOD=config.bn_mod,
+            BK_MOD=config.bk_mod,
+            STAGES=config.stages,
+            STAGES_MOD=config.stages_mod,
+            PIECE=min(2048, adaln.block_of(width)),
+            LINES=triton.next_power_of_2(triton.cdiv(width, line)),
+            LINE=line,
+            num_warps=config.warps,
+            **({"launch_cooperative_grid": True} if cuda else {}),
         )
-        return out
-
-    for layer, (norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, _, _) in enumerate(blocks):
-        active = norm_linear(layer, [norm_weight, norm_bias], weight_in, bias_in, temperature)
-        following = new(rows, width)
-        kernels.gate_linear_kernel[(tiles_n, tiles_m)](
-            active,
-            weight_out,
-            bias_out,
-            hidden,
-            mod[layer, :, 2 * width :],
-            following,
-            rows,
-            width,
-            width,
-            3 * width,
-            **tile,
-        )
-        hidden = following
-    return norm_linear(layers - 1, None, final[2], final[3], 1.0)
+    return out
 
 
 def _few_rows_fake(

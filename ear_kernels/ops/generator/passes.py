@@ -23,12 +23,9 @@ Backward, a block, from g = dL/dh' and df = g * gate (written by the kernel of t
     one kernel: LN and modulation backward, + g, then the gate and residual of the block before: df, dgate
     ds += dmod W_m, accumulated by the GEMM itself (beta = 1)
 
-With ``reuse`` every gradient of the size of a saved tensor overwrites the saved tensor it is computed from
-(du, dscale, dgate those in ``mod``; y pre; df ffn), which halves what backward needs on top of them.
+With ``reuse`` every gradient of the size of a saved tensor overwrites the saved tensor it is computed from (du,
+dscale, dgate those in ``mod``; y pre; df ffn; the rebuilt h the last one): half of what backward needs beside them.
 """
-
-from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -36,7 +33,6 @@ from torch import Tensor
 from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
 from ear_kernels.ops.silu_ffn import autograd as ffn_ops
-from ear_kernels.ops.silu_ffn import configs
 
 SAVED_PER_BLOCK = 6
 """Tensors forward saves a block: mod, u (empty for group = 1), pre, ffn, mean, rstd."""
@@ -150,35 +146,6 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(grad.t(), x).to(dtype)
 
 
-class _Aside:
-    """Runs work on a second stream where there is one; what it reads and returns is kept until :meth:`join`."""
-
-    _streams: dict[int, torch.cuda.Stream] = {}  # noqa: RUF012
-
-    def __init__(self, like: Tensor) -> None:
-        self.stream = None
-        if configs.overlap_weight_gradients and like.is_cuda:
-            number = like.device.index
-            if number not in self._streams:
-                self._streams[number] = torch.cuda.Stream(like.device)
-            self.stream = self._streams[number]
-            self.main = torch.cuda.current_stream(like.device)
-        self.kept: list[Tensor] = []
-
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor, **options: torch.dtype) -> Tensor:
-        if self.stream is not None:
-            self.stream.wait_stream(self.main)
-            # Freed before the second stream has read them, they would be given out again.
-            self.kept.extend(tensors)
-        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
-            return function(*tensors, **options)
-
-    def join(self) -> None:
-        if self.stream is not None:
-            self.main.wait_stream(self.stream)
-        self.kept.clear()
-
-
 def backward(
     grad_out: Tensor,
     hidden: Tensor,
@@ -202,7 +169,6 @@ def backward(
     hidden = adaln.as_rows(hidden)
     grad_out = adaln.as_rows(grad_out)
     gradients: list[Tensor | None] = [None] * len(parameters)
-    aside = _Aside(grad_out)
 
     def put(layer: int, slot: int, value: Tensor | None) -> None:
         assert value is not None
@@ -210,11 +176,10 @@ def backward(
         # Rows of one kernel's sums share memory, which outputs of a library operation (``reuse`` is off) must not.
         gradients[position] = value.to(dtypes[position], copy=not reuse)
 
-    def put_weight(layer: int, slot: int, grad: Tensor, x: Tensor, wait: bool = True) -> None:
-        """``grad^T @ x``; aside unless something waits for its operands' memory."""
-        dtype = dtypes[layer * BLOCK_PARAMETERS + slot]
-        run = weight_gradient if wait else lambda *tensors, **options: aside.run(weight_gradient, *tensors, **options)
-        gradients[layer * BLOCK_PARAMETERS + slot] = run(grad, x, dtype=dtype)
+    def put_weight(layer: int, slot: int, grad: Tensor, x: Tensor) -> None:
+        """``grad^T @ x``."""
+        position = layer * BLOCK_PARAMETERS + slot
+        gradients[position] = weight_gradient(grad, x, dtypes[position])
 
     def like(tensor: Tensor) -> Tensor:
         return tensor if reuse else torch.empty_like(tensor)
@@ -233,7 +198,7 @@ def backward(
         shift_weight, shift_bias = weight_mod[:width].float(), bias_mod[:width].float()
         put(depth, 2, both[:, :width] + product @ shift_weight.t() + torch.outer(sum_out, shift_bias))
         grad_shift_weight, grad_shift_bias = last.t() @ product, sum_out @ last
-        grad_u = torch.mm(grad_out, weight_last)
+        grad_u = torch.mm(grad_out, weight_last, out=wide[:, :width] if reuse else None)
         grad_activated = torch.mm(grad_out, output_weights(final, width)[0][:, width:])
         grad_mod = grad_scale = like(scale)
     else:
@@ -244,7 +209,7 @@ def backward(
         grad_mod = hidden.new_empty((entries, 2 * width))
         grad_scale = grad_mod[:, width:]
 
-    sums, norm, h, before_rstd = adaln.ColumnSums(), None, last_hidden, (mean, rstd)
+    sums, norm, h, stats = adaln.ColumnSums(), None, last_hidden, (mean, rstd)
     grad_hidden: Tensor | None = None
     first_hidden = hidden.new_empty((rows, width)) if index is not None else hidden.new_empty(hidden.shape)
     buffer = like(last_hidden) if depth > 1 else None
@@ -266,7 +231,7 @@ def backward(
             scale,
             norm[0] if norm else None,
             norm[1] if norm else None,
-            before_rstd,
+            stats,
             into,
             None if group == 1 else grad_mod[:, :width],
             grad_scale,
@@ -281,7 +246,6 @@ def backward(
             previous_hidden=previous_hidden,
         )
         grad_hidden = into
-        del grad_u
         if norm is not None:
             put(layer, 0, sums.weight)
             put(layer, 1, sums.bias)
@@ -303,7 +267,7 @@ def backward(
             put(layer, slot, torch.cat((grad_shift_weight, grad_scale_weight)))
             grad_activated.addmm_(grad_mod, weight_mod[width:])
         else:
-            put_weight(layer, slot, grad_mod, activated, wait=False)
+            put_weight(layer, slot, grad_mod, activated)
             if layer == depth:
                 grad_activated = torch.mm(grad_mod, weight_mod)
             else:
@@ -315,22 +279,22 @@ def backward(
         assert next_mod is not None
         norm_weight, norm_bias, weight_in, _, weight_out, _, _, _ = blocks[layer - 1]
         inner, active, sum_pre = ffn_ops.silu_linear_backward(grad_ffn, weight_out, pre, pre if reuse else None)
-        put_weight(layer - 1, 4, grad_ffn, active, wait=False)
+        put_weight(layer - 1, 4, grad_ffn, active)
         put(layer - 1, 5, sums.ffn)
         u = mod[:, :width] if group == 1 else u_before
         put_weight(layer - 1, 2, inner, u)
         put(layer - 1, 3, sum_pre)
         # For one modulation a row the shift's gradient is du itself: let the GEMM write it there.
-        grad_u = torch.mm(inner, weight_in, out=next_mod[:, :width]) if group == 1 else torch.mm(inner, weight_in)
+        out = next_mod[:, :width] if group == 1 else None
+        grad_u = torch.mm(inner, weight_in, out=out)
         del inner, active
-        scale, norm, before_rstd = mod[:, width : 2 * width], [norm_weight, norm_bias], tuple(stats_before)
+        scale, norm, stats = mod[:, width : 2 * width], [norm_weight, norm_bias], (stats_before[0], stats_before[1])
         grad_mod, grad_scale = next_mod, next_mod[:, width : 2 * width]
         h = previous_hidden if previous_hidden is not None else hidden
 
     grad_conditioning = conditioning.new_empty((entries, width))
     ffn_ops.silu_backward(grad_activated, adaln.as_rows(conditioning), grad_pre=grad_conditioning)
     grad_tokens = _sum_samples(grad_hidden, hidden, index, inverse)
-    aside.join()
     done = [gradient for gradient in gradients if gradient is not None]
     assert len(done) == len(parameters)
     return [grad_tokens, grad_conditioning, *done]

@@ -67,10 +67,6 @@ HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
     "dsilu": ((0, None),),
 }
 
-# Whether the generator's backward computes the weight gradients that nothing waits for on a second stream, beside
-# the memory-bound kernels.
-overlap_weight_gradients = False
-
 _overrides: dict[str, GemmConfig | None] = {}
 
 
