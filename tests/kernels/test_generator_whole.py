@@ -105,6 +105,25 @@ def test_temperature_and_eval(monkeypatch) -> None:
     assert not torch.allclose(outputs[0], generator(z, noise, 1.0))
 
 
+@pytest.mark.parametrize("combine_rows", [1, 10**9])
+def test_without_gradients_nothing_is_saved(monkeypatch, combine_rows) -> None:
+    """Both forms of the final layer, with a temperature, above the few rows of the persistent kernel."""
+    from ear_kernels.ops.generator import few_rows, passes
+
+    monkeypatch.setattr(passes, "COMBINE_ROWS", combine_rows)
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    generator = make(32, 2, 0).eval()
+    z, noise = torch.randn(5, 24, device=DEVICE), torch.rand(5, 2, 16, device=DEVICE)
+    with torch.no_grad():
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = generator(z, noise, 0.7)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        torch.testing.assert_close(ours, generator(z, noise, 0.7), atol=1e-5, rtol=1e-5)
+    hidden = torch.randn(5, 32, device=DEVICE)
+    parameters = [parameter.detach() for parameter in generator.block_parameters()]
+    assert len(passes.forward(hidden, hidden, parameters, None, 1, 1.0, 1e-6, False)) == 1
+
+
 def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:
     """Autocast over float32 weights: gradients in the parameters' dtype, near eager's."""
     generator = make(32, 2, 0)

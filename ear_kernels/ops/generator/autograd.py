@@ -127,10 +127,10 @@ class GeneratorBlocks(torch.autograd.Function):
         group: int,
         temperature: float,
         eps: float,
+        save: bool,
         *parameters: Tensor,
     ) -> Tensor:
         run = torch.ops.ear_kernels.generator_blocks_fwd if torch.compiler.is_compiling() else passes.forward
-        save = any(ctx.needs_input_grad)
         compute = conditioning.dtype
         # Cast once a step and keep: casting again in backward would read the float32 weights again.
         cast = [
@@ -169,7 +169,7 @@ class GeneratorBlocks(torch.autograd.Function):
                 )
             ctx.spent = not _graph_is_kept()
             grad_hidden, grad_conditioning, *gradients = _backward(*arguments, reuse=ctx.spent)
-        return (grad_hidden, grad_conditioning, None, None, None, None, None, *gradients)
+        return (grad_hidden, grad_conditioning, None, None, None, None, None, None, *gradients)
 
 
 def generator_blocks(
@@ -183,5 +183,7 @@ def generator_blocks(
     eps: float,
 ) -> Tensor:
     """See :func:`ear_kernels.functional.generator_blocks`."""
+    # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, conditioning, *parameters))
     with torch.autocast(hidden.device.type, enabled=False):
-        return GeneratorBlocks.apply(hidden, conditioning, index, inverse, group, temperature, eps, *parameters)
+        return GeneratorBlocks.apply(hidden, conditioning, index, inverse, group, temperature, eps, save, *parameters)

@@ -37,6 +37,9 @@ from ear_kernels.ops.silu_ffn import autograd as ffn_ops
 SAVED_PER_BLOCK = 6
 """Tensors forward saves a block: mod, u (empty for group = 1), pre, ffn, mean, rstd."""
 
+COMBINE_ROWS = 8192
+"""Forward alone computes ``W_l W_s`` from this many rows on."""
+
 SAVED_FINAL = 5
 """Tensors forward saves after the blocks: the final h, the norm's mean and rstd, and for group = 1 the scale and
 ``[v | s]`` (else mod ``[E, 2W]`` and u)."""
@@ -74,7 +77,9 @@ def forward(
     entries, width = conditioning.shape
     rows = entries * group
     hidden = adaln.as_rows(hidden)
-    wide = conditioning.new_empty((entries, 2 * width)) if group == 1 else None
+    # A product of weights for a GEMM of all rows pays only if those are many; backward expects it.
+    combine = group == 1 and (save or entries >= COMBINE_ROWS)
+    wide = conditioning.new_empty((entries, 2 * width)) if combine else None
     activated = ffn_ops.silu(conditioning.contiguous(), wide[:, width:] if wide is not None else None)
     saved: list[Tensor] = []
     pending: tuple[Tensor, Tensor] | None = None
@@ -129,14 +134,14 @@ def forward(
         stats = normalise(None, scale, None, 1.0, wide[:, :width])
         weight, bias = output_weights(final, width)
         out = ffn_ops.linear(wide, weight, bias)
-        saved.extend((hidden, *stats, scale, wide))
+        saved += [hidden, *stats, scale, wide] if save else []
     else:
         mod = ffn_ops.linear(activated, final[0], final[1])
-        u = hidden.new_empty((rows, width))
+        u = mod[:, :width] if group == 1 else hidden.new_empty((rows, width))
         stats = normalise(mod[:, :width], mod[:, width:], None, 1.0, u)
         out = ffn_ops.linear(u, final[2], final[3])
-        saved.extend((hidden, *stats, mod, u))
-    return [out, *saved] if save else [out]
+        saved += [hidden, *stats, mod, u] if save else []
+    return [out, *saved]
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

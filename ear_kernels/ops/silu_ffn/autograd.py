@@ -378,9 +378,9 @@ class GatedSiluFFN(torch.autograd.Function):
         weight_out: Tensor,
         bias_out: Tensor | None,
         group: int,
+        save: bool,
     ) -> Tensor:
         run = torch.ops.ear_kernels.gated_silu_ffn_fwd if torch.compiler.is_compiling() else _forward
-        save = any(ctx.needs_input_grad)
         out, pre, ffn = run(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out, group, save)
         ctx.save_for_backward(modulated, gate, weight_in, weight_out, pre, ffn)
         ctx.group, ctx.biases = group, (bias_in is not None, bias_out is not None)
@@ -403,6 +403,7 @@ class GatedSiluFFN(torch.autograd.Function):
             grad_b_in.to(weight_in.dtype) if has_in else None,
             grad_w_out,
             grad_b_out.to(weight_out.dtype) if has_out else None,
+            None,
             None,
         )
 
@@ -431,5 +432,7 @@ def gated_silu_ffn(
     cast = [tensor.to(dtype) if tensor is not None else None for tensor in tensors]
     # Autocast would cast nothing here (all is one dtype already) but would look at every GEMM inside.
     with torch.autocast(hidden.device.type, enabled=False):
-        out = GatedSiluFFN.apply(*cast, group)
+        # Asked outside of the autograd function, in which gradients are always off.
+        save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in cast)
+        out = GatedSiluFFN.apply(*cast, group, save)
     return out.view(hidden.shape)
