@@ -80,8 +80,8 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load parameters into a model, or raise ValueError saying what does not fit."""
+def check_fit(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless the parameters (our names) are those of the model, and say what does not fit."""
     own = dict(model.named_parameters())
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -95,6 +95,11 @@ def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path}: {public_key(name)} has shape {tuple(tensors[name].shape)}; "
                 f"the model needs {tuple(parameter.shape)}"
             )
+
+
+def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load parameters into a model, or raise ValueError saying what does not fit."""
+    check_fit(model, tensors, path)
     model.load_state_dict(tensors)
 
 
@@ -199,7 +204,7 @@ def load_checkpoint(run_dir: Path) -> Checkpoint:
     """The last checkpoint of a run.
 
     Raises:
-        ValueError: none is there, one of its files is missing, damaged or foreign, or of another model than the run's.
+        ValueError: none is there; a file is missing, damaged, foreign, or of another model than the run's.
     """
     path = latest_checkpoint(run_dir)
     expected = load_config(run_dir).model

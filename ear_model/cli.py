@@ -87,13 +87,16 @@ Command = TypeVar("Command")
 
 # Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
 # ``main`` turns into one line. ``parse_command`` reads its dataclass.
-COMMAND_MODULES: dict[str, str] = {}
+COMMAND_MODULES: dict[str, str] = {
+    "convert": "ear_model.commands.convert",
+}
 
 USAGE = """usage: ear COMMAND ...
 
   ear train digits --out RUN       train EAR on handwritten digits (a few minutes on a laptop)
   ear sample RUN --classes 3 7     sample a picture from a trained model
   ear evaluate RUN                 score a trained model
+  ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
 
 `ear COMMAND --help` explains a command's options."""
 

@@ -108,7 +108,7 @@ class Randomness:
         After as many processes as there are now, every generator goes on where it stood. After another number the
         common ones do, and each process's own are seeded by seed, rank and step.
         """
-        processes = state.get("process_rng") or [None]
+        processes = state.get("process_rng", [None])  # converted checkpoints know of none
         if self.common is not None:
             self.common.generators["cpu"].set_state(state["cpu_rng"])
             if "cuda" in self.common.generators and state["cuda_rng"] is not None:
@@ -118,7 +118,7 @@ class Randomness:
         if len(processes) == distributed.world_size():
             if self.common is not None:
                 self._set_own(processes[distributed.rank()])
-        elif self.common is not None or self.has_dropout:
+        elif self.common is not None or self.has_dropout or not processes:
             self._reseed(step)
 
     def _set_own(self, state: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ class Trainer:
             distributed.world_size(),
         )
         self.step = 0
+        self.public: dict | None = None  # what a converted public checkpoint said and we don't use
         if saved is not None:
             self._restore(saved)
         if self.is_main:
@@ -170,6 +171,7 @@ class Trainer:
                 moments[key] = distributed.spread_like(value, parameters[index])
         self.optimizer.load_state_dict(optimizer_state)
         self.step = saved.trainer_state["step"]
+        self.public = saved.trainer_state.get("public")
         self.randomness.restore(saved.trainer_state, self.step)
 
     def save(self) -> Path:
@@ -186,6 +188,7 @@ class Trainer:
                 "param_groups": optimizer_state["param_groups"],
             },
             "step": self.step,
+            "public": self.public,
             **self.randomness.state(),
         }
         weights = distributed.gather_to_main(dict(self.model.named_parameters()))
