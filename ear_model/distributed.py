@@ -180,8 +180,8 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
 
     "ddp" gives every process the whole model. "fsdp" (FSDP2) spreads parameters, gradients, moments and averages:
     one unit a backbone block, one for the generator (its kernels take the parameters of all its blocks at once), one
-    for the rest. With ``use_bf16`` blocks and generator are gathered in bfloat16 and gradients summed in float32;
-    embeddings and the final norm stay float32, and so does the residual stream.
+    for the rest. With ``use_bf16`` on a GPU blocks and generator are gathered in bfloat16 and gradients summed in
+    float32; embeddings and the final norm stay float32, and so does the residual stream.
 
     Args:
         model: an EAR on its device, the same values on every process.
@@ -195,10 +195,12 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    # Inputs are not cast: the targets of the loss and the residual stream keep their float32.
+    device_type = next(model.parameters()).device.type
+    mesh = init_device_mesh(device_type, (world_size(),))
+    # Inputs are not cast: the targets of the loss and the residual stream keep their float32. A CPU's autocast has no
+    # layer norm of a float32 input and bfloat16 weights, a GPU's has.
     low = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if use_bf16 else None,
+        param_dtype=torch.bfloat16 if use_bf16 and device_type == "cuda" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
