@@ -34,7 +34,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite; the same error on every process."""
+
+    on_every_process = True
 
 
 class Trainer:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ear_model import checkpoint, cli, distributed
-from ear_model.randomness import CommonDraws
+from ear_model.randomness import CommonDraws, mixed_seed
 from ear_model.train import Trainer, read_metrics
 from tests.model import distributed_worker
 
@@ -239,14 +239,31 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tmp_path, cap
 
 
 def test_errors_of_a_job_are_told_once(tmp_path):
+    """Before the first step, with nothing written; and a loss that is not finite, on all processes together."""
     out = tmp_path / "run"
-    options = ["--out", str(out), "--device", "cpu", "--train.batch-size", "33"]
-    status, _, errors = _finish(_torchrun("-m", "ear_model.train", "digits", *options))
-    assert status != 0
-    lines = [line for line in errors.splitlines() if line.startswith("ear: error")]
-    assert len(lines) == 1
-    assert "33 images can't be divided among 2 processes" in lines[0]
-    assert not out.exists()
+    small = {**OPTIONS, "--train.lr": "1e36", "--train.checkpoint-every": "1", "--out": str(out)}
+    for options, message in (
+        ({**small, "--train.batch-size": "33"}, "33 images can't be divided among 2 processes"),
+        (small, "step 2: loss nan, gradient norm nan; training stopped, the checkpoint of step 1 is kept"),
+    ):
+        assert not out.exists()
+        job = _torchrun("-m", "ear_model.train", "digits", *itertools.chain(*options.items()))
+        status, _, errors = _finish(job)
+        assert status != 0
+        lines = [line for line in errors.splitlines() if line.startswith("ear: error")]
+        assert len(lines) == 1
+        assert message in lines[0]
+    assert checkpoint.checkpoint_steps(out) == [1]
+
+
+def test_another_number_of_processes_draws_anew_with_dropout(two):
+    """One process goes on with a run of two that has dropout: seeded by seed, rank and step, not by repeating."""
+    config = distributed_worker.with_dropout(distributed_worker.case())
+    trainer = Trainer(config, two[1] / "dropout", resume=True, device="cpu")
+    state = torch.get_rng_state()
+    torch.manual_seed(mixed_seed(config.train.seed, 0, 6))
+    assert trainer.step == 6
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_single_process_needs_no_group(tmp_path):
