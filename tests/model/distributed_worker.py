@@ -7,7 +7,9 @@ Started without torchrun it runs the same on one process: what the two are compa
 
 import json
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -170,6 +172,26 @@ def failures(out: Path) -> dict:
     return report
 
 
+def hang(out: Path) -> None:
+    """The last process stops taking part; with a time limit of seconds the others find out."""
+    distributed.TIMEOUT = timedelta(seconds=3)
+    with distributed.process_group("cpu"):
+        trainer = Trainer(case(steps=1000), out / "hang", device="cpu")
+        original = trainer.train_step
+
+        def stuck():
+            if trainer.step == 7 and distributed.rank() == 1:
+                time.sleep(120)
+            return original()
+
+        trainer.train_step = stuck
+        try:
+            trainer.run(quiet=True)
+        except distributed.LostProcessError as error:
+            (out / "hang.txt").write_text(str(error))
+            distributed.leave(1)
+
+
 def main(out: Path) -> None:
     """Everything, with a report per process."""
     with distributed.process_group("cpu"):
@@ -179,5 +201,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (hang if sys.argv[2:] == ["hang"] else main)(Path(sys.argv[1]))
     distributed.leave(0)

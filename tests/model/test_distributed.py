@@ -238,6 +238,18 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tmp_path, cap
     assert b[-1] < 0.9 * b[0]
 
 
+def test_a_hanging_process_ends_the_job(tmp_path):
+    """A process that is alive but does not take part: the time limit, 10 minutes, is set to 3 seconds."""
+    begun = time.monotonic()
+    status, _, _ = _finish(_torchrun("-m", "tests.model.distributed_worker", str(tmp_path), "hang"), timeout=100)
+    assert status != 0
+    assert time.monotonic() - begun < 90
+    told = (tmp_path / "hang.txt").read_text()
+    assert told.startswith("process 0 lost another process of the job")
+    assert told.endswith("training stopped, the checkpoint of step 6 is kept")
+    assert checkpoint.load_checkpoint(tmp_path / "hang").trainer_state["step"] == 6
+
+
 def test_errors_of_a_job_are_told_once(tmp_path):
     """Before the first step, with nothing written; and a loss that is not finite, on all processes together."""
     out = tmp_path / "run"
