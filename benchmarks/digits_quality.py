@@ -2,9 +2,9 @@
 
     python benchmarks/digits_quality.py OUT.json        # 21 runs of 2,600 steps at once, about 2 minutes on an H200
 
-Runs: the Triton kernels (backend "auto") with R/K = 1, 4, 16 rows a noise vector, seeds 0 to 4, and the eager backend,
-seeds 0 to 2. Then the variance that the noise alone gives the head's gradient: one batch and one mask, 64 draws of noise, on the
-trained model of seed 0, as a ratio to independent noise.
+Runs: the Triton kernels (backend "auto") with R/K = 1, 4, 16 rows a noise vector, seeds 0 to 4, and the eager
+backend, seeds 0 to 2. Then the variance that the noise alone gives the head's gradient: one batch and one mask, 64
+draws of noise, on the trained model of seed 0, as a ratio to independent noise.
 """
 
 import json

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load parameters into a model, or raise ValueError saying what does not fit."""
+def check_fit(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless the parameters (our names) are those of the model, and say what does not fit."""
     own = dict(model.named_parameters())
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -94,6 +95,11 @@ def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path}: {public_key(name)} has shape {tuple(tensors[name].shape)}; "
                 f"the model needs {tuple(parameter.shape)}"
             )
+
+
+def load_into(model: EAR, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load parameters into a model, or raise ValueError saying what does not fit."""
+    check_fit(model, tensors, path)
     model.load_state_dict(tensors)
 
 
@@ -144,13 +150,24 @@ def save_checkpoint(
     model: EAR,
     averages: dict[str, Tensor],
     trainer_state: dict[str, Any],
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` and remove the ones before, in that order."""
+    """Write the checkpoint of ``step`` and remove the ones before, in that order.
+
+    Args:
+        run_dir: the run directory.
+        step: optimiser steps done.
+        model: the model.
+        averages: moving averages by parameter name.
+        trainer_state: tensors, numbers, lists and dicts.
+        weights: parameters by name, where the model's own are spread over processes.
+    """
     final = checkpoint_dir(run_dir, step)
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_weights(temporary / "model.safetensors", dict(model.named_parameters()), model.config)
+    save_weights(temporary / "model.safetensors", weights or dict(model.named_parameters()), model.config)
     save_weights(temporary / "ema.safetensors", averages, model.config)
     write_atomically(temporary / "trainer.pt", lambda path: torch.save(trainer_state, path))
     flush(temporary)
@@ -167,9 +184,45 @@ def save_checkpoint(
 def load_trainer_state(path: Path) -> dict[str, Any]:
     """What :func:`save_checkpoint` wrote as ``trainer_state``; no code in the file is ever run."""
     try:
-        return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign ({type(error).__name__})") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, on the CPU: parameters and averages by our names, and the trainer's state."""
+
+    path: Path
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    trainer_state: dict[str, Any]
+
+
+def load_checkpoint(run_dir: Path) -> Checkpoint:
+    """The last checkpoint of a run.
+
+    Raises:
+        ValueError: none is there; a file is missing, damaged, foreign, or of another model than the run's.
+    """
+    path = latest_checkpoint(run_dir)
+    expected = load_config(run_dir).model
+    tensors = []
+    for name in ("model.safetensors", "ema.safetensors"):
+        config, named = load_weights(path / name)
+        if config != expected:
+            raise ValueError(f"{path / name} holds another architecture than {run_dir / CONFIG_FILE}")
+        tensors.append(named)
+    weights, averages = tensors
+    shapes, other = ({name: tensor.shape for name, tensor in named.items()} for named in tensors)
+    if shapes != other:
+        raise ValueError(f"{path}: model.safetensors and ema.safetensors hold different tensors")
+    state = load_trainer_state(path)
+    missing = {"optimizer", "step", "cpu_rng", "cuda_rng"} - state.keys()
+    if missing:
+        raise ValueError(f"{path / 'trainer.pt'} lacks {', '.join(sorted(missing))}")
+    return Checkpoint(path, expected, weights, averages, state)
 
 
 def load_model(run_dir: Path, *, ema: bool = True) -> EAR:

@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -86,13 +87,16 @@ Command = TypeVar("Command")
 
 # Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
 # ``main`` turns into one line. ``parse_command`` reads its dataclass.
-COMMAND_MODULES: dict[str, str] = {}
+COMMAND_MODULES: dict[str, str] = {
+    "convert": "ear_model.commands.convert",
+}
 
 USAGE = """usage: ear COMMAND ...
 
   ear train digits --out RUN       train EAR on handwritten digits (a few minutes on a laptop)
   ear sample RUN --classes 3 7     sample a picture from a trained model
   ear evaluate RUN                 score a trained model
+  ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
 
 `ear COMMAND --help` explains a command's options."""
 
@@ -102,22 +106,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        print("ear: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if not _told_elsewhere(interrupt):
+            print("ear: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
         return _fail(error)
     except RuntimeError as error:
+        from ear_model.distributed import LostProcessError
         from ear_model.train import NonFiniteLossError
 
-        if isinstance(error, NonFiniteLossError):
+        if isinstance(error, NonFiniteLossError | LostProcessError):
             return _fail(error)
         raise
 
 
 def _fail(error: BaseException) -> int:
-    print("ear: error: " + " ".join(str(error).split()), file=sys.stderr)
+    if not _told_elsewhere(error):
+        print("ear: error: " + " ".join(str(error).split()), file=sys.stderr)
     return 1
+
+
+def _told_elsewhere(error: BaseException) -> bool:
+    """Whether another process of a `torchrun` job tells the same; without one torch need not be imported."""
+    if "LOCAL_RANK" not in os.environ:
+        return False
+    from ear_model.distributed import told_elsewhere
+
+    return told_elsewhere(error)
 
 
 def _run(arguments: list[str]) -> int:
@@ -170,32 +186,56 @@ def _train(arguments: list[str]) -> int:
         known = " (a model without a training data set in this version)" if preset in MODELS else ""
         raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
     command = parse_command(Train, arguments[1:], f"ear train {preset}", Train(config=RUNS[preset]))
-    run_training(command.config, command.out, resume=command.resume, device=command.device)
+    from ear_model.distributed import process_group
+
+    # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
+    switched = any(word.split("=")[0] == "--train.parallel" for word in arguments)
+    parallel = command.config.train.parallel if switched else None
+    with process_group(command.device):
+        run_training(
+            command.config, command.out, resume=command.resume, device=command.device, resume_parallel=parallel
+        )
     return 0
 
 
-def run_training(config: RunConfig, out: Path, *, resume: bool = False, device: str = "auto") -> None:
-    """Train, then write samples.png, loss.png and evaluation.json and print a report."""
-    from ear_model import checkpoint, evaluate
+def run_training(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    resume_parallel: Literal["ddp", "fsdp"] | None = None,
+) -> None:
+    """Train, then write samples.png, loss.png and evaluation.json and print a report.
+
+    A resumed run takes its own configuration, but for ``train.parallel`` if ``resume_parallel`` is given.
+    """
+    from ear_model import checkpoint, distributed, evaluate
     from ear_model.train import Trainer, read_metrics
 
     started = time.perf_counter()
     if resume:
-        config = checkpoint.load_config(out)
+        with distributed.all_or_none():
+            config = checkpoint.load_config(out)
+        train = dataclasses.replace(config.train, parallel=resume_parallel or config.train.parallel)
+        config = dataclasses.replace(config, train=train)
     trainer = Trainer(config, out, resume=resume, device=device)
     from ear_model import plots
     from ear_model.sample import class_labels, sample_images
 
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(
-        f"{config.data}: {parameters:,} parameters, {config.train.steps} steps of {config.train.batch_size} images "
-        f"on {trainer.device}, from step {trainer.step}; run directory {out}",
-        flush=True,
-    )
+    if trainer.is_main:
+        print(
+            f"{config.data}: {parameters:,} parameters, {config.train.steps} steps of "
+            f"{config.train.batch_size} images on {trainer.where}, from step {trainer.step}; run directory {out}",
+            flush=True,
+        )
     trainer.run()
     trained = time.perf_counter()
 
     model, sampling = trainer.averaged_model(), config.sampling
+    if not trainer.is_main:
+        return
     num_classes = config.model.num_classes
     labels = class_labels(range(num_classes), 10 * num_classes, num_classes)
     images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(sampling))

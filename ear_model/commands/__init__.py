@@ -1,0 +1,1 @@
+"""Commands with a module of their own; ``ear_model.cli.COMMAND_MODULES`` names them."""
