@@ -86,13 +86,16 @@ Command = TypeVar("Command")
 
 # Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
 # ``main`` turns into one line. ``parse_command`` reads its dataclass.
-COMMAND_MODULES: dict[str, str] = {}
+COMMAND_MODULES: dict[str, str] = {
+    "cache": "ear_model.commands.cache",
+}
 
 USAGE = """usage: ear COMMAND ...
 
   ear train digits --out RUN       train EAR on handwritten digits (a few minutes on a laptop)
   ear sample RUN --classes 3 7     sample a picture from a trained model
   ear evaluate RUN                 score a trained model
+  ear cache IMAGES --out CACHE     encode a tree of images for training
 
 `ear COMMAND --help` explains a command's options."""
 
