@@ -30,9 +30,12 @@ from ear_model.cache_format import (
 )
 from ear_model.files import require_writable, write_atomically
 from ear_model.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
+from ear_model.progress import Progress
 from ear_model.tokenizers.latent import LatentTokenizer
 
 SHOWN_ERRORS = 20
+
+_Batch = tuple[Tensor | None, list[str]]  # images, None if some can't be read; what can't be read
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,10 @@ class CacheWriter:
             if changed:
                 was = ", ".join(f"{name} {stored.get(name)!r}, now {plan[name]!r}" for name in changed)
                 raise ValueError(f"{self.cache} was begun with other options ({was}); use those or give a new --out")
-        elif self.cache.exists() and (not self.cache.is_dir() or any(self.cache.iterdir())):
+        elif self.cache.exists() and (
+            # Another process of a torchrun may just be making the build directory.
+            not self.cache.is_dir() or any(entry.name != BUILD for entry in self.cache.iterdir())
+        ):
             raise ValueError(f"{self.cache} exists and is no cache that was begun; give a new --out")
         self._todo = [shard for shard in range(self.num_shards) if self._finished(shard) is None]
         row_bytes = DTYPES[self.manifest.dtype].itemsize
@@ -162,13 +168,14 @@ class CacheWriter:
         if self._todo:
             (self.cache / MANIFEST).unlink(missing_ok=True)
 
-    def _finished(self, shard: int) -> Shard | None:
-        """The shard if it is written, whole, and of the images as they are now."""
+    def _finished(self, shard: int, *, compare: bool = True) -> Shard | None:
+        """The shard if it is written and whole; ``compare``: and if its images are what they were."""
         record = self._record(shard)
         if not record.is_file():
             return None
         values = read_json(record)
-        if values.pop("files_sha256", None) != self.tree.files_digest(*self._bounds(shard)):
+        files_sha256 = values.pop("files_sha256", None)
+        if compare and files_sha256 != self.tree.files_digest(*self._bounds(shard)):
             first = self.tree.paths[self._bounds(shard)[0]]
             raise ValueError(
                 f"{self.cache}: images of shard {shard} (from {first} on) were changed since it was written; remove "
@@ -187,8 +194,6 @@ class CacheWriter:
         Raises:
             ValueError: images that can't be read, all of them named (the first 20); the other shards are kept.
         """
-        from tqdm import tqdm
-
         mine = [shard for shard in self._todo if shard % self.options.world_size == self.options.rank]
         batches = [batch for shard in mine for batch in self._batches(shard)]
         # Threads of a worker would only compete with the other workers.
@@ -202,17 +207,11 @@ class CacheWriter:
         errors: list[str] = []
         total = len(self.tree)
         done = total - sum(last - first for first, last in map(self._bounds, self._todo))
-        bar = tqdm(
-            total=done + sum(last - first for first, last in map(self._bounds, mine)),
-            initial=done,
-            unit="image",
-            disable=True if quiet else None,
-            dynamic_ncols=True,
-        )
-        with bar:
+        share = sum(last - first for first, last in map(self._bounds, mine))
+        with Progress(done + share, done, "image", quiet=quiet) as progress:
             decoded = iter(loader) if batches else iter(())
             for shard in mine:
-                errors += self._write_shard(shard, decoded, bar)
+                errors += self._write_shard(shard, decoded, progress)
             next(decoded, None)  # asked for more than there is, the loader ends its workers
         if errors:
             shown = "; ".join(errors[:SHOWN_ERRORS])
@@ -221,7 +220,7 @@ class CacheWriter:
                 f"{len(errors)} images can't be read: {shown}{more}. Shards without them are written. Put readable "
                 "files in their place and run the same command again, or remove them and give a new --out"
             )
-        shards = [self._finished(shard) for shard in range(self.num_shards)]
+        shards = [self._finished(shard, compare=False) for shard in range(self.num_shards)]
         whole = tuple(shard for shard in shards if shard is not None)
         if len(whole) < self.num_shards:
             return None
@@ -234,7 +233,7 @@ class CacheWriter:
         size = self.options.batch_size
         return [list(range(start, min(start + size, last))) for start in range(first, last, size)]
 
-    def _write_shard(self, shard: int, decoded: Iterator[tuple[Tensor | None, list[str]]], bar: Any) -> list[str]:
+    def _write_shard(self, shard: int, decoded: Iterator[_Batch], progress: Progress) -> list[str]:
         """Encode and write one shard; returns what could not be read, and then writes nothing."""
         first, last = self._bounds(shard)
         name = f"shard-{shard:05d}.safetensors"
@@ -249,7 +248,7 @@ class CacheWriter:
             errors += failed
             if images is not None and not errors:
                 rows[batch[0] - first : batch[-1] + 1 - first] = self._encode(images)
-            bar.update(len(batch))
+            progress.update(len(batch))
         if errors:
             return errors
         if rows.is_floating_point() and not rows.isfinite().all():
@@ -288,7 +287,7 @@ class _Decoded(Dataset):
             return str(error)
 
 
-def _collate(items: list[Tensor | str]) -> tuple[Tensor | None, list[str]]:
+def _collate(items: list[Tensor | str]) -> _Batch:
     errors = [item for item in items if isinstance(item, str)]
     images = [item for item in items if isinstance(item, Tensor)]
     return (None if errors else torch.stack(images)), errors

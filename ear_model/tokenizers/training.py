@@ -23,6 +23,7 @@ from ear_model.data import Batches
 from ear_model.files import require_writable, write_atomically
 from ear_model.images import ImageFolderData
 from ear_model.prefetch import Prefetcher
+from ear_model.progress import Progress
 from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 
@@ -154,19 +155,20 @@ def train_autoencoder(
     step = _resume(partial, settings, model, optimizer)
     require_writable(out, needed_bytes=sum(parameter.numel() * 16 for parameter in model.parameters()))
 
-    from tqdm import tqdm
-
-    bar = tqdm(total=training.steps, initial=step, unit="step", disable=True if quiet else None, dynamic_ncols=True)
+    note = ""
     batches = Batches(train, training.batch_size, training.seed)
-    with bar, Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher:
+    with (
+        Progress(training.steps, step, "step", quiet=quiet) as progress,
+        Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
+    ):
         while step < training.steps:
             loss, error = _train_step(model, optimizer, next(prefetcher)[0], step, training)
             step += 1
-            bar.update()
             if step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
                     raise ValueError(f"step {step}: the loss is {float(loss)}; lower --lr")
-                bar.set_postfix_str(f"absolute error {float(error):.4f}")
+                note = f"absolute error {float(error):.4f}"
+            progress.update(1, note)
             if step % training.checkpoint_every == 0 and step < training.steps:
                 state = {
                     "settings": settings,
