@@ -75,9 +75,9 @@ def load_training_data(config: RunConfig) -> TrainingData:
 
         return load_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
     if config.data == "npz":
-        from ear_model.npz import NpzCache
+        from ear_model.npz import load_npz_cache
 
-        return NpzCache(Path(config.data_path))
+        return load_npz_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
     raise ValueError(f"data {config.data!r} is unknown; use digits, cache or npz")
 
 

@@ -39,14 +39,14 @@ class ImageTree:
 
     def names_digest(self) -> str:
         """SHA-256 of classes and file names: what is in the tree, in which order."""
-        return hashlib.sha256("\0".join(("/".join(self.classes), *self.paths)).encode()).hexdigest()
+        return hashlib.sha256(os.fsencode("\0".join(("/".join(self.classes), *self.paths)))).hexdigest()
 
     def files_digest(self, first: int, last: int) -> str:
         """SHA-256 of names, sizes and times of change of the images ``first .. last - 1``, to notice an edit."""
         digest = hashlib.sha256()
         for path in self.paths[first:last]:
             state = (self.root / path).stat()
-            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0"))
         return digest.hexdigest()
 
 

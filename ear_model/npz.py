@@ -89,3 +89,23 @@ class NpzCache:
                 "a cache can't mix resolutions: cache those images again"
             )
         return values.astype(np.float32, copy=False)
+
+
+def load_npz_cache(path: Path, tokenizer: Path | None = None) -> NpzCache:
+    """A public cache for training, with the latent scale of the tokenizer that will decode samples (KL-16's if None).
+
+    Raises:
+        ValueError: as :class:`NpzCache`, a bad tokenizer file, or one of other latents than the cache's.
+    """
+    if tokenizer is None:
+        return NpzCache(path)
+    from ear_model.tokenizers.latent import load_latent_tokenizer
+
+    loaded = load_latent_tokenizer(tokenizer)
+    cache = NpzCache(path, loaded.latent_scale)
+    if cache.image_shape[0] != loaded.latent_channels:
+        raise ValueError(
+            f"{path} has latents of {cache.image_shape[0]} channels, {tokenizer} of {loaded.latent_channels}; "
+            "give the tokenizer that the cache was made with"
+        )
+    return cache

@@ -296,6 +296,19 @@ def test_public_cache(tmp_path):
     assert torch.equal(latents, expected)
 
 
+def test_public_cache_takes_the_scale_of_its_tokenizer(tmp_path, weights):
+    _write_npz(tmp_path / "npz", {"a": 1})
+    config = replace(tiny_run(), data="npz", data_path=str(tmp_path / "npz"), tokenizer=str(weights))
+    latents = [
+        load_training_data(each).gather(torch.tensor([0]), torch.Generator().manual_seed(0))[0]
+        for each in (config, replace(config, tokenizer=""))
+    ]
+    torch.testing.assert_close(latents[0] / SCALE, latents[1] / 0.2325)
+    _write_npz(tmp_path / "wide", {"a": 1}, shape=(10, 4, 4))
+    with pytest.raises(ValueError, match=r"latents of 5 channels, .* of 4; give the tokenizer"):
+        load_training_data(replace(config, data_path=str(tmp_path / "wide")))
+
+
 def test_public_caches_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="not a directory"):
         NpzCache(tmp_path / "none")
