@@ -14,7 +14,7 @@ import tyro
 from ear_model.tokenizers.kl16 import AutoencoderConfig
 from ear_model.tokenizers.training import TokenizerTraining, train_autoencoder
 
-SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2), latent_channels=8)
+SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2), latent_channels=8, norm_groups=8)
 
 
 @dataclass(frozen=True)

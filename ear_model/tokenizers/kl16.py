@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_GROUPS = 32
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -23,7 +22,7 @@ class AutoencoderConfig:
     """Shape of an autoencoder; the defaults are KL-16's."""
 
     channels: int = 128
-    """Channels of the first level; a multiple of 32, the groups of the norms."""
+    """Channels of the first level; a multiple of ``norm_groups``."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Factor on ``channels`` of each level; every level but the last halves height and width."""
     residual_blocks: int = 2
@@ -34,15 +33,18 @@ class AutoencoderConfig:
     """Channels of the images."""
     attention: bool = True
     """Attention after the residual blocks of the encoder's last level; both middles always have it."""
+    norm_groups: int = 32
+    """Groups of the norms. With one channel a group, a norm would take every channel's mean away, and with it the
+    colour of the whole image: leave at least four channels a group, as KL-16 does."""
 
     def __post_init__(self) -> None:
         # Metadata of a file gives a list.
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("channels", "residual_blocks", "latent_channels", "image_channels"):
+        for name in ("channels", "residual_blocks", "latent_channels", "image_channels", "norm_groups"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be an integer of at least 1")
-        if self.channels % NORM_GROUPS:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of {NORM_GROUPS}")
+        if self.channels % self.norm_groups:
+            raise ValueError(f"channels is {self.channels}; it must be a multiple of norm_groups, {self.norm_groups}")
         if not self.multipliers or any(not isinstance(factor, int) or factor < 1 for factor in self.multipliers):
             raise ValueError(f"multipliers are {self.multipliers}; they must be integers of at least 1, one a level")
 
@@ -86,11 +88,11 @@ class Posterior:
 class ResidualBlock(nn.Module):
     """``x + conv(swish(norm(conv(swish(norm(x))))))``, with a 1x1 convolution on ``x`` where the channels change."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, inputs, NORM_EPS)
+        self.norm1 = nn.GroupNorm(groups, inputs, NORM_EPS)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, outputs, NORM_EPS)
+        self.norm2 = nn.GroupNorm(groups, outputs, NORM_EPS)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -103,9 +105,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """One head of attention over all positions, with a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.norm = nn.GroupNorm(groups, channels, NORM_EPS)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,11 +135,11 @@ class Resample(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResidualBlock(channels, channels)
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -146,10 +148,14 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """Residual blocks (each followed by attention if there is any), then a resampling except at the end."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, *, attention: bool, resample: str | None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, *, attention: bool, resample: str | None
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(outputs if index else inputs, outputs) for index in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResidualBlock(outputs if index else inputs, outputs, groups) for index in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttentionBlock(outputs, groups) for _ in range(blocks if attention else 0))
         self.downsample = Resample(outputs, up=False) if resample == "down" else None
         self.upsample = Resample(outputs, up=True) if resample == "up" else None
 
@@ -170,20 +176,21 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.channels * factor for factor in config.multipliers]
-        last = len(widths) - 1
+        last, groups = len(widths) - 1, config.norm_groups
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 widths[level - 1] if level else config.channels,
                 width,
                 config.residual_blocks,
+                groups,
                 attention=config.attention and level == last,
                 resample="down" if level < last else None,
             )
             for level, width in enumerate(widths)
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[-1], NORM_EPS)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,20 +206,21 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.channels * factor for factor in config.multipliers]
-        last = len(widths) - 1
+        last, groups = len(widths) - 1, config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList(
             Level(
                 widths[min(level + 1, last)],
                 width,
                 config.residual_blocks + 1,
+                groups,
                 attention=False,
                 resample="up" if level else None,
             )
             for level, width in enumerate(widths)
         )
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], NORM_EPS)
+        self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

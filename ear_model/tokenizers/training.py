@@ -41,7 +41,7 @@ class TokenizerTraining:
     """Optimiser steps."""
     batch_size: int = 32
     """Images a step."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Peak learning rate of AdamW, after a linear warm-up of 5 % of the steps; then a cosine to zero."""
     kl_weight: float = 1e-4
     """Weight of the KL divergence, in nats per latent number, beside the absolute error per pixel in -1..1."""

@@ -12,7 +12,9 @@ from ear_model.tokenizers.latent import load_latent_tokenizer
 from ear_model.tokenizers.training import TokenizerTraining, train_autoencoder
 from tests.model.conftest import write_tree
 
-TINY = AutoencoderConfig(channels=32, multipliers=(1, 1), residual_blocks=1, latent_channels=4, attention=False)
+TINY = AutoencoderConfig(
+    channels=32, multipliers=(1, 1), residual_blocks=1, latent_channels=4, attention=False, norm_groups=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def tree(tmp_path_factory):
 
 def test_learns_to_reconstruct_and_makes_a_cache(tree, tmp_path, capsys):
     weights, cache = tmp_path / "small.safetensors", tmp_path / "cache"
-    options = "--image-size 8 --steps 150 --batch-size 8 --lr 0.002 --device cpu --workers 1 --model.channels 32"
+    options = "--image-size 8 --steps 150 --batch-size 8 --lr 0.0005 --device cpu --workers 1 --model.channels 32"
     shape = "--model.multipliers 1 1 --model.residual-blocks 1 --model.latent-channels 4"
     command = ["train-tokenizer", str(tree), "--out", str(weights), *options.split(), *shape.split()]
     assert cli.main(command) == 0
@@ -79,7 +81,7 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
         (["--steps", "0"], "steps is 0"),
         (["--lr", "-1"], "lr is -1.0"),
         (["--image-size", "30"], "image size is 30; it must be a multiple of 4"),
-        (["--model.channels", "40"], "channels is 40"),
+        (["--model.channels", "44"], "channels is 44"),
         (["--model.image-channels", "1"], "image_channels is 1"),
         (["--out", "weights.ckpt"], "must end in .safetensors"),
         (["--workers", "0"], "threads is 0"),
