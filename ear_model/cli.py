@@ -89,6 +89,8 @@ Command = TypeVar("Command")
 # ``main`` turns into one line. ``parse_command`` reads its dataclass.
 COMMAND_MODULES: dict[str, str] = {
     "convert": "ear_model.commands.convert",
+    "cache": "ear_model.commands.cache",
+    "train-tokenizer": "ear_model.commands.train_tokenizer",
 }
 
 USAGE = """usage: ear COMMAND ...
@@ -97,6 +99,8 @@ USAGE = """usage: ear COMMAND ...
   ear sample RUN --classes 3 7     sample a picture from a trained model
   ear evaluate RUN                 score a trained model
   ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
+  ear cache IMAGES --out CACHE     encode a tree of images for training
+  ear train-tokenizer IMAGES       train a small autoencoder on a tree of images
 
 `ear COMMAND --help` explains a command's options."""
 

@@ -1,8 +1,9 @@
-"""Data sets held in memory, and batches whose order depends on seed and position alone."""
+"""What a run trains on, and batches whose order depends on seed and position alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,16 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """The data set that a run names. Raises ValueError if it is not there, damaged or does not fit."""
     if config.data == "digits":
         return load_digits()[0]
+    if config.data in ("cache", "npz") and not config.data_path:
+        raise ValueError(f"data {config.data!r} needs data_path, the directory of the cache")
+    if config.data == "cache":
+        from ear_model.cache import load_cache
+
+        return load_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
+    if config.data == "npz":
+        from ear_model.npz import load_npz_cache
+
+        return load_npz_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
     raise ValueError(f"data {config.data!r} is unknown; use digits, cache or npz")
 
 
@@ -117,9 +128,12 @@ class Batches:
         return torch.Generator().manual_seed(mixed)
 
     def _permutation(self, epoch: int) -> Tensor:
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, torch.randperm(len(self.dataset), generator=self._generator(epoch)))
-        return self._epoch[1]
+        # A local name, since several threads of a prefetcher may ask for different epochs.
+        known = self._epoch
+        if known is None or known[0] != epoch:
+            known = (epoch, torch.randperm(len(self.dataset), generator=self._generator(epoch)))
+            self._epoch = known
+        return known[1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Images and labels of this process's part of batch ``index``."""

@@ -1,9 +1,12 @@
 """Small models and runs for the tests of the model."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ear_model.config import DIGITS, RUNS, ModelConfig, RunConfig, SamplingConfig, TrainConfig
 from ear_model.ear import EAR
@@ -43,3 +46,15 @@ def tiny_config() -> ModelConfig:
 @pytest.fixture
 def tiny_model() -> EAR:
     return randomise(EAR(TINY))
+
+
+def write_tree(root: Path, classes: dict[str, int], size: int = 16, seed: int = 0) -> None:
+    """A tree of PNG images, a smooth random gradient each: ``root/<class>/<number>.png``."""
+    generator = np.random.default_rng(seed)
+    down, right = np.mgrid[:size, :size][..., None] / size
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            base, vertical, horizontal = generator.uniform((60, -50, -50), (190, 50, 50), (3, 3)).T
+            pixels = base + vertical * (down - 0.5) + horizontal * (right - 0.5)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")

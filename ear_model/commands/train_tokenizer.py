@@ -1,0 +1,67 @@
+"""``ear train-tokenizer``: a small autoencoder for one's own images."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ear_model.tokenizers.kl16 import AutoencoderConfig
+from ear_model.tokenizers.training import TokenizerTraining, train_autoencoder
+
+SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2), latent_channels=8, norm_groups=8)
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a small autoencoder on a tree of images, for `ear cache --tokenizer autoencoder`.
+
+    Mean absolute error and a small KL term; no perceptual or adversarial loss. The same command goes on after an
+    interruption.
+    """
+
+    images: tyro.conf.Positional[Path]
+    """Directory with a folder of images a class."""
+    out: Path
+    """The .safetensors file to write."""
+    training: Annotated[TokenizerTraining, tyro.conf.arg(name="")] = field(default_factory=TokenizerTraining)
+    """How to train."""
+    model: AutoencoderConfig = SMALL
+    """Shape of the autoencoder."""
+    workers: int = min(8, os.cpu_count() or 1)
+    """Threads that decode images."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    from ear_model.cli import parse_command
+    from ear_model.sample import resolve_device
+
+    command = parse_command(TrainTokenizer, arguments, "ear train-tokenizer")
+    started = time.perf_counter()
+    try:
+        report = train_autoencoder(
+            command.images,
+            command.out,
+            command.model,
+            command.training,
+            device=resolve_device(command.device),
+            threads=command.workers,
+        )
+    except KeyboardInterrupt:
+        print("ear: interrupted; the same command goes on from the last .partial file", file=sys.stderr)
+        return 130
+    what = f"{report.held_out} held-out images" if report.held_out else "training images (too few to hold any out)"
+    print(
+        f"{command.out}: {time.perf_counter() - started:.0f} s; reconstruction of {what}: squared error "
+        f"{report.squared_error:.5f} ({report.psnr:.1f} dB), of the mean image {report.squared_error_of_mean:.5f}; "
+        f"latent scale {report.latent_scale:.4f}"
+    )
+    return 0
