@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ear_kernels import energy_distance
 from ear_model.judge import ImageTree, Judge, split_classes
+
+PIXELS = 32  # a side of the images whose pixels are compared; more would take minutes on a CPU
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class JudgeEvaluation:
     energy_distance_features_floor: float
     """The same between two sets of real images."""
     energy_distance_pixels: float
-    """Energy distance to real images, on pixels in -1..1."""
+    """Energy distance to real images, on pixels in -1..1 of images averaged down to 32 x 32 at most."""
     energy_distance_pixels_floor: float
     """The same between two sets of real images."""
     frechet_distance: float
@@ -202,8 +205,11 @@ class JudgedComparison:
 
 
 def _flat(images: Tensor) -> Tensor:
-    """uint8 images as vectors of pixels in -1..1, ``[N, 3 * S * S]``."""
-    return images.flatten(1).float() / 127.5 - 1
+    """uint8 images as vectors of pixels in -1..1, averaged down to ``PIXELS`` a side at most, ``[N, 3 * S * S]``."""
+    scaled = images.float() / 127.5 - 1
+    if images.shape[-1] > PIXELS:
+        scaled = functional.adaptive_avg_pool2d(scaled, PIXELS)
+    return scaled.flatten(1)
 
 
 def report_judged(results: list[JudgeEvaluation]) -> str:

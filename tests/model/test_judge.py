@@ -8,7 +8,13 @@ import torch
 from scipy import linalg
 
 from ear_model import cli, glyphs
-from ear_model.evaluate_judge import JudgedComparison, feature_statistics, frechet_distance, nearest_distances
+from ear_model.evaluate_judge import (
+    JudgedComparison,
+    _flat,
+    feature_statistics,
+    frechet_distance,
+    nearest_distances,
+)
 from ear_model.judge import ImageTree, Judge, JudgeConfig, load_tree, split_classes, train_judge
 
 SMALL = JudgeConfig(channels=(8, 16, 32, 32), epochs=8, batch_size=32, lr=1e-2)
@@ -124,6 +130,14 @@ def test_scores_of_samples_whose_quality_is_known(judge, trees):
     unsearched = JudgedComparison(judge, real, 120).score(fresh.images, fresh.labels, **settings)
     assert unsearched.nearest_train_samples is None
     assert unsearched.num_train == 0
+
+
+def test_large_images_are_compared_averaged_down():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pixels = _flat(images).view(2, 3, 32, 32)
+    expected = images[1, 2, 6:8, 10:12].float().mean() / 127.5 - 1
+    torch.testing.assert_close(pixels[1, 2, 3, 5], expected)
+    torch.testing.assert_close(_flat(images[..., :16, :16])[0, 0], images[0, 0, 0, 0] / 127.5 - 1)
 
 
 def test_images_of_a_tree(tmp_path):
