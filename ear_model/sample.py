@@ -91,10 +91,24 @@ class Decoder:
 
 
 def _load_tokenizer(path: str, device: torch.device) -> Any:
-    from ear_model.tokenizers.kl16 import load_latent_tokenizer
+    from ear_model.tokenizers.latent import load_latent_tokenizer
 
-    tokenizer: Any = load_latent_tokenizer(path)
-    return tokenizer.to(device).eval() if isinstance(tokenizer, torch.nn.Module) else tokenizer
+    return load_latent_tokenizer(path, device)
+
+
+def class_names(config: RunConfig) -> tuple[str, ...] | None:
+    """The names of the run's classes, if its cache is still there: entry "classes" of ``manifest.json``."""
+    if config.data != "cache" or not config.data_path:
+        return None
+    try:
+        names = json.loads((Path(config.data_path) / "manifest.json").read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # They become directories: nothing that points elsewhere.
+    usable = isinstance(names, list) and all(
+        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
+    )
+    return tuple(names) if usable and len(set(names)) == len(names) else None
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -152,7 +166,7 @@ def write_images(
     decoder: Callable[[Tensor], Tensor],
     out: Path,
     *,
-    class_names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     **options: Any,
@@ -166,7 +180,7 @@ def write_images(
         labels: int64 ``[N]``.
         decoder: see :class:`Decoder`.
         out: the tree's directory.
-        class_names: a directory name for each class; numbers if None.
+        names: a directory name for each class; numbers if None.
         seed: the same seed gives the same images.
         batch_size: images at a time; other sizes give other images.
         **options: of :meth:`EAR.sample`.
@@ -176,7 +190,8 @@ def write_images(
     """
     from PIL import Image
 
-    names = class_names or [f"{index:04d}" for index in range(model.config.num_classes)]
+    if names is None or len(names) < model.config.num_classes:
+        names = [f"{index:04d}" for index in range(model.config.num_classes)]
     settings = {"num": len(labels), "seed": seed, "batch_size": batch_size, "classes": labels.unique().tolist()}
     settings.update(options)
     manifest = out / SAMPLING_FILE

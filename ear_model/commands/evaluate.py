@@ -122,7 +122,7 @@ class Scoring:
         from ear_model.config import check_sampling_options
         from ear_model.fidelity import inception_extractor, load_statistics
         from ear_model.judge import Judge, load_tree
-        from ear_model.sample import resolve_device
+        from ear_model.sample import class_names, resolve_device
 
         if num < 1 or batch_size < 1:
             raise ValueError(f"num is {num} and batch_size {batch_size}; both must be at least 1")
@@ -154,6 +154,12 @@ class Scoring:
             if len(self.judge.class_names) > config.model.num_classes:
                 raise ValueError(
                     f"{judge} knows {len(self.judge.class_names)} classes; the model {config.model.num_classes}"
+                )
+            names = class_names(config)
+            if names is not None and names != self.judge.class_names:
+                raise ValueError(
+                    f"{judge} knows other classes, {list(self.judge.class_names[:3])}..., than {config.data_path}, "
+                    f"{list(names[:3])}..."
                 )
             self.real = load_tree(real, self.judge.image_size)
         if fidelity is not None:

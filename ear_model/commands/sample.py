@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     from ear_model import checkpoint, plots
     from ear_model.ear import EAR
     from ear_model.files import require_writable
-    from ear_model.sample import Decoder, class_labels, resolve_device, sample_images, write_images
+    from ear_model.sample import Decoder, class_labels, class_names, resolve_device, sample_images, write_images
 
     device = resolve_device(command.device)
     config = checkpoint.load_config(command.run)
@@ -75,6 +75,7 @@ def run(arguments: list[str]) -> int:
             labels,
             decoder,
             command.images_out,
+            names=class_names(config),
             seed=command.seed,
             batch_size=command.batch_size,
             **sampling,

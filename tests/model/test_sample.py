@@ -11,7 +11,7 @@ from PIL import Image
 
 from ear_model import checkpoint, cli
 from ear_model.ear import EAR
-from ear_model.sample import Decoder, class_labels, sample_batches, to_bytes, write_images
+from ear_model.sample import Decoder, class_labels, class_names, sample_batches, to_bytes, write_images
 from tests.model.conftest import TINY, randomise, tiny_run
 
 
@@ -67,8 +67,24 @@ def test_the_tree_is_whole_balanced_and_resumed(tmp_path, capsys):
 def test_class_names_name_the_directories(tiny_model, tmp_path):
     names = [f"class {index}" for index in range(10)]
     labels = class_labels([3, 7], 2, 10)
-    assert write_images(tiny_model, labels, identity, tmp_path / "out", class_names=names, steps=2) == 2
+    assert write_images(tiny_model, labels, identity, tmp_path / "out", names=names, steps=2) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["class 3", "class 7"]
+
+
+def test_class_names_come_from_the_cache(tmp_path):
+    config = dataclasses.replace(tiny_run(), data="cache", data_path=str(tmp_path))
+    assert class_names(config) is None
+    for stored, expected in (
+        ('{"classes": ["a", "b b"]}', ("a", "b b")),
+        ('{"classes": ["a", "../b"]}', None),
+        ('{"classes": ["a", "a"]}', None),
+        ('{"classes": 3}', None),
+        ('["a"]', None),
+        ("no json", None),
+    ):
+        (tmp_path / "manifest.json").write_text(stored)
+        assert class_names(config) == expected
+    assert class_names(tiny_run()) is None
 
 
 @pytest.fixture
@@ -81,13 +97,15 @@ def test_latents_are_decoded_by_the_runs_tokenizer(latent_run, tmp_path, monkeyp
     weights.write_bytes(b"weights")
 
     class Doubling:
+        """In the place of an autoencoder."""
+
         def decode(self, latents):
             assert latents.shape[0] <= 32
             return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
-    module = types.ModuleType("ear_model.tokenizers.kl16")
-    module.load_latent_tokenizer = lambda path: Doubling() if path == str(weights) else None
-    monkeypatch.setitem(sys.modules, "ear_model.tokenizers.kl16", module)
+    module = types.ModuleType("ear_model.tokenizers.latent")
+    module.load_latent_tokenizer = lambda path, device: Doubling() if path == str(weights) else None
+    monkeypatch.setitem(sys.modules, "ear_model.tokenizers.latent", module)
     run, config = tmp_path / "run", dataclasses.replace(latent_run, tokenizer=str(weights))
     model = randomise(EAR(config.model))
     run.mkdir()

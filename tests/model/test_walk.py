@@ -68,6 +68,8 @@ def test_images_to_scores(trees, tmp_path):
     ear("cache", trees / "train", *tokenizer, "--out", cache)
     ear("train", "glyphs64", "--data-path", cache, *SMALL_MODEL, *SHORT, "--out", run, "--device", "cpu")
     check_run(trees, run)
+    ear("sample", run, "--num", 8, "--images-out", tmp_path / "images", "--device", "cpu")
+    assert load_tree(tmp_path / "images", 16).class_names == CLASS_NAMES[:4]
 
 
 def test_training_scores_by_a_judge(trees, tmp_path, monkeypatch, capsys):
