@@ -135,13 +135,16 @@ class Estimate:
         if self.flops_per_image < SMALL * training_flops(MODELS[basis.model]):
             how = "an upper bound that so small a model won't reach; " + how
         lines += [
-            f"speed       about {self.images_per_second:,.0f} images/s a GPU, {self.gpus} x "
-            f"= {self.gpus * self.images_per_second:,.0f} if they scale perfectly",
+            f"speed       about {self.images_per_second:,.0f} images/s a GPU"
+            + (
+                f", {self.gpus * self.images_per_second:,.0f} if {self.gpus} scale perfectly" if self.gpus > 1 else ""
+            ),
             f"            {self.flops_per_image / 1e9:,.0f} GFLOP an image, {self.utilisation:.0%} of an H200's "
             f"{H200_BF16_FLOPS / 1e12:.0f} TFLOP/s; {how}: {measured}",
             f"memory      about {self.peak_gb:,.1f} GB a GPU at {self.micro_batch} images at a time "
             f"({train.batch_size} / {self.gpus} GPUs / {train.accumulate} accumulated)" + self._advice(),
-            f"time        {self.gpu_days:,.2f} GPU-days, {self.gpu_days / self.gpus:,.2f} days on {self.gpus} GPUs",
+            f"time        {self.gpu_days:,.3g} GPU-days, {24 * self.gpu_days / self.gpus:,.3g} hours on {self.gpus} "
+            f"{'GPU' if self.gpus == 1 else 'GPUs'}",
         ]
         return "\n".join(lines)
 
