@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ear_model import plots
-from ear_model.checkpoint import save_weights
+from ear_model.checkpoint import load_into, load_weights, save_weights
 from ear_model.config import RUNS, ModelConfig
 from ear_model.ear import EAR
 from ear_model.evaluate_judge import JudgedComparison, report_judged
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=480.0, help="training time")
-    parser.add_argument("--images", type=int, default=192_000, help="training renders, held in GPU memory")
+    parser.add_argument("--images", type=int, default=384_000, help="training renders, held in GPU memory")
     parser.add_argument("--real", type=int, default=9_600, help="held-out renders")
     parser.add_argument("--num", type=int, default=4_800, help="samples scored per setting")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--settings", default="1:1,2:1,2:0.8,3:0.7", help="guidance:temperature, ...")
     parser.add_argument("--grid-every", type=float, default=120.0, help="seconds between sample grids")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
+    parser.add_argument("--init", type=Path, help="start from the ema.safetensors of a run that --save-weights kept")
     parser.add_argument("--save-weights", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -194,13 +195,16 @@ def main() -> None:
         num_samples=options.num_samples,
     )
     torch.manual_seed(options.seed)
-    model = EAR(config).to(device).train()
+    model = EAR(config)
+    if options.init is not None:
+        load_into(model, load_weights(options.init)[1], options.init)
+    model.to(device).train()
     report.add(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch=torch.__version__,
         python=platform.python_version(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        options={**vars(options), "out": str(options.out)},
+        options={name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         model=asdict(config),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

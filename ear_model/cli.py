@@ -48,9 +48,6 @@ class Train:
 
 Command = TypeVar("Command")
 
-# Rows of samples.png: where there are more classes, evenly spaced ones are shown.
-MAX_CLASSES_SHOWN = 64
-
 # Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
 # ``main`` turns into one line. ``parse_command`` reads its dataclass.
 COMMAND_MODULES: dict[str, str] = {
@@ -187,16 +184,17 @@ def run_training(
     """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report."""
     from ear_model import checkpoint
     from ear_model.commands.evaluate import Scoring
-    from ear_model.sample import Decoder
+    from ear_model.sample import Decoder, resolve_device
     from ear_model.train import Trainer
 
     started = time.perf_counter()
     if resume:
         config = checkpoint.load_config(out)
     # Before the training: what would stop the pictures and scores after it.
-    drawable = bool(config.tokenizer) or config.model.channels in (1, 3)
-    decoder = Decoder(config) if drawable else None
-    scoring = Scoring(config, judge=judge, real=real) if config.data == "digits" or judge or real else None
+    is_scored = config.data == "digits" or judge is not None or real is not None
+    is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
+    decoder = Decoder(config, resolve_device(device)) if is_drawn else None
+    scoring = Scoring(config, judge=judge, real=real, device=device) if is_scored else None
     trainer = Trainer(config, out, resume=resume, device=device)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(
@@ -230,7 +228,8 @@ def _leave_pictures(
     if decoder is None:
         return f"{left}   (no samples: latents need --tokenizer)"
     num_classes = config.model.num_classes
-    shown = range(0, num_classes, -(-num_classes // MAX_CLASSES_SHOWN))
+    rows = 10 if config.tokenizer else 64  # decoded images are large; of more classes, evenly spaced ones are shown
+    shown = range(0, num_classes, -(-num_classes // rows))
     labels = class_labels(shown, 10 * len(shown), num_classes)
     images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
     plots.save_grid(decoder(images), out / "samples.png", columns=10)

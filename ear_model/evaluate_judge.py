@@ -94,13 +94,20 @@ def nearest_distances(points: Tensor, others: Tensor, chunk: int = 1024) -> Tens
     return torch.cat([torch.cdist(part, others).amin(dim=1) for part in points.split(chunk)])
 
 
-def check_classes(judge: Judge, class_names: tuple[str, ...], where: str) -> None:
-    """Raise ValueError unless a tree's classes are the judge's."""
-    if class_names != judge.class_names:
+def check_comparable(judge: Judge, real: ImageTree, num: int) -> None:
+    """Raise ValueError unless ``num`` samples can be scored by this judge against this tree."""
+    classes = len(judge.class_names)
+    if real.class_names != judge.class_names:
         raise ValueError(
-            f"{where} has {len(class_names)} classes {list(class_names[:3])}...; the judge was trained on "
-            f"{len(judge.class_names)}, {list(judge.class_names[:3])}..."
+            f"the real tree has {len(real.class_names)} classes {list(real.class_names[:3])}...; the judge was "
+            f"trained on {classes}, {list(judge.class_names[:3])}..."
         )
+    counts = torch.bincount(real.labels, minlength=classes)
+    if int(counts.min()) < 2:
+        name = real.class_names[int(counts.argmin())]
+        raise ValueError(f"class {name} has {int(counts.min())} real images; every class needs at least two")
+    if num < classes:
+        raise ValueError(f"num is {num}; a judge of {classes} classes needs at least one sample of each")
 
 
 class JudgedComparison:
@@ -128,14 +135,9 @@ class JudgedComparison:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_classes(judge, real.class_names, "the real tree")
+        check_comparable(judge, real, num)
         classes = len(judge.class_names)
         counts = torch.bincount(real.labels, minlength=classes)
-        if int(counts.min()) < 2:
-            name = real.class_names[int(counts.argmin())]
-            raise ValueError(f"class {name} has {int(counts.min())} real images; every class needs at least two")
-        if num < max(2, classes):
-            raise ValueError(f"num is {num}; a judge of {classes} classes needs at least one sample of each")
         # Two disjoint sets of real images, equal a class, as large as the sample set where there are so many.
         self.per_class = min(num // classes, int(counts.min()) // 2)
         first, others = split_classes(real.labels, self.per_class, seed)

@@ -17,6 +17,8 @@ from ear_model.evaluate_judge import feature_statistics, frechet_distance
 # uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
 Extractor = Callable[[Tensor], Sequence[Tensor]]
 
+SPLITS = 10  # parts of the samples that Inception Scores are computed on, everywhere
+
 
 @dataclass(frozen=True)
 class FidelityEvaluation:
@@ -78,7 +80,7 @@ def inception_extractor(device: torch.device) -> Extractor:
     return extract
 
 
-def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
     """Inception Score (Salimans et al. 2016, Eq. 1), mean and standard deviation over ``splits`` of shuffled images.
 
     Args:

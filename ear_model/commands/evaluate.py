@@ -120,7 +120,8 @@ class Scoring:
         device: str = "auto",
     ) -> None:
         from ear_model.config import check_sampling_options
-        from ear_model.fidelity import inception_extractor, load_statistics
+        from ear_model.evaluate_judge import check_comparable
+        from ear_model.fidelity import SPLITS, inception_extractor, load_statistics
         from ear_model.judge import Judge, load_tree
         from ear_model.sample import class_names, resolve_device
 
@@ -162,7 +163,10 @@ class Scoring:
                     f"{list(names[:3])}..."
                 )
             self.real = load_tree(real, self.judge.image_size)
+            check_comparable(self.judge, self.real, num)
         if fidelity is not None:
+            if num < SPLITS:
+                raise ValueError(f"num is {num}; an Inception Score over {SPLITS} splits needs at least that many")
             self.statistics = load_statistics(fidelity)
             self.extractor = inception_extractor(self.device)
 

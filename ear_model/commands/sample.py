@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
     from ear_model.files import require_writable
     from ear_model.sample import Decoder, class_labels, class_names, resolve_device, sample_images, write_images
 
+    if command.out is not None and command.images_out is not None:
+        raise ValueError("--out writes one picture and --images-out many files; give one of them")
     device = resolve_device(command.device)
     config = checkpoint.load_config(command.run)
     if command.tokenizer:

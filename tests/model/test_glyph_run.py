@@ -32,3 +32,9 @@ def test_every_stage(tmp_path, monkeypatch, capsys):
     assert Image.open(out / "samples.png").size == (10 * 17 * 2 + 2, 3 * 17 * 2 + 2)
     assert {path.name for path in out.iterdir()} >= {"judge.safetensors", "ema.safetensors", "loss.png"}
     assert "grid of 30 samples" in capsys.readouterr().out
+
+    again = [str(tmp_path / "again"), *options, "--init", str(out / "ema.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["glyph_run.py", *again])
+    glyph_run.main()
+    continued = json.loads((tmp_path / "again" / "progress.json").read_text())["curve"]
+    assert continued[0][2] < curve[0][2]

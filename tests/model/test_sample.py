@@ -58,6 +58,8 @@ def test_the_tree_is_whole_balanced_and_resumed(tmp_path, capsys):
     assert "20 images, 6 of them new" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in sorted(out.glob("*/*.png"))} == before
     assert not list(tmp_path.rglob(".tmp-*"))
+    assert cli.main([*command, "--out", "grid.png"]) == 1
+    assert "give one of them" in capsys.readouterr().err
     assert cli.main([*command, "--seed", "1"]) == 1
     assert "holds images of another sampling" in capsys.readouterr().err
     assert cli.main([*command[:-6], "--images-out", str(run)]) == 1

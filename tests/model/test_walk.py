@@ -34,6 +34,7 @@ def trees(tmp_path_factory):
     options = ("--classes", 4, "--size", 16, "--workers", 1)
     ear("glyphs", "--out", root / "train", "--num-per-class", 40, *options)
     ear("glyphs", "--out", root / "test", "--num-per-class", 20, "--split", "test", *options)
+    ear("glyphs", "--out", root / "other", "--num-per-class", 2, "--classes", 3, "--size", 16, "--workers", 1)
     judge = root / "judge.safetensors"
     network = ("--channels", 8, 16, 32, 32, "--epochs", 3, "--batch-size", 32)
     ear("train-judge", root / "train", "--test", root / "test", "--out", judge, *network, "--device", "cpu")
@@ -98,6 +99,8 @@ def test_training_scores_by_a_judge(trees, tmp_path, monkeypatch, capsys):
         (("--judge", "{root}/nowhere", "--real", "{root}/test"), "`ear train-judge` writes it"),
         (("--judge", "{root}/judge.safetensors", "--real", "{root}/nowhere"), "is no image tree"),
         (("--judge", "{root}/judge.safetensors", "--real", "{root}/test", "--num", "0"), "num is 0"),
+        (("--judge", "{root}/judge.safetensors", "--real", "{root}/test", "--num", "3"), "a judge of 4 classes"),
+        (("--judge", "{root}/judge.safetensors", "--real", "{root}/other"), "the judge was trained on 4"),
         (("--judge", "{root}/judge.safetensors", "--real", "{root}/test", "--steps", "0"), "steps is 0"),
         (("--judge", "{root}/judge.safetensors", "--real", "{root}/test"), "images of 64 pixels"),
     ],
