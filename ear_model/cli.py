@@ -1,4 +1,4 @@
-"""The command ``ear``: train, sample, evaluate."""
+"""The command ``ear``: its commands, errors and exit status, and training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import dataclasses
 import importlib
 import io
 import itertools
-import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from ear_model.config import MODELS, RUNS, RunConfig, SamplingConfig
+from ear_model.config import EPOCH_IMAGES, MODELS, RUNS, RunConfig, with_model
+
+if TYPE_CHECKING:
+    from ear_model.commands.evaluate import Scoring
+    from ear_model.ear import EAR
+    from ear_model.sample import Decoder
 
 
 @dataclass(frozen=True)
@@ -33,54 +37,14 @@ class Train:
     """Go on from the last checkpoint of the run directory, with its own configuration."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Sample images of chosen classes from a trained model into one picture."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory of the trained model."""
-    classes: tuple[int, ...] = ()
-    """Classes to sample; all of them if not given."""
-    num: int = 64
-    """Number of images, spread evenly over the classes."""
-    guidance: float | None = None
-    """Guidance scale; 1 is none. The run's own default if not given."""
-    guidance_schedule: Literal["linear", "constant"] | None = None
-    """linear or constant."""
-    temperature: float | None = None
-    """Below 1 trades diversity for accuracy. The run's own default if not given."""
-    steps: int | None = None
-    """Decoding steps. The run's own default if not given."""
-    seed: int = 0
-    """The same seed gives the same images."""
-    out: Path | None = None
-    """Picture to write; RUN/grid.png if not given."""
-    raw_weights: bool = False
-    """Use the last weights instead of their moving average."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Score a trained model on samples and write RUN/evaluation.json."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory of the trained model."""
-    num: int = 1000
-    """Samples per setting, the same number of every class."""
-    guidance: float = 1.0
-    """Guidance scale of the setting scored first."""
-    temperature: float = 1.0
-    """Temperature of the setting scored first."""
-    steps: int | None = None
-    """Decoding steps. The run's own default if not given."""
-    seed: int = 0
-    """The same seed gives the same scores."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda."""
+    judge: Path | None = None
+    """Judge of `ear train-judge` that scores samples at the end; needs --real."""
+    real: Path | None = None
+    """Image tree of held-out real images, for the scores."""
+    dry_run: bool = False
+    """Print steps, parameters and an estimate of speed, memory and GPU-days, and stop; needs no data and no GPU."""
+    gpus: int = 1
+    """Number of GPUs that --dry-run reckons with."""
 
 
 Command = TypeVar("Command")
@@ -91,6 +55,10 @@ COMMAND_MODULES: dict[str, str] = {
     "convert": "ear_model.commands.convert",
     "cache": "ear_model.commands.cache",
     "train-tokenizer": "ear_model.commands.train_tokenizer",
+    "sample": "ear_model.commands.sample",
+    "evaluate": "ear_model.commands.evaluate",
+    "glyphs": "ear_model.commands.glyphs",
+    "train-judge": "ear_model.commands.train_judge",
 }
 
 USAGE = """usage: ear COMMAND ...
@@ -101,6 +69,9 @@ USAGE = """usage: ear COMMAND ...
   ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
   ear cache IMAGES --out CACHE     encode a tree of images for training
   ear train-tokenizer IMAGES       train a small autoencoder on a tree of images
+  ear glyphs --out TREE --num-per-class 1000
+                                   draw an image tree of characters
+  ear train-judge TREE --out JUDGE train a classifier that scores samples
 
 `ear COMMAND --help` explains a command's options."""
 
@@ -149,11 +120,7 @@ def _run(arguments: list[str]) -> int:
         return importlib.import_module(COMMAND_MODULES[command]).run(rest)
     if command == "train":
         return _train(rest)
-    if command == "sample":
-        return _sample(parse_command(Sample, rest, "ear sample"))
-    if command == "evaluate":
-        return _evaluate(parse_command(Evaluate, rest, "ear evaluate"))
-    known = ", ".join(["train", "sample", "evaluate", *COMMAND_MODULES])
+    known = ", ".join(["train", *COMMAND_MODULES])
     raise ValueError(f"unknown command {command!r}; use one of {known}")
 
 
@@ -185,21 +152,49 @@ def _train(arguments: list[str]) -> int:
             f"usage: ear train PRESET [OPTIONS]\n\nPresets: {presets}. `ear train digits --help` lists the options."
         )
         return 0 if arguments else 2
-    preset = arguments[0]
+    preset, options = arguments[0], arguments[1:]
     if preset not in RUNS:
-        known = " (a model without a training data set in this version)" if preset in MODELS else ""
+        known = f" (it is a model: ear train imagenet256 --model {preset})" if preset in MODELS else ""
         raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
-    command = parse_command(Train, arguments[1:], f"ear train {preset}", Train(config=RUNS[preset]))
+    name, options = _take_model_name(options)
+    config = RUNS[preset] if name is None else with_model(RUNS[preset], name)
+    command = parse_command(Train, options, f"ear train {preset}", Train(config=config, out=Path("runs") / preset))
+    if command.dry_run:
+        from ear_model.estimate import estimate_run
+
+        print(estimate_run(command.config, command.gpus, EPOCH_IMAGES.get(preset)).report())
+        return 0
     from ear_model.distributed import process_group
 
     # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
-    switched = any(word.split("=")[0] == "--train.parallel" for word in arguments)
-    parallel = command.config.train.parallel if switched else None
+    switched = any(word.split("=")[0] == "--train.parallel" for word in options)
     with process_group(command.device):
         run_training(
-            command.config, command.out, resume=command.resume, device=command.device, resume_parallel=parallel
+            command.config,
+            command.out,
+            resume=command.resume,
+            device=command.device,
+            judge=command.judge,
+            real=command.real,
+            resume_parallel=command.config.train.parallel if switched else None,
         )
     return 0
+
+
+def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
+    """``--model NAME`` or ``--model=NAME`` taken out of the options, which go on to set single fields."""
+    name, others = None, []
+    words = iter(options)
+    for word in words:
+        if word == "--model":
+            name = next(words, None)
+            if name is None or name.startswith("-"):
+                raise ValueError(f"--model needs a name; use one of {', '.join(MODELS)}")
+        elif word.startswith("--model="):
+            name = word.removeprefix("--model=")
+        else:
+            others.append(word)
+    return name, others
 
 
 def run_training(
@@ -208,25 +203,32 @@ def run_training(
     *,
     resume: bool = False,
     device: str = "auto",
-    resume_parallel: Literal["ddp", "fsdp"] | None = None,
+    judge: Path | None = None,
+    real: Path | None = None,
+    resume_parallel: Literal[ddp, fsdp] | None = None,
 ) -> None:
-    """Train, then write samples.png, loss.png and evaluation.json and print a report.
+    """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report.
 
     A resumed run takes its own configuration, but for ``train.parallel`` if ``resume_parallel`` is given.
     """
-    from ear_model import checkpoint, distributed, evaluate
-    from ear_model.train import Trainer, read_metrics
+    from ear_model import checkpoint, distributed
+    from ear_model.commands.evaluate import Scoring
+    from ear_model.sample import Decoder, resolve_device
+    from ear_model.train import Trainer
 
     started = time.perf_counter()
-    if resume:
-        with distributed.all_or_none():
+    # What would stop the pictures and scores after the training, before it.
+    with distributed.all_or_none():
+        if resume:
             config = checkpoint.load_config(out)
-        train = dataclasses.replace(config.train, parallel=resume_parallel or config.train.parallel)
-        config = dataclasses.replace(config, train=train)
+            train = dataclasses.replace(config.train, parallel=resume_parallel or config.train.parallel)
+            config = dataclasses.replace(config, train=train)
+        is_scored = config.data == "digits" or judge is not None or real is not None
+        is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
+        where = distributed.local_device(resolve_device(device))
+        decoder = Decoder(config, where) if is_drawn else None
+        scoring = Scoring(config, judge=judge, real=real, device=str(where)) if is_scored else None
     trainer = Trainer(config, out, resume=resume, device=device)
-    from ear_model import plots
-    from ear_model.sample import class_labels, sample_images
-
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if trainer.is_main:
         print(
@@ -236,71 +238,43 @@ def run_training(
         )
     trainer.run()
     trained = time.perf_counter()
-
-    model, sampling = trainer.averaged_model(), config.sampling
+    model = trainer.averaged_model()
     if not trainer.is_main:
         return
-    num_classes = config.model.num_classes
-    labels = class_labels(range(num_classes), 10 * num_classes, num_classes)
-    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(sampling))
-    plots.save_grid(images, out / "samples.png", columns=10)
+    left = _leave_pictures(model, config, out, decoder, scoring)
+    from ear_model.train import read_metrics
+
+    last = read_metrics(out)[-1]
+    print(
+        f"loss {last['loss']:.4f} after {last['step']} steps, {trained - started:.0f} s of training, "
+        f"{time.perf_counter() - trained:.0f} s of sampling and scoring\n{left}"
+    )
+
+
+def _leave_pictures(
+    model: EAR, config: RunConfig, out: Path, decoder: Decoder | None, scoring: Scoring | None
+) -> str:
+    """Samples, loss curve and scores of a finished run; returns where they are."""
+    from ear_model import plots
+    from ear_model.sample import class_labels, sample_images
+    from ear_model.train import read_metrics
+
     metrics = read_metrics(out)
     plots.save_loss_curve([line["step"] for line in metrics], [line["loss"] for line in metrics], out / "loss.png")
-    settings = [(1.0, 1.0), (sampling.guidance, sampling.temperature)]
-    results = evaluate.evaluate_digits(model, settings, steps=sampling.steps, seed=config.train.seed)
-    evaluate.save_evaluation(out, results)
-    print(evaluate.report(results))
-    print(
-        f"loss {metrics[-1]['loss']:.4f} after {metrics[-1]['step']} steps, {trained - started:.0f} s of training, "
-        f"{time.perf_counter() - trained:.0f} s of sampling and scoring\n"
-        f"samples: {out / 'samples.png'}   loss curve: {out / 'loss.png'}   scores: {out / 'evaluation.json'}"
-    )
-
-
-def _sample(command: Sample) -> int:
-    from ear_model import checkpoint, plots
-    from ear_model.ear import EAR
-    from ear_model.files import require_writable
-    from ear_model.sample import class_labels, resolve_device, sample_images
-
-    device = resolve_device(command.device)
-    config = checkpoint.load_config(command.run)
-    chosen = {
-        field.name: value
-        for field in dataclasses.fields(SamplingConfig)
-        if (value := getattr(command, field.name)) is not None
-    }
-    sampling = dataclasses.replace(config.sampling, **chosen)
+    left = f"loss curve: {out / 'loss.png'}"
+    if decoder is None:
+        return f"{left}   (no samples: latents need --tokenizer)"
     num_classes = config.model.num_classes
-    labels = class_labels(command.classes or range(num_classes), command.num, num_classes)
-    out = command.out or command.run / "grid.png"
-    require_writable(out)
-    model = EAR.from_pretrained(command.run, ema=not command.raw_weights, device=device)
-    images = sample_images(model, labels, seed=command.seed, **dataclasses.asdict(sampling))
-    plots.save_grid(images, out, columns=min(command.num, max(8, math.isqrt(command.num))))
-    print(f"{command.num} images of classes {list(command.classes) or 'all'}: {out}")
-    return 0
-
-
-def _evaluate(command: Evaluate) -> int:
-    from ear_model import checkpoint, evaluate
-    from ear_model.ear import EAR
-    from ear_model.files import require_writable
-    from ear_model.sample import resolve_device
-
-    device = resolve_device(command.device)
-    config = checkpoint.load_config(command.run)
-    require_writable(command.run / evaluate.EVALUATION_FILE)
-    model = EAR.from_pretrained(command.run, device=device)
-    sampling = config.sampling
-    settings = [(command.guidance, command.temperature), (sampling.guidance, sampling.temperature)]
-    results = evaluate.evaluate_digits(
-        model, settings, num=command.num, steps=command.steps or sampling.steps, seed=command.seed
-    )
-    path = evaluate.save_evaluation(command.run, results)
-    print(evaluate.report(results))
-    print(f"scores: {path}")
-    return 0
+    rows = 10 if config.tokenizer else 64  # decoded images are large; of more classes, evenly spaced ones are shown
+    shown = range(0, num_classes, -(-num_classes // rows))
+    labels = class_labels(shown, 10 * len(shown), num_classes)
+    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
+    plots.save_grid(decoder(images), out / "samples.png", columns=10)
+    left = f"samples: {out / 'samples.png'}   {left}"
+    if scoring is not None:
+        print(scoring.score(model, decoder, out, seed=config.train.seed))
+        left = f"{left}   scores: {out / 'evaluation.json'}"
+    return left
 
 
 if __name__ == "__main__":

@@ -248,12 +248,40 @@ DIGITS = ModelConfig(
     generator_depth=3,
 )
 
+GLYPHS = ModelConfig(
+    image_size=64,
+    channels=3,
+    patch_size=4,
+    num_classes=48,
+    width=384,
+    depth=10,
+    num_heads=6,
+    class_tokens=16,
+    dropout=0.0,
+    attention_dropout=0.0,
+    generator_width=512,
+    generator_depth=3,
+    num_samples=2,
+)
+
 MODELS: dict[str, ModelConfig] = {
     "digits": DIGITS,
     "ear_base": EAR_BASE,
     "ear_large": EAR_LARGE,
     "ear_huge": EAR_HUGE,
+    "glyphs": GLYPHS,
 }
+
+IMAGENET_IMAGES = 1_281_167
+# A batch of 2,048 goes into an epoch 625 times; the rest is left over, as in the public code. 750 epochs, the first
+# 100 of them warming up, and 50 of fine-tuning.
+_STEPS_PER_EPOCH = IMAGENET_IMAGES // 2048
+_IMAGENET = TrainConfig(
+    steps=800 * _STEPS_PER_EPOCH,
+    warmup_steps=100 * _STEPS_PER_EPOCH,
+    finetune_steps=50 * _STEPS_PER_EPOCH,
+    log_every=50,
+)
 
 RUNS: dict[str, RunConfig] = {
     "digits": RunConfig(
@@ -270,7 +298,30 @@ RUNS: dict[str, RunConfig] = {
         ),
         sampling=SamplingConfig(steps=16, guidance=2.0, temperature=0.7),
     ),
+    "glyphs64": RunConfig(
+        data="cache",
+        model=GLYPHS,
+        train=TrainConfig(
+            steps=25_000,
+            batch_size=128,
+            lr=1e-3,
+            schedule="cosine",
+            warmup_steps=500,
+            ema=0.999,
+        ),
+        sampling=SamplingConfig(steps=64, guidance=2.0, temperature=0.8),
+    ),
+    "imagenet256": RunConfig(data="cache", model=EAR_BASE, train=_IMAGENET),
+    "imagenet512": RunConfig(
+        data="cache",
+        model=replace(EAR_BASE, image_size=32),
+        train=_IMAGENET,
+        sampling=SamplingConfig(guidance=4.0),
+    ),
 }
+
+# Images of an epoch of those runs' data; the glyphs are those of docs/recipes.md.
+EPOCH_IMAGES = {"digits": 1347, "glyphs64": 96_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
 
 
 def model_config(name: str) -> ModelConfig:
@@ -278,6 +329,17 @@ def model_config(name: str) -> ModelConfig:
     if name not in MODELS:
         raise ValueError(f"unknown preset {name!r}; use one of {', '.join(MODELS)}")
     return MODELS[name]
+
+
+def with_model(run: RunConfig, name: str) -> RunConfig:
+    """A run with the model preset of that name, with the run's own image size, channels, patches and classes.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    data_fields = ("image_size", "channels", "patch_size", "num_classes")
+    data_shape = {field_name: getattr(run.model, field_name) for field_name in data_fields}
+    return replace(run, model=replace(model_config(name), **data_shape))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,11 +95,19 @@ def evaluate_digits(
     return results
 
 
-def save_evaluation(run_dir: Path, results: list[Evaluation]) -> Path:
-    """Write RUN/evaluation.json: the first setting at the top level, the others under "other_settings"."""
-    content = {**asdict(results[0]), "other_settings": [asdict(result) for result in results[1:]]}
+def save_evaluation(run_dir: Path, results: Sequence[Any], **more: Any) -> Path:
+    """Write RUN/evaluation.json: the first setting's scores at the top level, the others under "other_settings".
+
+    Args:
+        run_dir: the run.
+        results: a dataclass of scores for each setting; may be empty.
+        **more: further entries.
+    """
+    content: dict[str, Any] = {}
+    if results:
+        content = {**asdict(results[0]), "other_settings": [asdict(result) for result in results[1:]]}
     path = run_dir / EVALUATION_FILE
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps({**content, **more}, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 

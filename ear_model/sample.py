@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ear_model.config import RunConfig
 from ear_model.ear import EAR
+from ear_model.files import require_writable, write_atomically
+
+SAMPLING_FILE = "sampling.json"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,3 +54,176 @@ def sample_images(model: EAR, labels: Tensor, *, seed: int = 0, batch_size: int 
     generator = torch.Generator(device).manual_seed(seed)
     parts = [model.sample(part.to(device), generator=generator, **options).cpu() for part in labels.split(batch_size)]
     return torch.cat(parts)
+
+
+class Decoder:
+    """What turns a model's output into images ``[B, 1 or 3, H, W]`` in -1..1.
+
+    Args:
+        config: the run; its ``tokenizer`` is loaded, or nothing if the model makes pixels.
+        device: where the tokenizer decodes.
+
+    Raises:
+        ValueError: latents without a tokenizer, or a tokenizer file that is not there or does not fit.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
+        self.device, self._tokenizer = torch.device(device), None
+        if config.tokenizer:
+            if not Path(config.tokenizer).is_file():
+                raise ValueError(
+                    f"the run's tokenizer {config.tokenizer} is not there; give another with --tokenizer"
+                )
+            self._tokenizer = _load_tokenizer(config.tokenizer, self.device)
+        elif config.model.channels not in (1, 3):
+            raise ValueError(
+                f"this model makes latents of {config.model.channels} channels and its run names no tokenizer; "
+                f"give the autoencoder's weights with --tokenizer"
+            )
+
+    @torch.no_grad()
+    def __call__(self, output: Tensor, batch_size: int = 32) -> Tensor:
+        """Images of what the model sampled, on the CPU; latents are decoded ``batch_size`` at a time."""
+        if self._tokenizer is None:
+            return output
+        parts = [self._tokenizer.decode(part.to(self.device)).float().cpu() for part in output.split(batch_size)]
+        return torch.cat(parts)
+
+
+def _load_tokenizer(path: str, device: torch.device) -> Any:
+    from ear_model.tokenizers.latent import load_latent_tokenizer
+
+    return load_latent_tokenizer(path, device)
+
+
+def class_names(config: RunConfig) -> tuple[str, ...] | None:
+    """The names of the run's classes, if its cache is still there: entry "classes" of ``manifest.json``."""
+    if config.data != "cache" or not config.data_path:
+        return None
+    try:
+        names = json.loads((Path(config.data_path) / "manifest.json").read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # They become directories: nothing that points elsewhere.
+    usable = isinstance(names, list) and all(
+        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
+    )
+    return tuple(names) if usable and len(set(names)) == len(names) else None
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]``; a single channel is repeated."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images have {images.shape[1]} channels; a picture needs 1 or 3")
+    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.expand(-1, 3, -1, -1)
+
+
+def sample_batches(
+    model: EAR,
+    labels: Tensor,
+    decoder: Callable[[Tensor], Tensor],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    skip: Callable[[int, int], bool] = lambda first, last: False,
+    progress: bool = False,
+    **options: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Many 8-bit images, batch after batch: the index of the first one and uint8 ``[b, 3, H, W]``.
+
+    A batch depends on the seed, its place and ``batch_size`` alone, so one that is there already need not be drawn.
+
+    Args:
+        model: the model.
+        labels: int64 ``[N]``, the classes of all images.
+        decoder: see :class:`Decoder`.
+        seed: the same seed gives the same images.
+        batch_size: images at a time.
+        skip: asked ``(first, last)`` whether images first .. last - 1 are not wanted.
+        progress: show a bar.
+        **options: of :meth:`EAR.sample`.
+    """
+    from tqdm import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    device = next(model.parameters()).device
+    with tqdm(total=len(labels), unit="image", disable=None if progress else True, leave=False) as bar:
+        for first in range(0, len(labels), batch_size):
+            part = labels[first : first + batch_size]
+            if not skip(first, first + len(part)):
+                mixed = int(np.random.SeedSequence((seed, first)).generate_state(1)[0])
+                generator = torch.Generator(device).manual_seed(mixed)
+                output = model.sample(part.to(device), generator=generator, **options)
+                yield first, to_bytes(decoder(output))
+            bar.update(len(part))
+
+
+def write_images(
+    model: EAR,
+    labels: Tensor,
+    decoder: Callable[[Tensor], Tensor],
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    **options: Any,
+) -> int:
+    """Write an 8-bit PNG of every label, an image tree ``OUT/<class>/<index>.png``; returns how many are new.
+
+    An interrupted call is completed by the same call; ``OUT/sampling.json`` holds what the images were drawn with.
+
+    Args:
+        model: the model.
+        labels: int64 ``[N]``.
+        decoder: see :class:`Decoder`.
+        out: the tree's directory.
+        names: a directory name for each class; numbers if None.
+        seed: the same seed gives the same images.
+        batch_size: images at a time; other sizes give other images.
+        **options: of :meth:`EAR.sample`.
+
+    Raises:
+        ValueError: a directory that holds something else, or that can't be written.
+    """
+    from PIL import Image
+
+    if names is None or len(names) < model.config.num_classes:
+        names = [f"{index:04d}" for index in range(model.config.num_classes)]
+    settings = {"num": len(labels), "seed": seed, "batch_size": batch_size, "classes": labels.unique().tolist()}
+    settings.update(options)
+    manifest = out / SAMPLING_FILE
+    if manifest.is_file():
+        try:
+            found = json.loads(manifest.read_text())
+        except ValueError as error:
+            raise ValueError(f"{manifest} is damaged ({error})") from error
+        if found != settings:
+            raise ValueError(f"{out} holds images of another sampling ({found}); give a new directory")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no sampled images (it has no {SAMPLING_FILE}); give a new one")
+    require_writable(manifest)
+    write_atomically(manifest, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    paths = [out / names[label] / f"{index:06d}.png" for index, label in enumerate(labels.tolist())]
+    for directory in {path.parent for path in paths}:
+        directory.mkdir(exist_ok=True)
+    written = 0
+    batches = sample_batches(
+        model,
+        labels,
+        decoder,
+        seed=seed,
+        batch_size=batch_size,
+        skip=lambda first, last: all(path.is_file() for path in paths[first:last]),
+        progress=True,
+        **options,
+    )
+    for first, images in batches:
+        for path, image in zip(paths[first:], images, strict=False):
+            temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
+            os.replace(temporary, path)
+            written += 1
+    return written

@@ -27,6 +27,7 @@ from ear_model.config import RunConfig, TrainConfig
 from ear_model.data import Batches, TrainingData, load_training_data
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
+from ear_model.prefetch import Prefetcher
 from ear_model.randomness import Randomness
 from ear_model.sample import resolve_device
 
@@ -92,6 +93,8 @@ class Trainer:
             distributed.rank(),
             distributed.world_size(),
         )
+        self._ahead: Prefetcher | None = None
+        self._ahead_index = 0
         self.step = 0
         self.public: dict | None = None  # what a converted public checkpoint said and we don't use
         if saved is not None:
@@ -214,8 +217,18 @@ class Trainer:
 
     def _next_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Images and labels of this process's part of micro-batch ``index``, on the device."""
-        images, labels = self.batches[index]
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if self.device.type != "cuda" and self.config.data == "digits":
+            return self.batches[index]  # in memory: nothing to read ahead
+        if self._ahead is None or self._ahead_index != index:
+            self._stop_reading()
+            self._ahead = Prefetcher(self.batches, index, self.device)
+        self._ahead_index = index + 1
+        return next(self._ahead)
+
+    def _stop_reading(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One optimiser step. Returns loss and gradient norm as tensors on the device, without waiting for it.
@@ -253,7 +266,10 @@ class Trainer:
             LostProcessError: another process died.
         """
         with distributed.lost_process_errors(lambda: f"; training stopped, {self._kept()}"):
-            self._run(Progress(self, quiet=quiet) if self.is_main else None)
+            try:
+                self._run(Progress(self, quiet=quiet) if self.is_main else None)
+            finally:
+                self._stop_reading()
 
     def _run(self, progress: Progress | None) -> None:
         train = self.config.train

@@ -87,7 +87,11 @@ def test_help_names_what_a_newcomer_needs(arguments, capsys):
 
 BAD = [
     (["train", "digitz"], "unknown preset 'digitz'; use one of digits"),
-    (["train", "ear_base"], "without a training data set"),
+    (["train", "ear_base"], "ear train imagenet256 --model ear_base"),
+    (["train", "imagenet256"], "cache"),
+    (["train", "digits", "--judge", "judge.safetensors"], "without --real TREE"),
+    (["train", "digits", "--judge", "judge.safetensors", "--real", "tree"], "`ear train-judge` writes it"),
+    (["train", "imagenet256", "--tokenizer", "kl16.safetensors"], "tokenizer kl16.safetensors is not there"),
     (["paint"], "unknown command 'paint'"),
     (["train", "digits", "--train.stepz", "5"], "--train.stepz"),
     (["train", "digits", "--train.steps", "five"], "five"),
@@ -136,7 +140,10 @@ def test_bad_sampling_is_one_line(tiny_model, tmp_path, options, named, capsys):
 def test_an_error_in_a_real_process():
     answer = _ear("train", "digitz")
     assert answer.returncode == 1
-    assert answer.stderr == "ear: error: unknown preset 'digitz'; use one of digits\n"
+    assert (
+        answer.stderr
+        == "ear: error: unknown preset 'digitz'; use one of digits, glyphs64, imagenet256, imagenet512\n"
+    )
     assert not answer.stdout
 
 

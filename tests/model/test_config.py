@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ear_model.config import MODELS, RUNS, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.config import MODELS, RUNS, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict, with_model
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RUNS.values()])
@@ -67,6 +67,39 @@ def test_paper_defaults():
     assert (train.beta1, train.beta2, train.weight_decay, train.clip, train.ema) == (0.9, 0.95, 0.02, 3.0, 0.9999)
     assert (train.lr, train.generator_lr_scale, train.finetune_tau, train.batch_size) == (8e-4, 0.25, 0.99, 2048)
     assert train.finetune_lr == pytest.approx(7e-5 * 2048 / 256)
+
+
+@pytest.mark.parametrize(("name", "latents", "guidance"), [("imagenet256", 16, 3.0), ("imagenet512", 32, 4.0)])
+def test_imagenet_recipes_are_the_papers(name, latents, guidance):
+    """Spec 4 and 5: 750 + 50 epochs, the last with tau 0.99 and lr 7e-5 * batch / 256; L = 256 or 1024 latents."""
+    run = RUNS[name]
+    assert run.model == replace(MODELS["ear_base"], image_size=latents)
+    assert (run.train.batch_size, run.train.lr, run.train.ema, run.train.schedule) == (2048, 8e-4, 0.9999, "constant")
+    assert (run.train.finetune_tau, run.train.tau) == (0.99, 1.0)
+    assert run.train.finetune_lr == pytest.approx(7e-5 * 2048 / 256)
+    epoch = 1_281_167 // run.train.batch_size
+    assert (run.train.steps, run.train.warmup_steps, run.train.finetune_steps) == (
+        800 * epoch,
+        100 * epoch,
+        50 * epoch,
+    )
+    sampling = run.sampling
+    assert (sampling.steps, sampling.guidance, sampling.temperature, run.data) == (64, guidance, 0.7, "cache")
+
+
+def test_another_model_keeps_the_data():
+    run = with_model(RUNS["imagenet512"], "ear_huge")
+    assert run.model == replace(MODELS["ear_huge"], image_size=32)
+    assert run.train == RUNS["imagenet512"].train
+    assert with_model(RUNS["glyphs64"], "ear_base").model.token_dim == 48
+    with pytest.raises(ValueError, match="unknown preset 'ear_tiny'"):
+        with_model(run, "ear_tiny")
+
+
+def test_glyph_recipe_has_the_glyphs_classes():
+    from ear_model.glyphs import CHARACTERS
+
+    assert RUNS["glyphs64"].model.num_classes == len(CHARACTERS)
 
 
 def test_every_field_is_documented():

@@ -1,0 +1,264 @@
+"""EAR on 64 x 64 glyphs within a time budget on one GPU: render, train a judge, train, sample, score.
+
+    python benchmarks/glyph_run.py OUT --seconds 480
+
+Everything is made on the spot: no data, no network. OUT gets ``progress.json`` (the loss curve), ``samples.png`` (a
+row a class), ``loss.png`` and ``scores.json``, all written anew as the run goes on, so a time limit loses little; and
+``ema.safetensors`` with ``--save-weights``. ``--seconds`` is the training alone; rendering, the judge and the last
+scores take about two minutes more on an H200 with 16 cores.
+
+The learning rate follows a cosine over the elapsed share of the budget, so the schedule always comes to its end.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ear_model import plots
+from ear_model.checkpoint import load_into, load_weights, save_weights
+from ear_model.config import RUNS, ModelConfig
+from ear_model.ear import EAR
+from ear_model.evaluate_judge import JudgedComparison, report_judged
+from ear_model.files import write_atomically
+from ear_model.glyphs import CLASS_NAMES, render_batch
+from ear_model.judge import ImageTree, JudgeConfig, train_judge
+from ear_model.optim import ExponentialMovingAverage, clip_gradients, make_optimizer, set_learning_rate
+from ear_model.sample import sample_batches, sample_images, to_bytes
+
+
+def parse() -> argparse.Namespace:
+    preset = RUNS["glyphs64"]
+    model, train, sampling = preset.model, preset.train, preset.sampling
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=480.0, help="training time")
+    parser.add_argument("--images", type=int, default=384_000, help="training renders, held in GPU memory")
+    parser.add_argument("--real", type=int, default=9_600, help="held-out renders")
+    parser.add_argument("--num", type=int, default=4_800, help="samples scored per setting")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--classes", type=int, default=model.num_classes)
+    parser.add_argument("--size", type=int, default=model.image_size)
+    parser.add_argument("--patch", type=int, default=model.patch_size)
+    parser.add_argument("--width", type=int, default=model.width)
+    parser.add_argument("--depth", type=int, default=model.depth)
+    parser.add_argument("--heads", type=int, default=model.num_heads)
+    parser.add_argument("--generator-width", type=int, default=model.generator_width)
+    parser.add_argument("--generator-depth", type=int, default=model.generator_depth)
+    parser.add_argument("--num-samples", type=int, default=model.num_samples)
+    parser.add_argument("--batch-size", type=int, default=train.batch_size)
+    parser.add_argument("--lr", type=float, default=train.lr)
+    parser.add_argument("--generator-lr-scale", type=float, default=train.generator_lr_scale)
+    parser.add_argument("--warmup-steps", type=int, default=train.warmup_steps)
+    parser.add_argument("--ema", type=float, default=train.ema)
+    parser.add_argument("--finetune-share", type=float, default=0.1, help="last share of the time, with tau 0.99")
+    parser.add_argument("--judge-epochs", type=int, default=3)
+    parser.add_argument("--judge-batch-size", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=sampling.steps, help="decoding steps")
+    parser.add_argument("--settings", default="1:1,2:1,2:0.8,3:0.7", help="guidance:temperature, ...")
+    parser.add_argument("--grid-every", type=float, default=120.0, help="seconds between sample grids")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
+    parser.add_argument("--init", type=Path, help="start from the ema.safetensors of a run that --save-weights kept")
+    parser.add_argument("--save-weights", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+class Report:
+    """What is known so far, in OUT/scores.json."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.content, self.started = out, dict[str, Any](), time.perf_counter()
+
+    def add(self, **values: Any) -> None:
+        self.content.update(values, seconds_so_far=round(time.perf_counter() - self.started, 1))
+        text = json.dumps(self.content, indent=1) + "\n"
+        write_atomically(self.out / "scores.json", lambda path: path.write_text(text))
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+
+
+def render(count: int, options: argparse.Namespace, split: str) -> ImageTree:
+    labels = torch.arange(count) % options.classes
+    images = render_batch(labels, options.seed, size=options.size, split=split, workers=options.workers)  # type: ignore[arg-type]
+    return ImageTree(images, labels, CLASS_NAMES[: options.classes])
+
+
+def train(
+    model: EAR,
+    data: ImageTree,
+    options: argparse.Namespace,
+    device: torch.device,
+    report: Report,
+    draw: Callable[[ExponentialMovingAverage], None],
+) -> ExponentialMovingAverage:
+    """Train for ``options.seconds``; ``data`` is on the device, so a batch is an index into it."""
+    config = replace(
+        RUNS["glyphs64"].train,
+        lr=options.lr,
+        generator_lr_scale=options.generator_lr_scale,
+        ema=options.ema,
+        batch_size=options.batch_size,
+    )
+    optimizer, ema = make_optimizer(model, config), ExponentialMovingAverage(model, config.ema)
+    parameters = list(model.parameters())
+    use_bf16 = device.type == "cuda"
+    curve: list[tuple[int, float, float]] = []
+    pending: list[torch.Tensor] = []
+    step, started = 0, time.perf_counter()
+    paused, last_grid = 0.0, 0.0
+    while (elapsed := time.perf_counter() - started - paused) < options.seconds:
+        share = elapsed / options.seconds
+        warm = min(1.0, (step + 1) / options.warmup_steps)
+        set_learning_rate(optimizer, options.lr * warm * 0.5 * (1 + math.cos(math.pi * share)))
+        model.score.tau = config.finetune_tau if share > 1 - options.finetune_share else config.tau
+        chosen = torch.randint(len(data.labels), (options.batch_size,), device=device)
+        images = data.images[chosen].float() / 127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+            loss = model(images, data.labels[chosen])
+        loss.backward()
+        clip_gradients(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+        pending.append(loss.detach())
+        # The host waits here and nowhere else, which also keeps the elapsed time true.
+        if len(pending) == 20:
+            mean = torch.stack(pending).mean().item()
+            pending.clear()
+            if not math.isfinite(mean):
+                raise SystemExit(f"step {step}: loss {mean}")
+            curve.append((step, time.perf_counter() - started - paused, mean))
+            if step % 200 == 0:
+                rate = step * options.batch_size / curve[-1][1]
+                report.say(f"step {step}, loss {mean:.4f}, {rate:.0f} images/s, {curve[-1][1]:.0f} s of training")
+                save_curve(report.out, curve)
+            if elapsed - last_grid > options.grid_every:
+                before, last_grid = time.perf_counter(), elapsed
+                draw(ema)
+                paused += time.perf_counter() - before
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        report.add(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    trained = time.perf_counter() - started - paused
+    save_curve(report.out, curve)
+    report.add(
+        steps=step,
+        training_seconds=trained,
+        images_per_second=step * options.batch_size / trained,
+        final_loss=curve[-1][2] if curve else None,
+    )
+    return ema
+
+
+def save_curve(out: Path, curve: list[tuple[int, float, float]]) -> None:
+    text = json.dumps({"columns": ["step", "seconds", "loss"], "curve": curve}) + "\n"
+    write_atomically(out / "progress.json", lambda path: path.write_text(text))
+    if len(curve) > 1:
+        plots.save_loss_curve([line[0] for line in curve], [line[2] for line in curve], out / "loss.png")
+
+
+def averaged(model: EAR, ema: ExponentialMovingAverage, config: ModelConfig, device: torch.device) -> EAR:
+    other = EAR(config).to(device).eval()
+    other.load_state_dict(model.state_dict())
+    ema.copy_to(other)
+    return other
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(options.out)
+    settings = [tuple(map(float, pair.split(":"))) for pair in options.settings.split(",")]
+    config = replace(
+        RUNS["glyphs64"].model,
+        image_size=options.size,
+        patch_size=options.patch,
+        num_classes=options.classes,
+        width=options.width,
+        depth=options.depth,
+        num_heads=options.heads,
+        generator_width=options.generator_width,
+        generator_depth=options.generator_depth,
+        num_samples=options.num_samples,
+    )
+    torch.manual_seed(options.seed)
+    model = EAR(config)
+    if options.init is not None:
+        load_into(model, load_weights(options.init)[1], options.init)
+    model.to(device).train()
+    report.add(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+        python=platform.python_version(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        options={name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        model=asdict(config),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+    real = render(options.real, options, "test")
+    data = render(options.images, options, "train")
+    report.say(f"{len(data.labels):,} training and {len(real.labels):,} held-out images rendered")
+    on_device = ImageTree(data.images.to(device), data.labels.to(device), data.class_names)
+    judge_config = JudgeConfig(epochs=options.judge_epochs, batch_size=options.judge_batch_size, seed=options.seed)
+    judge = train_judge(on_device, real, judge_config, device=device, log=report.say)
+    judge.save(options.out / "judge.safetensors")
+    report.say(f"judge: accuracy {judge.accuracy:.4f} on held-out images")
+    report.add(judge_accuracy=judge.accuracy)
+    copied = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(options.seed))[:20_000]
+    comparison = JudgedComparison(judge, real, options.num, train=data.select(copied), device=device)
+
+    best = settings[-1]
+    rows = torch.arange(options.classes).repeat_interleave(10)
+
+    def draw(ema: ExponentialMovingAverage, name: str = "samples.png") -> None:
+        sampled = averaged(model, ema, config, device)
+        images = autocast_sample(sampled, rows, seed=1, steps=options.steps, guidance=best[0], temperature=best[1])
+        plots.save_grid(images, options.out / name, columns=10)
+        right = (judge.look(to_bytes(images).contiguous())[1] == rows).double().mean().item()
+        report.say(f"grid of {len(rows)} samples: the judge recognises {right:.3f}")
+
+    if options.compile:
+        for block in model.backbone.decoder_blocks:
+            block.compile()
+    ema = train(model, on_device, options, device, report, draw)
+    if options.save_weights:
+        save_weights(options.out / "ema.safetensors", ema.averages, config)
+    draw(ema)
+    sampled = averaged(model, ema, config, device)
+    labels = torch.arange(options.num) % options.classes
+    results = []
+    for guidance, temperature in settings:
+        started = time.perf_counter()
+        chosen = {"steps": options.steps, "guidance": guidance, "temperature": temperature}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            parts = [images for _, images in sample_batches(sampled, labels, lambda x: x, batch_size=600, **chosen)]
+        seconds = time.perf_counter() - started
+        results.append(comparison.score(torch.cat(parts), labels, **chosen))  # type: ignore[arg-type]
+        report.add(settings=[asdict(result) for result in results], sampling_images_per_second=options.num / seconds)
+        report.say("\n" + report_judged(results))
+    report.say("done")
+
+
+def autocast_sample(model: EAR, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Samples under the autocast that the model was trained with."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return sample_images(model, labels, **options).float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""``ear glyphs``: draw an image tree of characters."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ear_model.cli import parse_command
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Draw characters in matplotlib's fonts, random colours and poses: OUT/<class>/<index>.png."""
+
+    out: Path
+    """Directory of the image tree; the same call completes an interrupted one."""
+    num_per_class: int
+    """Images of every class."""
+    classes: int = 48
+    """How many of the 48 characters: digits, lower case, upper case, in this order."""
+    size: int = 64
+    """Height and width in pixels."""
+    seed: int = 0
+    """The same seed gives the same images."""
+    split: Literal["train", "test"] = "train"
+    """train or test: draws that never coincide."""
+    workers: int = 0
+    """Processes to draw with; 0 is one a core."""
+
+
+def run(arguments: list[str]) -> int:
+    """The command; returns the exit status. Raises ValueError for options out of range."""
+    command = parse_command(Glyphs, arguments, "ear glyphs")
+    from ear_model.glyphs import write_tree
+
+    if command.workers < 0:
+        raise ValueError(f"workers is {command.workers}; it must not be negative")
+    drawn = write_tree(
+        command.out,
+        command.num_per_class,
+        num_classes=command.classes,
+        size=command.size,
+        seed=command.seed,
+        split=command.split,
+        workers=command.workers or os.cpu_count() or 1,
+    )
+    total = command.classes * command.num_per_class
+    print(f"{total:,} images of {command.classes} classes, {drawn:,} drawn now: {command.out}")
+    return 0

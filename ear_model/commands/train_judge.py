@@ -1,0 +1,66 @@
+"""``ear train-judge``: train the classifier that scores samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ear_model.cli import parse_command
+from ear_model.judge import JudgeConfig
+
+
+@dataclass(frozen=True)
+class TrainJudge:
+    """Train a small ResNet on an image tree, DIR/<class>/<image>, to score samples with."""
+
+    tree: tyro.conf.Positional[Path]
+    """Image tree to learn from."""
+    out: Path
+    """Judge to write, safetensors."""
+    test: Path | None = None
+    """Image tree to test the judge on; a tenth of every class of the first tree is held out if not given."""
+    image_size: int = 0
+    """Images are resized to this; the first image's shorter side if 0."""
+    max_per_class: int = 0
+    """At most so many images of a class; all of them if 0."""
+    config: Annotated[JudgeConfig, tyro.conf.arg(name="")] = field(default_factory=JudgeConfig)
+    """The network and its training."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda."""
+
+
+def run(arguments: list[str]) -> int:
+    """The command; returns the exit status. Raises ValueError for trees that a judge can't be trained on."""
+    command = parse_command(TrainJudge, arguments, "ear train-judge")
+    from ear_model.files import require_writable
+    from ear_model.judge import count_parameters, first_image_size, load_tree, split_classes, train_judge
+    from ear_model.sample import resolve_device
+
+    device = resolve_device(command.device)
+    size = command.image_size or first_image_size(command.tree)
+    if size < 8 or command.max_per_class < 0:
+        raise ValueError(
+            f"image_size is {size} and max_per_class {command.max_per_class}; they must be at least 8 and 0"
+        )
+    require_writable(command.out)
+    config = command.config
+    tree = load_tree(command.tree, size, command.max_per_class, config.seed)
+    if command.test is not None:
+        train, held_out = tree, load_tree(command.test, size, command.max_per_class, config.seed)
+    else:
+        smallest = int(tree.labels.bincount(minlength=len(tree.class_names)).min())
+        if smallest < 2:
+            raise ValueError(f"{command.tree} has a class of {smallest} images; give more, or --test TREE")
+        held, kept = split_classes(tree.labels, max(1, smallest // 10), config.seed)
+        train, held_out = tree.select(kept), tree.select(held)
+    judge = train_judge(train, held_out, config, device=device, log=print)
+    judge.save(command.out)
+    print(
+        f"{count_parameters(judge.model):,} parameters, {len(train.labels):,} training images of "
+        f"{len(train.class_names)} classes; accuracy on {judge.num_held_out:,} held-out images "
+        f"{judge.accuracy:.4f}: {command.out}"
+    )
+    return 0
