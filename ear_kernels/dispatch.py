@@ -15,7 +15,15 @@ BACKENDS = ("auto", "triton", "eager")
 
 # Operations that have Triton kernels. Each issue that brings kernels adds its names here.
 TRITON_OPERATIONS: frozenset[str] = frozenset(
-    {"adaln_modulate", "energy_distance", "energy_loss", "gated_silu_ffn", "mlp_generator"}
+    {
+        "adaln_modulate",
+        "dropout_add_layer_norm",
+        "energy_distance",
+        "energy_loss",
+        "gated_silu_ffn",
+        "gelu_mlp",
+        "mlp_generator",
+    }
 )
 
 

@@ -205,7 +205,7 @@ def run_training(
     device: str = "auto",
     judge: Path | None = None,
     real: Path | None = None,
-    resume_parallel: Literal[ddp, fsdp] | None = None,
+    resume_parallel: Literal["ddp", "fsdp"] | None = None,
 ) -> None:
     """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report.
 

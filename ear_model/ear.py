@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,21 @@ from ear_model.sampler import decode_tokens
 from ear_model.scores import EnergyScore
 from ear_model.tokenizers import PixelPatches
 from ear_model.transformer import Backbone
+
+
+class SelectRows(torch.autograd.Function):
+    """Rows of a matrix, none of them twice: backward copies, where indexing would add with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = matrix.shape
+        return matrix.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).index_copy(0, rows, grad), None
 
 
 class EAR(nn.Module):
@@ -80,10 +96,10 @@ class EAR(nn.Module):
         if self.training:
             classes_BC = self.backbone.drop_classes(classes_BC)
         hidden_BLC = self.backbone(tokens_BLD, masked_BL, classes_BC)
-        index = positions_BM.unsqueeze(-1)
-        hidden_RC = hidden_BLC.gather(1, index.expand(-1, -1, hidden_BLC.shape[-1])).flatten(0, 1)
-        targets_RD = tokens_BLD.gather(1, index.expand(-1, -1, token_dim)).flatten(0, 1)
-        return self.score.loss(hidden_RC, targets_RD)
+        starts_B1 = torch.arange(batch, device=images.device).unsqueeze(1) * num_tokens
+        rows_R = (positions_BM + starts_B1).flatten()
+        hidden_RC = SelectRows.apply(hidden_BLC.flatten(0, 1), rows_R)
+        return self.score.loss(hidden_RC, tokens_BLD.reshape(-1, token_dim)[rows_R])
 
     @torch.no_grad()
     def sample(

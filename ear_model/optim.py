@@ -84,9 +84,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """One step, over all parameters at once."""
-        averages: list[Tensor] = list(self.averages.values())
-        parameters: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        torch._foreach_lerp_(list(self.averages.values()), list(model.parameters()), 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

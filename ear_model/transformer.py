@@ -7,10 +7,72 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp
 from ear_model.config import ModelConfig
+
+# cuDNN's attention is the fastest on a Hopper GPU, with dropout too (docs/performance.md); others where it has none.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class TransformerBlock(Block):
+    """timm's pre-norm ViT block, its parameters and its maths, with its memory-bound parts in our kernels.
+
+    The MLP's dropout, residual and the next norm are one operation. So a block hands its MLP's output on as
+    ``pending``, and the block after adds it.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, pending: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            hidden: the residual stream ``[B, L, C]``.
+            pending: the output of the block before, ``[B, L, C]``, not yet dropped out and added; None for the first.
+            seeds: int64 ``[3]``, what the kernels' dropout draws from.
+
+        Returns:
+            The residual stream, without this block's MLP, and that MLP's output.
+        """
+        seed = seeds.unbind() if seeds is not None else (None, None, None)
+        mlp: Any = self.mlp
+        dropout = mlp.drop1.p if self.training else 0.0
+        if pending is None:
+            normed = self.norm1(hidden)
+        else:
+            hidden, normed = _add(pending, hidden, self.norm1, dropout, seed[0])
+        attended = self._attention(normed)
+        hidden, normed = _add(attended, hidden, self.norm2, dropout, seed[1])
+        first, second = mlp.fc1, mlp.fc2
+        return hidden, gelu_mlp(
+            normed, first.weight, first.bias, second.weight, second.bias, dropout=dropout, seed=seed[2]
+        )
+
+    def _attention(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        attention: Any = self.attn
+        qkv = attention.qkv(x).view(batch, length, 3, attention.num_heads, attention.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        dropout = attention.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def _add(
+    branch: Tensor,
+    hidden: Tensor,
+    norm: Any,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    return dropout_add_layer_norm(
+        branch, hidden, norm.weight, norm.bias, dropout=dropout, eps=norm.eps, seed=seed, dtype=dtype
+    )
 
 
 class Backbone(nn.Module):
@@ -28,7 +90,7 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
         self.decoder_blocks = nn.ModuleList(
-            Block(
+            TransformerBlock(
                 width,
                 config.num_heads,
                 config.mlp_ratio,
@@ -40,6 +102,7 @@ class Backbone(nn.Module):
             for _ in range(config.depth)
         )
         self.decoder_norm = norm(width)
+        self.dropout = config.dropout
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,6 +121,15 @@ class Backbone(nn.Module):
         )
         for parameter in embeddings:
             nn.init.normal_(parameter, std=0.02)
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place: names, state dicts and copies of the model stay what they are.
+
+        The kernels of ear_kernels then leave the blocks to inductor. All blocks are one graph of the same shapes, so
+        only the first is compiled.
+        """
+        for block in self.decoder_blocks:
+            block.compile()
 
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
@@ -79,6 +151,17 @@ class Backbone(nn.Module):
         embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
-            hidden = block(hidden)
-        return self.decoder_norm(hidden)[:, self.class_tokens :]
+        dropout = self.dropout if self.training else 0.0
+        seeds = None
+        if dropout and hidden.is_cuda:
+            seeds = torch.randint(2**31, (3 * len(self.decoder_blocks) + 1, 1), device=hidden.device)
+        pending: Any = None
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            for number, block in enumerate(self.decoder_blocks):
+                own = None if seeds is None else seeds[3 * number : 3 * number + 3]
+                hidden, pending = block(hidden, pending, own)
+        last = None if seeds is None else seeds[-1]
+        # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
+        dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
+        _, normed = _add(pending, hidden, self.decoder_norm, dropout, last, dtype)
+        return normed[:, self.class_tokens :]

@@ -1,0 +1,137 @@
+"""The memory-bound parts of a pre-norm transformer block as functions: shapes, dtypes, checks, errors.
+
+Under torch.compile they are the plain operations, which inductor fuses by itself.
+"""
+
+import torch
+from torch import Tensor
+
+from ear_kernels.functional import _applies, _check_device, _check_floating, _compute_dtype
+from ear_kernels.ops.transformer import reference
+
+
+def dropout_add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x = residual + dropout(branch)`` and ``LN(x)``: how half a pre-norm block ends and the next half starts.
+
+    Args:
+        branch: ``[..., W]``, what attention or MLP made.
+        residual: ``[..., W]``, the residual stream.
+        weight, bias: the norm's parameters, ``[W]``.
+        dropout: probability that an element of ``branch`` is dropped, in [0, 1). The Triton path rounds it to
+            1 / 65536 and scales by the rounded one.
+        eps: of the norm.
+        seed: int64 ``[1]`` on the same device, what the Triton path draws from; None draws one from torch's
+            generator. The reference always draws from torch's generator.
+        dtype: of ``LN(x)``; None is the autocast dtype where autocast is on and that of ``branch`` otherwise.
+            The reference returns what ``F.layer_norm`` does.
+
+    Returns:
+        ``x`` in the promoted dtype of branch and residual, and ``LN(x)``, both ``[..., W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
+    """
+    for name, tensor in (("branch", branch), ("residual", residual)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor, residual, "residual")
+    _check_dropout(dropout)
+    if branch.shape != residual.shape or residual.ndim < 1:
+        raise ValueError(
+            f"branch has shape {tuple(branch.shape)} and residual {tuple(residual.shape)}; "
+            "they must be alike, [..., W]"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _check_device(name, parameter, residual, "residual")
+        if tuple(parameter.shape) != (residual.shape[-1],):
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
+    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
+        reason = _refusal(residual, branch, residual, weight, bias)
+        if _applies("dropout_add_layer_norm", residual, reason):
+            from ear_kernels.ops.transformer import autograd
+
+            promoted = torch.promote_types(branch.dtype, residual.dtype)
+            return autograd.dropout_add_layer_norm(
+                branch, residual.to(promoted), weight, bias, dropout, eps, seed, dtype or _compute_dtype(branch)
+            )
+    return reference.dropout_add_layer_norm(branch, residual, weight, bias, dropout, eps, seed)
+
+
+def gelu_mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``Linear(dropout(GELU(Linear(x))))``, GELU the exact one.
+
+    Args:
+        x: ``[..., W]``.
+        weight_in, bias_in: ``[V, W]`` and ``[V]`` or None.
+        weight_out, bias_out: ``[U, V]`` and ``[U]`` or None.
+        dropout, seed: as for :func:`dropout_add_layer_norm`.
+
+    Returns:
+        ``[..., U]`` in the autocast dtype, or in the promoted dtype without autocast.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
+    """
+    tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
+    _check_floating("x", x)
+    _check_dropout(dropout)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_floating(name, tensor)
+            _check_device(name, tensor, x, "x")
+    inner, outer = weight_in.shape[0], weight_out.shape[0]
+    expected = {
+        "weight_in": (inner, x.shape[-1]),
+        "bias_in": (inner,),
+        "weight_out": (outer, inner),
+        "bias_out": (outer,),
+    }
+    for name, shape in expected.items():
+        given = tensors[name]
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {list(shape)}")
+    if not torch.compiler.is_compiling():
+        reason = _refusal(x, *tensors.values())
+        if _applies("gelu_mlp", x, reason):
+            from ear_kernels.ops.transformer import autograd
+
+            present = [tensor for tensor in tensors.values() if tensor is not None]
+            dtype = _compute_dtype(x, *present)
+            return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
+    return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed)
+
+
+def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why the kernels do not take these tensors; None if they do or if Triton is out of the question anyway."""
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    for tensor in (first, *tensors):
+        if tensor is not None and tensor.dtype not in floats:
+            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
+    if first.shape[-1] > 8192:
+        return f"width {first.shape[-1]} (the kernels take at most 8192)"
+    if first.numel() // 8 >= 2**30:
+        return f"{first.numel()} elements (the kernels count to 2^33)"
+    return None
+
+
+def _check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")

@@ -1,0 +1,287 @@
+"""Launchers and autograd of the transformer block's memory-bound parts. Imports Triton."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward
+from ear_kernels.ops.generator.passes import weight_gradient
+from ear_kernels.ops.silu_ffn.autograd import linear
+from ear_kernels.ops.transformer import kernels
+
+PROGRAMS = 528
+"""Programs of a backward kernel over rows: 4 for each of an H200's SMs; a constant for the order of its sums."""
+
+COLUMNS = 1024
+"""Columns of the MLP's inner width that a program takes."""
+
+GELU_PROGRAMS = 1056
+STEPS = 2**16
+
+
+def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
+    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability."""
+    threshold = round(dropout * STEPS)
+    if threshold and seed is None:
+        seed = torch.randint(2**31, (1,), device=like.device)
+    return (seed if seed is not None else like), threshold, 1 / (1 - threshold / STEPS)
+
+
+def warps_of(width: int) -> int:
+    """Eight elements a thread: one 16-byte load of a 16-bit type, and one Philox call."""
+    return min(16, max(1, block_of(width) // 256))
+
+
+def _add_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor,
+    threshold: int,
+    scale: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, LN(x) in ``dtype``, mean, rstd) for contiguous ``branch, residual [R, W]``."""
+    rows, width = residual.shape
+    x, out = residual.new_empty((rows, width)), residual.new_empty((rows, width), dtype=dtype)
+    mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    if rows:
+        kernels.dropout_add_layer_norm_fwd_kernel[(rows,)](
+            branch,
+            residual,
+            weight,
+            bias,
+            seed,
+            x,
+            out,
+            mean,
+            rstd,
+            threshold,
+            scale,
+            eps,
+            WIDTH=width,
+            BLOCK=max(8, block_of(width)),
+            DROPOUT=threshold > 0,
+            num_warps=warps_of(width),
+        )
+    return x, out, mean, rstd
+
+
+def _add_norm_backward(
+    grad_out: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor,
+    threshold: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of branch (in ``dtype``), residual, weight and bias (float32)."""
+    rows, width = x.shape
+    grad_branch, grad_residual = x.new_empty((rows, width), dtype=dtype), x.new_empty((rows, width))
+    if rows == 0:
+        empty = [x.new_zeros(width, dtype=torch.float32) for _ in range(2)]
+        return grad_branch, grad_residual, empty[0], empty[1]
+    programs, rows_per_program = backward_grid(rows, PROGRAMS)
+    partials = x.new_empty((programs, 2, width), dtype=torch.float32)
+    kernels.dropout_add_layer_norm_bwd_kernel[(programs,)](
+        grad_out.contiguous(),
+        grad_x.contiguous() if grad_x is not None else x,
+        x,
+        weight,
+        mean,
+        rstd,
+        seed,
+        grad_residual,
+        grad_branch,
+        partials,
+        rows,
+        rows_per_program,
+        threshold,
+        scale,
+        WIDTH=width,
+        BLOCK=max(8, block_of(width)),
+        DROPOUT=threshold > 0,
+        HAS_GRAD_X=grad_x is not None,
+        STAGES=2,
+        num_warps=warps_of(width),
+    )
+    sums = partials.sum(0)
+    return grad_branch, grad_residual, sums[0].clone(), sums[1].clone()
+
+
+class DropoutAddLayerNorm(torch.autograd.Function):
+    """``branch, residual [R, W]`` -> (``x [R, W]`` in the residual's dtype, ``LN(x)`` in ``dtype``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        branch: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        seed: Tensor,
+        threshold: int,
+        scale: float,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        x, out, mean, rstd = _add_norm(branch, residual, weight, bias, seed, threshold, scale, eps, dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
+        ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
+        ctx.set_materialize_grads(False)
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("dropout_add_layer_norm")
+        x, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(x)
+        branch, residual, grad_weight, grad_bias = _add_norm_backward(
+            grad_out, grad_x, x, weight, mean, rstd, seed, ctx.threshold, ctx.scale, ctx.dtype
+        )
+        nothing = (None,) * 5
+        return branch, residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *nothing
+
+
+def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
+    rows, width = pre.shape
+    out = torch.empty_like(pre)
+    if rows:
+        programs, rows_per_program = backward_grid(rows, GELU_PROGRAMS)
+        block = max(8, min(COLUMNS, block_of(width)))
+        kernels.gelu_dropout_fwd_kernel[(programs, -(-width // block))](
+            pre,
+            seed,
+            out,
+            rows,
+            rows_per_program,
+            threshold,
+            scale,
+            WIDTH=width,
+            BLOCK=block,
+            DROPOUT=threshold > 0,
+            STAGES=2,
+            num_warps=warps_of(block),
+        )
+    return out
+
+
+def _gelu_dropout_backward(
+    grad_out: Tensor, pre: Tensor, out: Tensor, seed: Tensor, threshold: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(gradient of ``pre``, in the memory of ``grad_out``; its column sums); writes the result again to ``out``."""
+    rows, width = pre.shape
+    if rows == 0:
+        return grad_out, pre.new_zeros(width, dtype=torch.float32)
+    programs, rows_per_program = backward_grid(rows, PROGRAMS)
+    block = max(8, min(COLUMNS, block_of(width)))
+    partials = pre.new_empty((programs, width), dtype=torch.float32)
+    kernels.gelu_dropout_bwd_kernel[(programs, -(-width // block))](
+        grad_out,
+        pre,
+        seed,
+        grad_out,
+        out,
+        partials,
+        rows,
+        rows_per_program,
+        threshold,
+        scale,
+        WIDTH=width,
+        BLOCK=block,
+        DROPOUT=threshold > 0,
+        STAGES=2,
+        num_warps=warps_of(block),
+    )
+    return grad_out, partials.sum(0)
+
+
+class GeluMLP(torch.autograd.Function):
+    """``Linear(dropout(GELU(Linear(x))))`` of ``x [R, W]``; saves x and the pre-activation only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        seed: Tensor,
+        threshold: int,
+        scale: float,
+    ) -> Tensor:
+        dtype = x.dtype
+        first, second = weight_in.to(dtype), weight_out.to(dtype)
+        pre = linear(x, first, None if bias_in is None else bias_in.to(dtype))
+        out = linear(
+            _gelu_dropout(pre, seed, threshold, scale), second, None if bias_out is None else bias_out.to(dtype)
+        )
+        ctx.save_for_backward(x, pre, first, second, seed)
+        ctx.threshold, ctx.scale = threshold, scale
+        ctx.dtypes = [None if each is None else each.dtype for each in (weight_in, bias_in, weight_out, bias_out)]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("gelu_mlp")
+        x, pre, first, second, seed = ctx.saved_tensors
+        weight_in, bias_in, weight_out, bias_out = ctx.dtypes
+        grad = grad.contiguous()
+        inner = torch.empty_like(pre)
+        grad_pre, sums = _gelu_dropout_backward(torch.mm(grad, second), pre, inner, seed, ctx.threshold, ctx.scale)
+        return (
+            torch.mm(grad_pre, first),
+            weight_gradient(grad_pre, x, weight_in),
+            None if bias_in is None else sums.to(bias_in),
+            weight_gradient(grad, inner, weight_out),
+            None if bias_out is None else grad.sum(0, dtype=torch.float32).to(bias_out),
+            None,
+            None,
+            None,
+        )
+
+
+def dropout_add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: float,
+    eps: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`ear_kernels.functional.dropout_add_layer_norm`."""
+    width = residual.shape[-1]
+    options = dropout_options(dropout, seed, residual)
+    x, out = DropoutAddLayerNorm.apply(
+        branch.reshape(-1, width), residual.reshape(-1, width), weight, bias, *options, eps, dtype
+    )
+    return x.view(residual.shape), out.view(residual.shape)
+
+
+def gelu_mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`ear_kernels.functional.gelu_mlp`."""
+    options = dropout_options(dropout, seed, x)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)
+    return out.view(*x.shape[:-1], weight_out.shape[0])

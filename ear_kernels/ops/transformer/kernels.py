@@ -1,0 +1,190 @@
+"""Dropout + residual + LayerNorm, and GELU + dropout, each in one kernel a direction.
+
+Legend: R rows of width W (V for the MLP's inner width). No dropout mask is stored: forward and backward draw the same
+bits from a counter. One Philox call gives 128 bits, 16 for each of 8 neighbouring elements; an element is dropped if
+its 16 bits are below ``threshold`` = round(p 2^16), and the others are scaled by the inverse of exactly that share.
+
+Every load is cast to float32 at once (see ``ops/adaln/kernels.py``).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kept(seed, first, threshold, BLOCK: tl.constexpr):
+    """1 or 0 for BLOCK neighbouring elements from counter ``first`` on, one counter for 8 of them."""
+    a, b, c, d = tl.randint4x(seed, first + tl.arange(0, BLOCK // 8))
+    words = tl.interleave(tl.interleave(a, b), tl.interleave(c, d)).to(tl.uint32, bitcast=True)
+    bits = tl.interleave(words & 0xFFFF, words >> 16)
+    return (bits >= threshold).to(tl.float32)
+
+
+@triton.jit
+def dropout_add_layer_norm_fwd_kernel(
+    branch,  # [R, W]
+    residual,  # [R, W]
+    weight,  # [W]
+    bias,  # [W]
+    seed,  # [1] int64
+    x,  # [R, W], out: residual + dropout(branch)
+    out,  # [R, W], out: LN(x)
+    mean,  # [R] float32, out
+    rstd,  # [R] float32, out
+    threshold,
+    scale,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    place = row * WIDTH + cols
+    y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
+    r_W = tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+    if DROPOUT:
+        y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, BLOCK) * scale
+    # Rounded to the stream's type before the norm: backward sees this stored row.
+    stored_W = (r_W + y_W).to(x.dtype.element_ty)
+    tl.store(x + place, stored_W, mask=live)
+    x_W = stored_W.to(tl.float32)
+    mu = tl.sum(x_W, 0) / WIDTH
+    centred_W = tl.where(live, x_W - mu, 0.0)
+    rs = 1.0 / tl.sqrt(tl.sum(centred_W * centred_W, 0) / WIDTH + eps)
+    tl.store(mean + row, mu)
+    tl.store(rstd + row, rs)
+    w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
+    b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + place, (centred_W * rs * w_W + b_W).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def dropout_add_layer_norm_bwd_kernel(
+    grad_out,  # [R, W]: gradient of LN(x)
+    grad_x,  # [R, W]: gradient that reaches x past the norm
+    x,  # [R, W]
+    weight,  # [W]
+    mean,  # [R] float32
+    rstd,  # [R] float32
+    seed,  # [1] int64
+    grad_residual,  # [R, W], out (may be grad_x's memory)
+    grad_branch,  # [R, W], out
+    partials,  # [programs, 2, W] float32, out: sums for weight and bias
+    rows,
+    rows_per_program,
+    threshold,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_GRAD_X: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
+    if DROPOUT:
+        drawn_from = tl.load(seed)
+    sum_weight_W = tl.zeros([BLOCK], tl.float32)
+    sum_bias_W = tl.zeros([BLOCK], tl.float32)
+    begin = program * rows_per_program
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+        row = tl.cast(index, tl.int64)
+        place = row * WIDTH + cols
+        g_W = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
+        x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+        rs = tl.load(rstd + row)
+        n_W = tl.where(live, (x_W - tl.load(mean + row)) * rs, 0.0)
+        sum_weight_W += g_W * n_W
+        sum_bias_W += g_W
+        g_W *= w_W
+        average = tl.sum(g_W, 0) / WIDTH
+        projection = tl.sum(g_W * n_W, 0) / WIDTH
+        dx_W = (g_W - average - n_W * projection) * rs
+        if HAS_GRAD_X:
+            dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
+        if DROPOUT:
+            dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, BLOCK) * scale
+        tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
+    base = partials + program.to(tl.int64) * (2 * WIDTH) + cols
+    tl.store(base, sum_weight_W, mask=live)
+    tl.store(base + WIDTH, sum_bias_W, mask=live)
+
+
+@triton.jit
+def gelu_dropout_fwd_kernel(
+    pre,  # [R, V]
+    seed,  # [1] int64
+    out,  # [R, V], out
+    rows,
+    rows_per_program,
+    threshold,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Axis 0 of the grid: rows; axis 1: columns, BLOCK at a time."""
+    tile = tl.program_id(1)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    if DROPOUT:
+        drawn_from = tl.load(seed)
+    begin = tl.program_id(0) * rows_per_program
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+        place = tl.cast(index, tl.int64) * WIDTH + cols
+        h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
+        y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+        if DROPOUT:
+            counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
+            y *= _kept(drawn_from, counter, threshold, BLOCK) * scale
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def gelu_dropout_bwd_kernel(
+    grad_out,  # [R, V]
+    pre,  # [R, V]
+    seed,  # [1] int64
+    grad_pre,  # [R, V], out (may be grad_out's memory)
+    out,  # [R, V], out: forward's result again, for the weight gradient of the next linear (may be pre's memory)
+    partials,  # [programs, V] float32, out: column sums of grad_pre
+    rows,
+    rows_per_program,
+    threshold,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tile = tl.program_id(1)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    if DROPOUT:
+        drawn_from = tl.load(seed)
+    total = tl.zeros([BLOCK], tl.float32)
+    begin = program * rows_per_program
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+        place = tl.cast(index, tl.int64) * WIDTH + cols
+        g = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
+        h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
+        phi = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        y = h * phi
+        slope = phi + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        if DROPOUT:
+            counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
+            kept = _kept(drawn_from, counter, threshold, BLOCK) * scale
+            y *= kept
+            g *= kept
+        g *= slope
+        total += g
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
+        tl.store(grad_pre + place, g.to(grad_pre.dtype.element_ty), mask=live)
+    tl.store(partials + program.to(tl.int64) * WIDTH + cols, total, mask=live)

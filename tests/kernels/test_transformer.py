@@ -1,0 +1,192 @@
+"""Dropout + residual + LayerNorm and the GELU MLP: outputs and gradients against float64 and eager; the dropout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp
+from ear_kernels.ops.transformer import reference
+from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
+
+
+def leaves(*tensors, dtype):
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def results(function, tensors, grads):
+    outs = function(*tensors)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    gradients = torch.autograd.grad(
+        outs, tensors, [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
+    )
+    return [*(out.detach() for out in outs), *gradients]
+
+
+def compare(monkeypatch, ours, oracle, tensors, grads, dtype, terms) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    kernel = results(ours, leaves(*tensors, dtype=dtype), grads)
+    eager = results(oracle, leaves(*tensors, dtype=dtype), grads)
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    exact = results(oracle, leaves(*tensors, dtype=torch.float64), grads)
+    for number, (one, two, three) in enumerate(zip(kernel, eager, exact, strict=True)):
+        assert_no_worse_than_eager(f"result {number}", one, two, three, terms=terms)
+
+
+def mask_of(rows: int, width: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
+    """What the norm's kernel keeps, scaled: x for a branch of ones and no residual."""
+    ones, zeros = torch.ones(rows, width, device=DEVICE), torch.zeros(rows, width, device=DEVICE)
+    parameters = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
+    return dropout_add_layer_norm(ones, zeros, *parameters, dropout=dropout, seed=seed)[0]
+
+
+@given(
+    st.integers(0, 70),
+    # Of two or three features the norm's own conditioning decides, not the kernel.
+    st.integers(8, 70),
+    st.sampled_from([0.0, 0.1, 0.9]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 99),
+)
+@settings(max_examples=100 if DEVICE == "cuda" else 12)
+def test_dropout_add_layer_norm(rows, width, dropout, dtype, seed_number) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        torch.manual_seed(seed_number)
+        draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+        seed = torch.randint(2**31, (1,), device=DEVICE)
+        mask = mask_of(rows, width, dropout, seed)
+
+        def ours(branch, residual, weight, bias):
+            return dropout_add_layer_norm(branch, residual, weight, bias, dropout=dropout, seed=seed)
+
+        def oracle(branch, residual, weight, bias):
+            x = residual + branch * mask.to(branch.dtype)
+            return x, F.layer_norm(x, (width,), weight, bias, 1e-6)
+
+        tensors = [draw(rows, width), draw(rows, width), draw(width), draw(width)]
+        grads = [draw(rows, width), draw(rows, width)]
+        compare(monkeypatch, ours, oracle, tensors, grads, dtype, max(2, rows))
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(2, 40),
+    st.integers(1, 90),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+@settings(max_examples=100 if DEVICE == "cuda" else 12)
+def test_gelu_mlp(rows, width, inner, dtype, has_bias, seed_number) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        torch.manual_seed(seed_number)
+        draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+        tensors = [draw(rows, width), draw(inner, width) / width**0.5, draw(width, inner) / inner**0.5]
+        tensors += [draw(inner), draw(width)] if has_bias else []
+
+        def arranged(function):
+            def call(x, first, second, first_bias=None, second_bias=None):
+                return function(x, first, first_bias, second, second_bias)
+
+            return call
+
+        def oracle(*arguments):
+            return reference.gelu_mlp(*arguments, 0.0, None)
+
+        compare(
+            monkeypatch,
+            arranged(gelu_mlp),
+            arranged(oracle),
+            tensors,
+            [draw(rows, width)],
+            dtype,
+            max(2, rows * inner),
+        )
+
+
+def test_gelu_mlp_with_dropout_is_linear_in_its_mask(monkeypatch) -> None:
+    """The mask is read off an identity second linear; outputs and gradients then are those of that mask."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    rows, width, inner, dropout = 37, 16, 40, 0.3
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    x, first, second = draw(rows, width), draw(inner, width), draw(5, inner)
+    seed = torch.randint(2**31, (1,), device=DEVICE)
+    bias = torch.full((inner,), 3.0, device=DEVICE)
+    seen = gelu_mlp(x, 0 * first, bias, torch.eye(inner, device=DEVICE), None, dropout=dropout, seed=seed)
+    mask = seen / F.gelu(bias)
+    assert 0.15 < (mask == 0).double().mean() < 0.45
+
+    def ours(x, first, second):
+        return gelu_mlp(x, first, None, second, None, dropout=dropout, seed=seed)
+
+    def oracle(x, first, second):
+        return F.linear(F.gelu(F.linear(x, first)) * mask.to(x.dtype), second)
+
+    compare(monkeypatch, ours, oracle, [x, first, second], [draw(rows, 5)], torch.float32, rows * inner)
+
+
+def test_the_dropped_share_and_its_scale(monkeypatch) -> None:
+    """Shares within 5 standard errors; every row and column alike; kept elements scaled by the exact inverse."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    rows, width = (4096, 768) if DEVICE == "cuda" else (96, 200)
+    for dropout in (0.1, 0.5):
+        torch.manual_seed(5)
+        mask = mask_of(rows, width, dropout, torch.randint(2**31, (1,), device=DEVICE))
+        share = round(dropout * 65536) / 65536
+        torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / (1 - share)))
+        dropped = (mask == 0).double()
+        deviation = (share * (1 - share)) ** 0.5
+        assert abs(dropped.mean() - share) < 5 * deviation / (rows * width) ** 0.5
+        for dim, count in ((0, rows), (1, width)):
+            assert (dropped.mean(dim) - share).abs().max() < 6 * deviation / count**0.5
+        # Neighbours share a Philox call: they must still be independent.
+        both = (dropped[:, 1:] * dropped[:, :-1]).mean()
+        assert abs(both - share**2) < 6 * share / (rows * width) ** 0.5
+
+
+def test_seeds_give_other_masks_and_the_same_seed_the_same(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    masks = [mask_of(8, 64, 0.5, torch.tensor([number], device=DEVICE)) for number in (1, 2, 1)]
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_bad_dropout_is_named(dropout) -> None:
+    x = torch.ones(2, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"dropout is .*\[0, 1\)"):
+        dropout_add_layer_norm(x, x, x[0], x[0], dropout=dropout)
+    with pytest.raises(ValueError, match="weight_out"):
+        gelu_mlp(x, torch.ones(6, 4, device=DEVICE), None, torch.ones(3, 5, device=DEVICE), None)
+
+
+@pytest.mark.gpu
+def test_the_model_with_kernels_is_the_eager_model(monkeypatch) -> None:
+    """Loss and every gradient, dropout off, same noise and masks: within twice the eager model's bf16 error."""
+    from dataclasses import replace
+
+    from ear_model import EAR
+    from ear_model.config import EAR_BASE
+
+    config = replace(EAR_BASE, depth=3, dropout=0.0, attention_dropout=0.0, generator_depth=2)
+    torch.manual_seed(0)
+    model = EAR(config).cuda().train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
+    images, labels = torch.randn(8, 16, 16, 16, device="cuda"), torch.arange(8, device="cuda")
+
+    def run(backend: str, enabled: bool) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            loss = model(images, labels, num_masked=200)
+        loss.backward()
+        return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+    exact, eager, ours = run("eager", False), run("eager", True), run("auto", True)
+    for name, truth in exact.items():
+        bound = 2 * (eager[name] - truth).norm() + 2e-3 * truth.norm()
+        assert (ours[name] - truth).norm() <= bound, name
