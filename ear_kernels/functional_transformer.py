@@ -15,18 +15,21 @@ def dropout_add_layer_norm(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None = None,
     *,
     dropout: float = 0.0,
     eps: float = 1e-6,
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x = residual + dropout(branch)`` and ``LN(x)``: how half a pre-norm block ends and the next half starts.
+    """``x = residual + dropout(branch + branch_bias)`` and ``LN(x)``: between the halves of pre-norm blocks.
 
     Args:
         branch: ``[..., W]``, what attention or MLP made.
         residual: ``[..., W]``, the residual stream.
         weight, bias: the norm's parameters, ``[W]``.
+        branch_bias: ``[W]`` or None: the bias of the linear that made ``branch``, left out there, so that its
+            gradient costs no pass of its own.
         dropout: probability that an element of ``branch`` is dropped, in [0, 1). The Triton path rounds it to
             1 / 65536 and scales by the rounded one.
         eps: of the norm.
@@ -50,20 +53,23 @@ def dropout_add_layer_norm(
             f"branch has shape {tuple(branch.shape)} and residual {tuple(residual.shape)}; "
             "they must be alike, [..., W]"
         )
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
+        if parameter is None:
+            continue
         _check_device(name, parameter, residual, "residual")
         if tuple(parameter.shape) != (residual.shape[-1],):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        reason = _refusal(residual, branch, residual, weight, bias)
+        reason = _refusal(residual, branch, weight, bias, branch_bias)
         if _applies("dropout_add_layer_norm", residual, reason):
             from ear_kernels.ops.transformer import autograd
 
             promoted = torch.promote_types(branch.dtype, residual.dtype)
+            norm_dtype = dtype or _compute_dtype(branch)
             return autograd.dropout_add_layer_norm(
-                branch, residual.to(promoted), weight, bias, dropout, eps, seed, dtype or _compute_dtype(branch)
+                branch, residual.to(promoted), weight, bias, branch_bias, dropout, eps, seed, norm_dtype
             )
-    return reference.dropout_add_layer_norm(branch, residual, weight, bias, dropout, eps, seed)
+    return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
 
 def gelu_mlp(
@@ -116,7 +122,44 @@ def gelu_mlp(
             present = [tensor for tensor in tensors.values() if tensor is not None]
             dtype = _compute_dtype(x, *present)
             return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
-    return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed)
+    return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
+
+
+def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of multi-head attention from one linear.
+
+    Args:
+        x: ``[B, L, W]``.
+        weight, bias: ``[3 heads D, W]``, the rows as (query, key, value), (head), (feature), and ``[3 heads D]`` or
+            None.
+        heads: number of heads H.
+
+    Returns:
+        Three ``[B, H, L, D]``, strided, in the autocast dtype, or in the promoted dtype without autocast.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    _check_floating("x", x)
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, L, W]")
+    rows = weight.shape[0]
+    if weight.ndim != 2 or weight.shape[1] != x.shape[2] or heads < 1 or rows % (3 * heads):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; for {heads} heads it must be [3 * {heads} * D, {x.shape[2]}]"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{rows}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check_floating(name, tensor)
+            _check_device(name, tensor, x, "x")
+    if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
+        from ear_kernels.ops.transformer import autograd
+
+        present = [weight] if bias is None else [weight, bias]
+        return autograd.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
+    return reference.qkv_heads(x, weight, bias, heads)
 
 
 def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:

@@ -48,7 +48,7 @@ class Prefetcher:
         self._closed = False
 
     def _start_thread(self) -> None:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is not None:
             # Pinning works in the thread's own context: without this every process would open one on GPU 0.
             torch.cuda.set_device(self.device)
 

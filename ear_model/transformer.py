@@ -12,11 +12,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
 from ear_model.config import ModelConfig
 
 # cuDNN's attention is the fastest on a Hopper GPU, with dropout too (docs/performance.md); others where it has none.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+# What is still to be added to the residual stream: a linear's output without its bias, and that bias.
+Pending = tuple[Tensor, Tensor]
 
 
 class TransformerBlock(Block):
@@ -27,43 +31,40 @@ class TransformerBlock(Block):
     """
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, pending: Tensor | None = None, seeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, pending: Pending | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Pending]:
         """
         Args:
             hidden: the residual stream ``[B, L, C]``.
-            pending: the output of the block before, ``[B, L, C]``, not yet dropped out and added; None for the first.
-            seeds: int64 ``[3]``, what the kernels' dropout draws from.
+            pending: the MLP output ``[B, L, C]`` of the block before and its bias, not yet dropped out and added;
+                None for the first block.
+            seeds: int64 ``[3, 1]``, what the kernels' dropout draws from.
 
         Returns:
-            The residual stream, without this block's MLP, and that MLP's output.
+            The residual stream without this block's MLP, and that MLP's pending output.
         """
         seed = seeds.unbind() if seeds is not None else (None, None, None)
+        attention: Any = self.attn
         mlp: Any = self.mlp
         dropout = mlp.drop1.p if self.training else 0.0
         if pending is None:
             normed = self.norm1(hidden)
         else:
             hidden, normed = _add(pending, hidden, self.norm1, dropout, seed[0])
-        attended = self._attention(normed)
-        hidden, normed = _add(attended, hidden, self.norm2, dropout, seed[1])
-        first, second = mlp.fc1, mlp.fc2
-        return hidden, gelu_mlp(
-            normed, first.weight, first.bias, second.weight, second.bias, dropout=dropout, seed=seed[2]
+        query, key, value = qkv_heads(normed, attention.qkv.weight, attention.qkv.bias, attention.num_heads)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=attention.attn_drop.p if self.training else 0.0
         )
-
-    def _attention(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        attention: Any = self.attn
-        qkv = attention.qkv(x).view(batch, length, 3, attention.num_heads, attention.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
-        dropout = attention.attn_drop.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        attended = F.linear(mixed.transpose(1, 2).reshape(hidden.shape), attention.proj.weight)
+        hidden, normed = _add((attended, attention.proj.bias), hidden, self.norm2, dropout, seed[1])
+        first, second = mlp.fc1, mlp.fc2
+        out = gelu_mlp(normed, first.weight, first.bias, second.weight, None, dropout=dropout, seed=seed[2])
+        # A copy: FSDP frees a block's gathered parameters when it returns.
+        return hidden, (out, second.bias.clone())
 
 
 def _add(
-    branch: Tensor,
+    pending: Pending,
     hidden: Tensor,
     norm: Any,
     dropout: float,
@@ -71,7 +72,15 @@ def _add(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     return dropout_add_layer_norm(
-        branch, hidden, norm.weight, norm.bias, dropout=dropout, eps=norm.eps, seed=seed, dtype=dtype
+        pending[0],
+        hidden,
+        norm.weight,
+        norm.bias,
+        pending[1],
+        dropout=dropout,
+        eps=norm.eps,
+        seed=seed,
+        dtype=dtype,
     )
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
 from ear_kernels.ops.transformer import reference
 from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
@@ -58,14 +58,16 @@ def test_dropout_add_layer_norm(rows, width, dropout, dtype, seed_number) -> Non
         seed = torch.randint(2**31, (1,), device=DEVICE)
         mask = mask_of(rows, width, dropout, seed)
 
-        def ours(branch, residual, weight, bias):
-            return dropout_add_layer_norm(branch, residual, weight, bias, dropout=dropout, seed=seed)
+        def ours(branch, residual, weight, bias, *extra):
+            return dropout_add_layer_norm(branch, residual, weight, bias, *extra, dropout=dropout, seed=seed)
 
-        def oracle(branch, residual, weight, bias):
+        def oracle(branch, residual, weight, bias, branch_bias=None):
+            branch = branch if branch_bias is None else branch + branch_bias
             x = residual + branch * mask.to(branch.dtype)
             return x, F.layer_norm(x, (width,), weight, bias, 1e-6)
 
         tensors = [draw(rows, width), draw(rows, width), draw(width), draw(width)]
+        tensors += [draw(width)] if seed_number % 2 else []
         grads = [draw(rows, width), draw(rows, width)]
         compare(monkeypatch, ours, oracle, tensors, grads, dtype, max(2, rows))
 
@@ -93,7 +95,7 @@ def test_gelu_mlp(rows, width, inner, dtype, has_bias, seed_number) -> None:
             return call
 
         def oracle(*arguments):
-            return reference.gelu_mlp(*arguments, 0.0, None)
+            return reference.gelu_mlp(*arguments, 0.0)
 
         compare(
             monkeypatch,
@@ -104,6 +106,30 @@ def test_gelu_mlp(rows, width, inner, dtype, has_bias, seed_number) -> None:
             dtype,
             max(2, rows * inner),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 16, 2), (1, 3, 24, 3), (0, 4, 8, 1), (3, 7, 96, 12)], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "heads", "mixed"])
+def test_qkv_heads(monkeypatch, dtype, shape, layout) -> None:
+    """Whatever the strides in which attention returns its gradients."""
+    batch, length, width, heads = shape
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    tensors = [draw(batch, length, width), draw(3 * width, width) / width**0.5, draw(3 * width)]
+
+    def arranged(function):
+        return lambda *tensors: function(*tensors, heads)
+
+    def laid_out(number: int) -> torch.Tensor:
+        by_rows = layout == "rows" or (layout == "mixed" and number == 1)
+        if by_rows:
+            return draw(batch, length, heads, width // heads).transpose(1, 2)
+        return draw(batch, heads, length, width // heads)
+
+    grads = [laid_out(number) for number in range(3)]
+    compare(
+        monkeypatch, arranged(qkv_heads), arranged(reference.qkv_heads), tensors, grads, dtype, batch * length + 2
+    )
 
 
 def test_gelu_mlp_with_dropout_is_linear_in_its_mask(monkeypatch) -> None:

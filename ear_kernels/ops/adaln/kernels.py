@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def adaln_fwd_kernel(
     hidden,  # [R, W], or [T, W] with an index
     index,  # [R] int32: the row of hidden that row r starts from
@@ -95,7 +95,7 @@ def adaln_fwd_kernel(
         tl.store(out + row * stride_out + cols, u_W.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "units_per_program"])
 def adaln_bwd_kernel(
     grad_out,  # [R, W]: gradient of the modulated rows
     hidden,  # [R, W], or [T, W] with an index: the input of the norm

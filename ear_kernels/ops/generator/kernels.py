@@ -114,7 +114,7 @@ def _modulated(hidden, mod, norm_weight, norm_bias, rows, live, ks, mean, rstd, 
     return tl.where(mask, u * (1.0 + scale) + temperature * shift, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "samples", "first_phase", "last_phase"])
 def generator_kernel(
     noise,  # [M, noise_dim]
     z,  # [T, input_dim]; row r is of token r // samples

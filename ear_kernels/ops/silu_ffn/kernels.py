@@ -142,7 +142,7 @@ def silu_fwd_kernel(
     tl.store(place, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=offsets < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def silu_bwd_kernel(
     grad_out,  # [R, W]
     pre,  # [R, W]
@@ -210,7 +210,7 @@ def gate_fwd_kernel(
         tl.store(out + row * stride_out + cols, (h_W + gate_W * f_W).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "units_per_program"])
 def gate_bwd_kernel(
     grad_out,  # [R, W]
     ffn,  # [R, W]

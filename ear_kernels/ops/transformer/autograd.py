@@ -16,7 +16,7 @@ PROGRAMS = 528
 COLUMNS = 1024
 """Columns of the MLP's inner width that a program takes."""
 
-GELU_PROGRAMS = 1056
+GELU_PROGRAMS = 2112
 STEPS = 2**16
 
 
@@ -35,6 +35,7 @@ def warps_of(width: int) -> int:
 
 def _add_norm(
     branch: Tensor,
+    branch_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -51,6 +52,7 @@ def _add_norm(
     if rows:
         kernels.dropout_add_layer_norm_fwd_kernel[(rows,)](
             branch,
+            branch_bias if branch_bias is not None else weight,
             residual,
             weight,
             bias,
@@ -65,6 +67,7 @@ def _add_norm(
             WIDTH=width,
             BLOCK=max(8, block_of(width)),
             DROPOUT=threshold > 0,
+            HAS_BRANCH_BIAS=branch_bias is not None,
             num_warps=warps_of(width),
         )
     return x, out, mean, rstd
@@ -81,15 +84,14 @@ def _add_norm_backward(
     threshold: int,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of branch (in ``dtype``), residual, weight and bias (float32)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias."""
     rows, width = x.shape
     grad_branch, grad_residual = x.new_empty((rows, width), dtype=dtype), x.new_empty((rows, width))
     if rows == 0:
-        empty = [x.new_zeros(width, dtype=torch.float32) for _ in range(2)]
-        return grad_branch, grad_residual, empty[0], empty[1]
+        return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
     programs, rows_per_program = backward_grid(rows, PROGRAMS)
-    partials = x.new_empty((programs, 2, width), dtype=torch.float32)
+    partials = x.new_empty((programs, 3, width), dtype=torch.float32)
     kernels.dropout_add_layer_norm_bwd_kernel[(programs,)](
         grad_out.contiguous(),
         grad_x.contiguous() if grad_x is not None else x,
@@ -109,11 +111,10 @@ def _add_norm_backward(
         BLOCK=max(8, block_of(width)),
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
-        STAGES=2,
+        STAGES=3,
         num_warps=warps_of(width),
     )
-    sums = partials.sum(0)
-    return grad_branch, grad_residual, sums[0].clone(), sums[1].clone()
+    return grad_branch, grad_residual, partials.sum(0)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
@@ -123,6 +124,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         branch: Tensor,
+        branch_bias: Tensor | None,
         residual: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -132,9 +134,12 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        x, out, mean, rstd = _add_norm(branch, residual, weight, bias, seed, threshold, scale, eps, dtype)
+        x, out, mean, rstd = _add_norm(
+            branch, branch_bias, residual, weight, bias, seed, threshold, scale, eps, dtype
+        )
         ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
         ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
+        ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
         ctx.set_materialize_grads(False)
         return x, out
 
@@ -144,11 +149,73 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        branch, residual, grad_weight, grad_bias = _add_norm_backward(
+        branch, residual, sums = _add_norm_backward(
             grad_out, grad_x, x, weight, mean, rstd, seed, ctx.threshold, ctx.scale, ctx.dtype
         )
+        branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
         nothing = (None,) * 5
-        return branch, residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *nothing
+        return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
+
+
+class QKVHeads(torch.autograd.Function):
+    """``x [B, L, W]`` -> query, key and value ``[B, H, L, D]``, strided views of one linear's output.
+
+    Backward packs their gradients into one matrix and sums its columns in the same pass; autograd's own way stacks,
+    permutes and copies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, width = x.shape
+        low = weight.to(x.dtype)
+        rows = x.reshape(-1, width)
+        packed = linear(rows, low, None if bias is None else bias.to(x.dtype))
+        ctx.save_for_backward(rows, low)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        query, key, value = (
+            packed.view(batch, length, 3, heads, weight.shape[0] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+        )
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("qkv_heads")
+        rows, low = ctx.saved_tensors
+        batch, heads, length, dim = grads[0].shape
+        strides = {grad.stride() for grad in grads}
+        if len(strides) > 1 or grads[0].stride(-1) != 1:
+            grads = tuple(grad.contiguous() for grad in grads)
+        width = heads * dim
+        packed = rows.new_empty((batch * length, 3 * width))
+        sums = rows.new_zeros(3 * width, dtype=torch.float32)
+        if packed.numel():
+            programs, rows_per_program = backward_grid(batch * length, PROGRAMS)
+            partials = rows.new_empty((programs, 3 * width), dtype=torch.float32)
+            kernels.pack_heads_kernel[(programs, 3)](
+                *grads,
+                packed,
+                partials,
+                batch * length,
+                rows_per_program,
+                length,
+                *grads[0].stride()[:3],
+                WIDTH=width,
+                DIM=dim,
+                BLOCK=block_of(width),
+                STAGES=2,
+                num_warps=warps_of(width),
+            )
+            sums = partials.sum(0)
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = torch.mm(packed, low).view(batch, length, low.shape[1])
+        return (
+            grad_x,
+            weight_gradient(packed, rows, weight_dtype),
+            None if bias_dtype is None else sums.to(bias_dtype),
+            None,
+        )
 
 
 def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
@@ -255,6 +322,7 @@ def dropout_add_layer_norm(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None,
     dropout: float,
     eps: float,
     seed: Tensor | None,
@@ -264,7 +332,7 @@ def dropout_add_layer_norm(
     width = residual.shape[-1]
     options = dropout_options(dropout, seed, residual)
     x, out = DropoutAddLayerNorm.apply(
-        branch.reshape(-1, width), residual.reshape(-1, width), weight, bias, *options, eps, dtype
+        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options, eps, dtype
     )
     return x.view(residual.shape), out.view(residual.shape)
 
@@ -285,3 +353,11 @@ def gelu_mlp(
     with torch.autocast(x.device.type, enabled=False):
         out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)
     return out.view(*x.shape[:-1], weight_out.shape[0])
+
+
+def qkv_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ear_kernels.functional_transformer.qkv_heads`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return QKVHeads.apply(x.to(dtype), weight, bias, heads)

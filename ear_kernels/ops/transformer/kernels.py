@@ -1,8 +1,9 @@
-"""Dropout + residual + LayerNorm, and GELU + dropout, each in one kernel a direction.
+"""Dropout + residual + LayerNorm, GELU + dropout, and the packing of attention's gradients, one kernel a direction.
 
 Legend: R rows of width W (V for the MLP's inner width). No dropout mask is stored: forward and backward draw the same
-bits from a counter. One Philox call gives 128 bits, 16 for each of 8 neighbouring elements; an element is dropped if
-its 16 bits are below ``threshold`` = round(p 2^16), and the others are scaled by the inverse of exactly that share.
+bits from a counter. One Philox call (7 rounds, the fewest that pass BigCrush) gives 128 bits, 16 for each of 8
+neighbouring elements; an element is dropped if its 16 bits are below ``threshold`` = round(p 2^16), and the others
+are scaled by the inverse of exactly that share.
 
 Every load is cast to float32 at once (see ``ops/adaln/kernels.py``).
 """
@@ -14,7 +15,7 @@ import triton.language as tl
 @triton.jit
 def _kept(seed, first, threshold, BLOCK: tl.constexpr):
     """1 or 0 for BLOCK neighbouring elements from counter ``first`` on, one counter for 8 of them."""
-    a, b, c, d = tl.randint4x(seed, first + tl.arange(0, BLOCK // 8))
+    a, b, c, d = tl.randint4x(seed, first + tl.arange(0, BLOCK // 8), n_rounds=7)
     words = tl.interleave(tl.interleave(a, b), tl.interleave(c, d)).to(tl.uint32, bitcast=True)
     bits = tl.interleave(words & 0xFFFF, words >> 16)
     return (bits >= threshold).to(tl.float32)
@@ -23,11 +24,12 @@ def _kept(seed, first, threshold, BLOCK: tl.constexpr):
 @triton.jit
 def dropout_add_layer_norm_fwd_kernel(
     branch,  # [R, W]
+    branch_bias,  # [W]: added to branch first
     residual,  # [R, W]
     weight,  # [W]
     bias,  # [W]
     seed,  # [1] int64
-    x,  # [R, W], out: residual + dropout(branch)
+    x,  # [R, W], out: residual + dropout(branch + branch_bias)
     out,  # [R, W], out: LN(x)
     mean,  # [R] float32, out
     rstd,  # [R] float32, out
@@ -37,6 +39,7 @@ def dropout_add_layer_norm_fwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -44,6 +47,8 @@ def dropout_add_layer_norm_fwd_kernel(
     place = row * WIDTH + cols
     y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
     r_W = tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+    if HAS_BRANCH_BIAS:
+        y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, BLOCK) * scale
     # Rounded to the stream's type before the norm: backward sees this stored row.
@@ -60,7 +65,7 @@ def dropout_add_layer_norm_fwd_kernel(
     tl.store(out + place, (centred_W * rs * w_W + b_W).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm
@@ -71,7 +76,7 @@ def dropout_add_layer_norm_bwd_kernel(
     seed,  # [1] int64
     grad_residual,  # [R, W], out (may be grad_x's memory)
     grad_branch,  # [R, W], out
-    partials,  # [programs, 2, W] float32, out: sums for weight and bias
+    partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias
     rows,
     rows_per_program,
     threshold,
@@ -90,6 +95,7 @@ def dropout_add_layer_norm_bwd_kernel(
         drawn_from = tl.load(seed)
     sum_weight_W = tl.zeros([BLOCK], tl.float32)
     sum_bias_W = tl.zeros([BLOCK], tl.float32)
+    sum_branch_W = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
     for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
@@ -109,13 +115,15 @@ def dropout_add_layer_norm_bwd_kernel(
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
         if DROPOUT:
             dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, BLOCK) * scale
+        sum_branch_W += dx_W
         tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
-    base = partials + program.to(tl.int64) * (2 * WIDTH) + cols
+    base = partials + program.to(tl.int64) * (3 * WIDTH) + cols
     tl.store(base, sum_weight_W, mask=live)
     tl.store(base + WIDTH, sum_bias_W, mask=live)
+    tl.store(base + 2 * WIDTH, sum_branch_W, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def gelu_dropout_fwd_kernel(
     pre,  # [R, V]
     seed,  # [1] int64
@@ -146,7 +154,7 @@ def gelu_dropout_fwd_kernel(
         tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def gelu_dropout_bwd_kernel(
     grad_out,  # [R, V]
     pre,  # [R, V]
@@ -188,3 +196,43 @@ def gelu_dropout_bwd_kernel(
         tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
         tl.store(grad_pre + place, g.to(grad_pre.dtype.element_ty), mask=live)
     tl.store(partials + program.to(tl.int64) * WIDTH + cols, total, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+def pack_heads_kernel(
+    query,  # [B, H, L, D], dense in D, the other strides those of all three
+    key,
+    value,
+    out,  # [B, L, 3, H, D], out
+    partials,  # [programs, 3 H D] float32, out: column sums
+    rows,  # B L
+    rows_per_program,
+    length,
+    stride_batch,
+    stride_head,
+    stride_row,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Axis 1 of the grid says which of the three."""
+    which = tl.program_id(1)
+    source = query
+    if which == 1:
+        source = key
+    if which == 2:
+        source = value
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    inside = (cols // DIM) * stride_head + cols % DIM
+    total = tl.zeros([BLOCK], tl.float32)
+    begin = tl.program_id(0) * rows_per_program
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+        row = tl.cast(index, tl.int64)
+        start = (row // length) * stride_batch + (row % length) * stride_row
+        x = tl.load(source + start + inside, mask=live, other=0.0)
+        total += x.to(tl.float32)
+        tl.store(out + row * (3 * WIDTH) + which * WIDTH + cols, x, mask=live)
+    base = partials + tl.program_id(0).to(tl.int64) * (3 * WIDTH) + which * WIDTH
+    tl.store(base + cols, total, mask=live)

@@ -1,14 +1,21 @@
 """The memory-bound parts of a pre-norm transformer block in plain PyTorch: the oracle and the CPU path."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def dropout_add_layer_norm(
-    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: float, eps: float, seed: Tensor | None
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    dropout: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """``x = residual + dropout(branch)`` and ``LN(x)``; draws from torch's generator, ``seed`` is the kernel's."""
+    """``x = residual + dropout(branch + branch_bias)`` and ``LN(x)``; draws from torch's generator."""
+    if branch_bias is not None:
+        branch = branch + branch_bias.to(branch.dtype)
     x = residual + F.dropout(branch, dropout)
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -20,12 +27,14 @@ def gelu_mlp(
     weight_out: Tensor,
     bias_out: Tensor | None,
     dropout: float,
-    seed: Tensor | None,
 ) -> Tensor:
-    """``Linear(dropout(GELU(Linear(x))))``; draws from torch's generator, ``seed`` is the kernel's."""
+    """``Linear(dropout(GELU(Linear(x))))``; draws from torch's generator."""
     return F.linear(F.dropout(F.gelu(F.linear(x, weight_in, bias_in)), dropout), weight_out, bias_out)
 
 
-def gelu_derivative(x: Tensor) -> Tensor:
-    """Of the exact GELU, ``Phi(x) + x phi(x)``."""
-    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
+def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``[B, H, L, D]`` of one linear over ``x [B, L, W]``."""
+    batch, length, _ = x.shape
+    packed = F.linear(x, weight, bias).view(batch, length, 3, heads, weight.shape[0] // (3 * heads))
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
+    return query, key, value

@@ -1,0 +1,152 @@
+"""A training step of EAR-B, L and H: public-style eager, the same with compiled blocks and head, and ours, one run.
+
+    pytest benchmarks/bench_train_step.py --benchmark-only --benchmark-json=OUT.json     # needs a GPU; -k ear_base
+
+64 latents, 4 samples a token, bf16 autocast over float32 weights, dropout as in the paper; forward, backward, clip,
+fused AdamW, EMA. ``extra_info`` holds ms by phase (median of steps), images/s, TFLOP/s of the products that the
+maths needs, and peak memory. The public-style model is benchmarks/public_ear.py. Before a time is reported, our
+model's loss and gradients are held against its own eager backend, dropout off.
+"""
+
+import gc
+import os
+import statistics
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.public_ear import PublicEAR, compile_parts
+from ear_model import optim
+from ear_model.config import MODELS, TrainConfig
+from ear_model.ear import EAR
+from ear_model.estimate import training_flops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+IMAGES = 64
+TRAIN = TrainConfig()
+PHASES = ("forward", "backward", "clip_and_adamw", "ema")
+WHICH = ("public", "compiled", "ours", "ours_compiled_blocks", "ours_pool4")
+
+
+def check(name: str) -> float:
+    """Largest error of a gradient of ours against the float32 eager model's, over that of bf16 eager."""
+    config = replace(MODELS[name], depth=3, generator_depth=2, dropout=0.0, attention_dropout=0.0)
+    torch.manual_seed(0)
+    model = EAR(config).cuda().train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
+    images, labels = torch.randn(8, 16, 16, 16, device="cuda"), torch.arange(8, device="cuda")
+    found = {}
+    for which, backend, low in (("exact", "eager", False), ("eager", "eager", True), ("ours", "auto", True)):
+        os.environ["EAR_KERNELS_BACKEND"] = backend
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            loss = model(images, labels, num_masked=200)
+        loss.backward()
+        found[which] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    os.environ["EAR_KERNELS_BACKEND"] = "auto"
+    worst = 0.0
+    for exact, eager, ours in zip(found["exact"], found["eager"], found["ours"], strict=True):
+        worst = max(worst, float((ours - exact).norm() / ((eager - exact).norm() + 1e-3 * exact.norm())))
+    assert worst < 2, f"a gradient is {worst:.2f} times as far off as in eager bf16"
+    return worst
+
+
+def make(name: str, which: str) -> nn.Module:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        if which in ("public", "compiled"):
+            model: nn.Module = PublicEAR(MODELS[name])
+            if which == "compiled":
+                compile_parts(model)  # type: ignore[arg-type]
+            return model.train()
+        ours = EAR(MODELS[name]).train()
+    if which == "ours_pool4":
+        ours.score.rows_per_noise = 4
+    if which == "ours_compiled_blocks":
+        ours.backbone.compile_blocks()
+    return ours
+
+
+def groups(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(TRAIN.beta1, TRAIN.beta2), fused=True)
+
+
+def measure(name: str, which: str, steps: int = 8) -> dict[str, float]:
+    """Times in ms, and rates."""
+    model = make(name, which)
+    optimizer = groups(model)
+    ema = optim.ExponentialMovingAverage(model, TRAIN.ema)
+    latents = torch.randn(IMAGES, 16, 16, 16, device="cuda")
+    labels = torch.randint(0, 1000, (IMAGES,), device="cuda")
+
+    def step(marks: list[torch.cuda.Event] | None = None) -> torch.Tensor:
+        def mark() -> None:
+            if marks is not None:
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+
+        mark()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(latents, labels)
+        mark()
+        loss.backward()
+        mark()
+        optim.clip_gradients(model.parameters(), TRAIN.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mark()
+        ema.update(model)
+        mark()
+        return loss
+
+    for _ in range(4):
+        loss = step()
+    torch.cuda.synchronize()
+    assert loss.isfinite()
+    torch.cuda.reset_peak_memory_stats()
+    recorded: list[list[torch.cuda.Event]] = []
+    begun = time.perf_counter()
+    # The mask ratio is drawn for every step, as in training; its seed is the same for all rivals.
+    torch.manual_seed(7)
+    for _ in range(steps):
+        recorded.append([])
+        step(recorded[-1])
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - begun) / steps * 1e3
+    times = {
+        phase: statistics.median(marks[number].elapsed_time(marks[number + 1]) for marks in recorded)
+        for number, phase in enumerate(PHASES)
+    }
+    mean = statistics.fmean(marks[0].elapsed_time(marks[-1]) for marks in recorded)
+    flops = training_flops(MODELS[name], 4 if which == "ours_pool4" else 1) * IMAGES
+    return {
+        **times,
+        "step": mean,
+        "wall": wall,
+        "images_per_second": IMAGES / mean * 1e3,
+        "tflops": flops / mean / 1e9,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("name", ["ear_base", "ear_large", "ear_huge"])
+def test_train_step(benchmark, name: str, which: str) -> None:
+    if which.startswith("ours"):
+        benchmark.extra_info["worst_error_over_eager"] = check(name)
+    result = measure(name, which)
+    gc.collect()
+    torch.cuda.empty_cache()
+    benchmark.extra_info.update(name=name, which=which, images=IMAGES, **result)
+    print(name, which, {key: round(value, 2) for key, value in result.items()}, flush=True)
+    benchmark.pedantic(lambda: None, rounds=1)
