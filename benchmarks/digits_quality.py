@@ -35,12 +35,19 @@ def one(backend: str, seed: int, share: int, out: str) -> None:
     torch.set_num_threads(1)
     config = RUNS["digits"]
     config = replace(config, train=replace(config.train, seed=seed, rows_per_noise=share))
-    trainer = Trainer(config, Path(tempfile.mkdtemp()) / "run", device="cuda")
+    trainer = Trainer(config, Path(tempfile.mkdtemp()) / "run", device="auto")
     for _ in range(config.train.steps):
         trainer.train_step()
     model = trainer.averaged_model()
     scores = evaluate_digits(model, [(1.0, 1.0), (2.0, 0.7)], steps=config.sampling.steps, seed=seed)
-    result = {"backend": backend, "seed": seed, "rows_per_noise": share, "scores": [asdict(each) for each in scores]}
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {
+        "device": where,
+        "backend": backend,
+        "seed": seed,
+        "rows_per_noise": share,
+        "scores": [asdict(each) for each in scores],
+    }
     if backend == "auto" and seed == 0 and share == 1:
         result["gradient_variance"] = variance(model.train())
     Path(out).write_text(json.dumps(result))
@@ -54,7 +61,8 @@ def variance(model) -> dict[str, float]:
 
     data = load_digits()[0]
     count = ROWS // (model.score.num_samples * model.config.num_tokens)
-    images, labels = data.images[:count].cuda(), data.labels[:count].cuda()
+    device = next(model.parameters()).device
+    images, labels = data.images[:count].to(device), data.labels[:count].to(device)
     parameters = list(model.score.generator.parameters())
     found = {}
     for share in SHARES:
@@ -63,7 +71,7 @@ def variance(model) -> dict[str, float]:
         for draw in range(DRAWS):
             torch.manual_seed(0)
             tokens = model.tokenizer.encode(images)
-            masked = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cuda")
+            masked = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)
             with torch.no_grad():
                 hidden = model.backbone(tokens, masked, model.backbone.embed_classes(labels)).flatten(0, 1)
             torch.manual_seed(1000 + draw)

@@ -54,7 +54,7 @@ def trainer(
     """A trainer on synthetic latents."""
     train.load_training_data = lambda config: latents(config.model)
     # The whole rate for the generator: samples soon leave their initial zero, and noise shows in the loss.
-    defaults = {"steps": STEPS, "lr": 2e-3, "generator_lr_scale": 1.0, "warmup_steps": 5, "compile": "off"}
+    defaults = {"steps": STEPS, "lr": 2e-3, "generator_lr_scale": 1.0, "warmup_steps": 5}
     config = RunConfig(model=model, train=TrainConfig(**{**defaults, **settings}))
     return train.Trainer(config, directory, resume=resume, device=device)
 
@@ -95,7 +95,7 @@ def speed(directory: Path, tiny: bool, device: str) -> dict[str, Any]:
     """EAR-B, 64 images a process: images/s of all of them together."""
     model = TINY if tiny else MODELS["ear_base"]
     batch_size = 64 * distributed.world_size()
-    run = trainer(model, directory / "speed", device=device, batch_size=batch_size, compile="auto")
+    run = trainer(model, directory / "speed", device=device, batch_size=batch_size)
     curve(run, 6)
     _wait(device)
     begun = time.perf_counter()

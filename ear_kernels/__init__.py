@@ -2,6 +2,7 @@
 
 from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.patch import accelerate
 from ear_kernels.targets import GaussianTarget
@@ -15,8 +16,11 @@ __all__ = [
     "GaussianTarget",
     "accelerate",
     "adaln_modulate",
+    "dropout_add_layer_norm",
     "energy_distance",
     "energy_loss",
     "energy_score",
     "gated_silu_ffn",
+    "gelu_mlp",
+    "qkv_heads",
 ]

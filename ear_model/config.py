@@ -178,8 +178,10 @@ class TrainConfig:
     """Constant learning rate of the fine-tuning steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """'auto' is bf16 autocast on a GPU and fp32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the backbone's blocks; 'auto' is on on a GPU."""
+    compile: bool = False
+    """torch.compile of the backbone's blocks in place of our kernels (docs/performance_train_step.md)."""
+    loss_chunks: int = 1
+    """Parts of the masked tokens that the generator takes one after another; saves memory (not with fsdp)."""
     rows_per_noise: int = 1
     """Rows that share a noise vector (docs/noise_pool.md); 1 is independent noise, as in the paper."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -192,7 +194,15 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "rows_per_noise", "checkpoint_every", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "loss_chunks",
+            "rows_per_noise",
+            "checkpoint_every",
+            "log_every",
+        ):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("lr", "finetune_lr", "generator_lr_scale", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")

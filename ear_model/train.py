@@ -74,6 +74,9 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = EAR(config.model)
         self.model.score.rows_per_noise = train.rows_per_noise
+        self.model.score.loss_chunks = train.loss_chunks
+        if train.compile:
+            self.model.backbone.compile_blocks()
         with distributed.all_or_none():
             if saved is not None:
                 checkpoint.load_into(self.model, saved.weights, saved.path / "model.safetensors")
@@ -365,6 +368,8 @@ class Progress:
 
 
 def _check_processes(train: TrainConfig) -> None:
+    if train.parallel == "fsdp" and train.loss_chunks > 1:
+        raise ValueError(f"loss_chunks is {train.loss_chunks} and parallel is fsdp; use 1 with fsdp, or ddp")
     processes, part = distributed.world_size(), train.batch_size // train.accumulate
     if part % processes:
         split = f" in {train.accumulate} parts of {part}" if train.accumulate > 1 else ""

@@ -1,10 +1,62 @@
 """The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from ear_model.config import ModelConfig
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss with the generator's gradients taken part by part in the forward pass.
+
+    A token's loss needs nothing of the other tokens, and the loss is the end of the graph. So the generator's
+    activations are those of one part, while those of the backbone wait. Backward multiplies by the incoming gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        score: EnergyScore,
+        hidden_RC: Tensor,
+        targets_RD: Tensor,
+        noise_RnE: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        count = hidden_RC.shape[0]
+        size = -(-count // score.loss_chunks)
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        grad_hidden = torch.empty_like(hidden_RC)
+        sums: list[Tensor] = []
+        total = torch.zeros((), device=hidden_RC.device)
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            with torch.enable_grad():
+                hidden = hidden_RC[part].detach().requires_grad_()
+                loss = score.loss_of(hidden, targets_RD[part], noise_RnE[part])
+                loss = loss * (hidden.shape[0] / count)
+            grad_hidden[part], *gradients = torch.autograd.grad(loss, [hidden, *wanted])
+            total += loss.detach()
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            else:
+                sums = list(gradients)
+        ctx.save_for_backward(grad_hidden, *sums)
+        ctx.trained = [parameter.requires_grad for parameter in parameters]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *sums = ctx.saved_tensors
+        scaled = iter(torch._foreach_mul(sums, grad) if sums else ())
+        gradients = [next(scaled) if trained else None for trained in ctx.trained]
+        return None, grad_hidden * grad, None, None, *gradients
 
 
 class EnergyScore(nn.Module):
@@ -24,6 +76,8 @@ class EnergyScore(nn.Module):
         self.noise = config.noise
         self.rows_per_noise = 1
         """Rows that share a noise vector in training (docs/noise_pool.md); 1 is independent noise."""
+        self.loss_chunks = 1
+        """Parts of the tokens that the generator takes one after another in training, backward included."""
 
     @property
     def tau(self) -> float:
@@ -45,8 +99,14 @@ class EnergyScore(nn.Module):
 
     def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
         """The energy loss of paper Eq. 10 over all pairs of samples, a scalar in float32."""
-        rows = hidden_RC.shape[0] * self.num_samples
         noise_RnE = self.draw_noise(hidden_RC.shape[0], self.num_samples, like=hidden_RC)
+        if self.loss_chunks > 1 and torch.is_grad_enabled() and hidden_RC.shape[0]:
+            return ChunkedLoss.apply(self, hidden_RC, targets_RD, noise_RnE, *self.generator.parameters())
+        return self.loss_of(hidden_RC, targets_RD, noise_RnE)
+
+    def loss_of(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> Tensor:
+        """The loss with these noise vectors ``[R, num_samples, noise_dim]``."""
+        rows = hidden_RC.shape[0] * self.num_samples
         pool = max(self.num_samples, rows // self.rows_per_noise) if self.rows_per_noise > 1 else None
         return self.energy_loss(self.generator(hidden_RC, noise_RnE, noise_pool=pool), targets_RD)
 

@@ -1,4 +1,5 @@
-"""Every shipped config of the generator's kernels compiles within shared memory, on sm_90 without spills.
+"""Every shipped config of the generator's and the transformer block's kernels compiles within shared memory, and on
+sm_90 without spills.
 
 Runs in a process of its own, because compiling needs Triton without its interpreter. As a script it prints the table:
 ``python tests/kernels/test_generator_compile_gate.py``.
@@ -168,6 +169,7 @@ def cases():
         )
         yield "gate_fwd", target, ffn_kernels.gate_fwd_kernel, COMMON, size, {"num_warps": 4}
         yield "gate_bwd", target, ffn_kernels.gate_bwd_kernel, COMMON, size, {"num_warps": 4}
+    yield from transformer_cases(everywhere)
     for epilogue, entries in configs.HOPPER.items():
         shipped = {config for _, config in entries if config} | {configs.CANDIDATES[epilogue]}
         for config in sorted(shipped, key=lambda config: config.name):
@@ -233,6 +235,35 @@ def cases():
                     COMMON,
                     constants, {"num_warps": config.warps, "launch_cooperative_grid": True},
                 )  # fmt: skip
+
+
+def transformer_cases(everywhere: tuple[int | str, ...]):
+    """The backbone's widths: 768, 1024 and 1280 (heads of 64, 64 and 80)."""
+    from ear_kernels.ops.adaln.autograd import block_of
+    from ear_kernels.ops.transformer import autograd as transformer
+    from ear_kernels.ops.transformer import kernels
+
+    stream = dict.fromkeys(("residual", "x", "grad_x", "grad_residual", "weight", "bias", "branch_bias"), "*fp32")
+    types = {**COMMON, **stream, "seed": "*i64", "threshold": "i32", "scale": "fp32", "length": "i32"}
+    for width, targets in ((768, everywhere), (1024, (90,)), (1280, everywhere)):
+        size = {"WIDTH": width, "BLOCK": block_of(width)}
+        options = {"num_warps": transformer.warps_of(width)}
+        for target in targets:
+            yield (
+                f"dropout_add_layer_norm_fwd {width}", target, kernels.dropout_add_layer_norm_fwd_kernel, types,
+                {**size, "DROPOUT": True, "HAS_BRANCH_BIAS": True}, options,
+            )  # fmt: skip
+            yield (
+                f"dropout_add_layer_norm_bwd {width}", target, kernels.dropout_add_layer_norm_bwd_kernel, types,
+                {**size, "DROPOUT": True, "HAS_GRAD_X": True, "STAGES": 3}, options,
+            )  # fmt: skip
+            heads = {"DIM": 80 if width == 1280 else 64, "STAGES": 2}
+            yield f"pack_heads {width}", target, kernels.pack_heads_kernel, types, {**size, **heads}, options
+    flat = {"WIDTH": 3072, "BLOCK": transformer.COLUMNS, "DROPOUT": True, "STAGES": 2}
+    options = {"num_warps": transformer.warps_of(transformer.COLUMNS)}
+    for target in everywhere:
+        yield "gelu_dropout_fwd", target, kernels.gelu_dropout_fwd_kernel, types, flat, options
+        yield "gelu_dropout_bwd", target, kernels.gelu_dropout_bwd_kernel, types, flat, options
 
 
 def main(part: int = 0, parts: int = 1) -> None:

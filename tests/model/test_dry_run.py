@@ -73,10 +73,12 @@ def test_the_measured_model_is_given_its_measurement():
 
 
 def test_other_models_scale_by_flops():
-    base, large = (estimate_run(replace(RUNS["imagenet256"], model=model)) for model in (EAR_BASE, EAR_LARGE))
+    deep = replace(EAR_BASE, depth=36)
+    base, large = (estimate_run(replace(RUNS["imagenet256"], model=model)) for model in (EAR_BASE, deep))
+    assert base.is_measured
     assert not large.is_measured
     assert large.utilisation == pytest.approx(base.utilisation)
-    assert large.images_per_second < base.images_per_second / 2
+    assert base.images_per_second / 2 < large.images_per_second < base.images_per_second
     assert large.peak_gb > base.peak_gb
 
 
@@ -88,11 +90,14 @@ def test_the_command_needs_no_data_and_leaves_nothing(tmp_path, monkeypatch, cap
         "474,755,088 parameters, 256 tokens of 16",
         "500,000 of 2,048 images = 799.3 epochs of 1,281,167",
         "31,250 with tau 0.99 and learning rate 0.00056",
-        "scaled by FLOPs",
+        "measured:",
         "at 256 images at a time",
-        "--train.accumulate 2 fits",
         "GPU-days",
     ):
+        assert words in text, text
+    assert cli.main(["train", "imagenet512", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for words in ("scaled by FLOPs", "--train.accumulate 16 fits"):
         assert words in text, text
     assert cli.main(["train", "digits", "--dry-run"]) == 0
     assert "an upper bound" in capsys.readouterr().out

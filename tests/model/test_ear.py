@@ -323,3 +323,25 @@ def test_bad_sampling_options_are_named(tiny_model, options, named):
 def test_unknown_preset_is_named():
     with pytest.raises(ValueError, match=r"'ear_tiny'.*digits, ear_base, ear_large, ear_huge"):
         EAR.from_preset("ear_tiny")
+
+
+def test_loss_in_chunks_is_the_same_loss():
+    """Loss and every gradient, whatever the number of parts; also scaled, as gradient accumulation does."""
+    torch.manual_seed(0)
+    model = EAR.from_preset("digits").train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.score.generator.noise_embed.bias.requires_grad_(False)
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    found = []
+    for chunks in (1, 4, 100):
+        model.score.loss_chunks = chunks
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = model(images, labels, num_masked=13)
+        (loss / 3).backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == sum(1 for _ in model.parameters())  # the loss, and all gradients but the frozen one
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)

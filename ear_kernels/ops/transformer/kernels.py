@@ -22,6 +22,26 @@ def _kept(seed, first, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _normal(h, FAST: tl.constexpr):
+    """Phi(h) and phi(h) of the standard normal distribution.
+
+    FAST is for 16-bit results: Abramowitz and Stegun 7.1.26, an error below 1e-7 with the exponential that phi needs
+    anyway, at half the instructions of erf, which would take longer than the memory.
+    """
+    density = tl.exp2(h * h * -0.7213475204444817)
+    if FAST:
+        t = 1.0 / (1.0 + 0.2316418882 * tl.abs(h))
+        tail = 0.5307027145 * t - 0.7265760135
+        tail = tail * t + 0.7107068705
+        tail = tail * t - 0.142248368
+        tail = (tail * t + 0.1274147960) * t * density
+        cumulative = tl.where(h < 0, tail, 1.0 - tail)
+    else:
+        cumulative = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+    return cumulative, density * 0.3989422804014327
+
+
+@triton.jit
 def dropout_add_layer_norm_fwd_kernel(
     branch,  # [R, W]
     branch_bias,  # [W]: added to branch first
@@ -147,7 +167,8 @@ def gelu_dropout_fwd_kernel(
     for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
         place = tl.cast(index, tl.int64) * WIDTH + cols
         h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
-        y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+        cumulative, _ = _normal(h, out.dtype.element_ty != tl.float32)
+        y = h * cumulative
         if DROPOUT:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
             y *= _kept(drawn_from, counter, threshold, BLOCK) * scale
@@ -183,9 +204,9 @@ def gelu_dropout_bwd_kernel(
         place = tl.cast(index, tl.int64) * WIDTH + cols
         g = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
-        phi = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        y = h * phi
-        slope = phi + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        cumulative, density = _normal(h, out.dtype.element_ty != tl.float32)
+        y = h * cumulative
+        slope = cumulative + h * density
         if DROPOUT:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
             kept = _kept(drawn_from, counter, threshold, BLOCK) * scale
