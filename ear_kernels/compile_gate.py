@@ -1,6 +1,7 @@
 """Cross-compile every shipped kernel without a GPU; ``python -m ear_kernels.compile_gate`` prints the table.
 
-Fails on a spill, on shared memory over the limit and on a failed compiler pass. Needs a process in which triton was
+Fails on a spill, on shared memory over the limit, on a failed compiler pass, and on a WGMMA that takes its A operand
+from registers (ptxas 12.8 may use them again too early). Needs a process in which triton was
 imported without TRITON_INTERPRET=1. For AMD only the passes and the shared memory are checked: the wheel has no tool
 that reads its spills except the code object's own notes, which are read where they say something.
 """
@@ -50,8 +51,11 @@ def resource_usage(asm: dict[str, Any], metadata: Any) -> tuple[int, int]:
     return max(registers, default=0), 4 * max(spills, default=0)
 
 
-def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int]:
-    """(registers, spilled bytes, shared memory) of ``shipped`` for one of ``TARGETS``; raises if a pass fails."""
+def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int, int]:
+    """(registers, spilled bytes, shared memory, WGMMAs with A in registers) of ``shipped`` for one of ``TARGETS``.
+
+    Raises whatever a compiler pass raises.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -63,15 +67,18 @@ def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int]:
     attributes = {
         (position[name],): [["tt.divisibility", 16]]
         for name, kind in shipped.signature.items()
-        if kind.startswith("*") or kind.startswith("i")
+        if kind.startswith("*") or (kind.startswith("i") and name not in shipped.undivided)
     }
+    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages}
+    options |= shipped.options if backend == "cuda" else {}
     compiled = triton.compile(
         ASTSource(shipped.kernel, signature, constexprs, attributes),
         target=GPUTarget(backend, architecture, warp),
-        options={"num_warps": shipped.num_warps, "num_stages": shipped.num_stages},
+        options=options,
     )
     registers, spilled = resource_usage(compiled.asm, compiled.metadata)
-    return registers, spilled, compiled.metadata.shared
+    unsafe = len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm.get("ptx", "")))
+    return registers, spilled, compiled.metadata.shared, unsafe
 
 
 def run(targets: list[str], pattern: str = "") -> int:
@@ -83,13 +90,15 @@ def run(targets: list[str], pattern: str = "") -> int:
                 continue
             start, problems, numbers = time.perf_counter(), [], ""
             try:
-                registers, spilled, shared = compile_for(shipped, target)
+                registers, spilled, shared, unsafe = compile_for(shipped, target)
             except Exception as error:  # whatever a compiler pass raises is a failure of this configuration
                 problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
             else:
                 numbers = f"{registers:4d} registers {spilled:5d} B spilled {shared:7d} B shared"
                 if spilled > 4 * shipped.max_spills:
                     problems.append("spills")
+                if unsafe:
+                    problems.append(f"{unsafe} WGMMAs with A in registers")
                 if shared > TARGETS[target][3]:
                     problems.append(f"shared memory over {TARGETS[target][3]} B")
             failures += bool(problems)

@@ -167,6 +167,8 @@ class ShippedKernel:
             and integers named here are taken to be divisible by 16.
         constexprs: value of every constexpr, and of every integer argument that is specialised to 1.
         num_warps, num_stages: launch options.
+        options: further launch options, such as ``maxnreg`` (NVIDIA only).
+        undivided: integers of the signature that need not be divisible by 16.
         max_spills: registers that may spill; anything but 0 needs a reason beside it.
     """
 
@@ -178,10 +180,16 @@ class ShippedKernel:
     num_stages: int = 3
     max_spills: int = 0
     targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
+    options: dict[str, Any] = field(default_factory=dict)
+    undivided: frozenset[str] = frozenset()
 
 
 # Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
-SHIPPED_MODULES = ("ear_kernels.ops.energy_loss.shipped",)
+SHIPPED_MODULES = (
+    "ear_kernels.ops.energy_loss.shipped",
+    "ear_kernels.ops.generator.shipped",
+    "ear_kernels.ops.transformer.shipped",
+)
 
 
 def shipped_kernels() -> list[ShippedKernel]:
