@@ -62,7 +62,6 @@ def check_run(trees, run):
     assert not list(run.rglob(".tmp-*"))
 
 
-@pytest.mark.skipif("cache" not in cli.COMMAND_MODULES, reason="`ear cache` is not here yet")
 def test_images_to_scores(trees, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     tokenizer = ("--tokenizer", "pixels", "--image-size", 16, "--no-flips", "--workers", 0)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward
+from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
 from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
@@ -26,11 +26,6 @@ def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[
     if threshold and seed is None:
         seed = torch.randint(2**31, (1,), device=like.device)
     return (seed if seed is not None else like), threshold, 1 / (1 - threshold / STEPS)
-
-
-def warps_of(width: int) -> int:
-    """Eight elements a thread: one 16-byte load of a 16-bit type, and one Philox call."""
-    return min(16, max(1, block_of(width) // 256))
 
 
 def _add_norm(

@@ -1,7 +1,7 @@
 """What the compile gate compiles of the transformer block, at the paper's widths (heads of 64, 64 and 80)."""
 
 from ear_kernels.launch import ShippedKernel
-from ear_kernels.ops.adaln.autograd import block_of
+from ear_kernels.ops.adaln.autograd import block_of, warps_of
 from ear_kernels.ops.generator.shipped import EVERYWHERE, HOPPER, describe
 from ear_kernels.ops.transformer import autograd, kernels
 
@@ -17,7 +17,7 @@ def shipped() -> list[ShippedKernel]:
     found = []
     for width, targets in ((768, EVERYWHERE), (1024, HOPPER), (1280, EVERYWHERE)):
         size = {"WIDTH": width, "BLOCK": block_of(width)}
-        warps = autograd.warps_of(width)
+        warps = warps_of(width)
         for name, kernel, constants in (
             ("fwd", kernels.dropout_add_layer_norm_fwd_kernel, {"DROPOUT": True, "HAS_BRANCH_BIAS": True}),
             ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, {"DROPOUT": True, "HAS_GRAD_X": True, "STAGES": 3}),
@@ -29,7 +29,5 @@ def shipped() -> list[ShippedKernel]:
         found.append(describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps))
     flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True, "STAGES": 2}
     for name, kernel in (("fwd", kernels.gelu_dropout_fwd_kernel), ("bwd", kernels.gelu_dropout_bwd_kernel)):
-        found.append(
-            describe(f"gelu_dropout_{name}", kernel, flat, TYPES, num_warps=autograd.warps_of(autograd.COLUMNS))
-        )
+        found.append(describe(f"gelu_dropout_{name}", kernel, flat, TYPES, num_warps=warps_of(autograd.COLUMNS)))
     return found
