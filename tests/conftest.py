@@ -6,6 +6,10 @@ import random
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. Before anything imports triton, which reads this once: model tests do too.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One seed a session, so that inputs are fresh in every run and a failing run can be repeated.
 SESSION_SEED = int(os.environ.get("EAR_TEST_SEED", random.SystemRandom().randrange(2**31)))
 

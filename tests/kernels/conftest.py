@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: a GPU if there is one, Triton's interpreter otherwise."""
+"""Fixtures of the kernel tests: a GPU if there is one, Triton's interpreter (tests/conftest.py) otherwise."""
 
 import os
 
@@ -7,9 +7,6 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Before anything imports triton: it reads this once, at import.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # EAR_TEST_EXAMPLES=500 on a GPU; the default keeps the interpreter's run short.
 EXAMPLES = int(os.environ.get("EAR_TEST_EXAMPLES", "500" if HAS_GPU else "25"))
