@@ -1,6 +1,5 @@
 """Shared helpers of the generator's kernel tests: devices, dtypes and the error rule."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -9,8 +8,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bf16 arithmetic is wrong, so bf16 is for the GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-gpu_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
 
 
 def assert_no_worse_than_eager(
