@@ -24,6 +24,7 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "gelu_mlp",
         "mlp_generator",
         "qkv_heads",
+        "self_attention",
     }
 )
 

@@ -4,6 +4,7 @@ Under torch.compile they are the plain operations, which inductor fuses by itsel
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ear_kernels.functional import _applies, _check_device, _check_floating, _compute_dtype
@@ -140,6 +141,63 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
+    _check_qkv(x, weight, bias, heads)
+    if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
+        from ear_kernels.ops.transformer import autograd
+
+        present = [weight] if bias is None else [weight, bias]
+        return autograd.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
+    return reference.qkv_heads(x, weight, bias, heads)
+
+
+def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, dropout: float = 0.0) -> Tensor:
+    """Bidirectional multi-head self-attention with dropout of its weights, without the output linear.
+
+    Args:
+        x, weight, bias, heads: as for :func:`qkv_heads`.
+        dropout: probability that an attention weight is dropped, in [0, 1); drawn from torch's generator.
+
+    Returns:
+        ``[B, L, heads D]``, the heads' results side by side, in the autocast dtype, or in the promoted dtype without
+        autocast. Float32, heads wider than 64 and torch.compile take PyTorch's scaled_dot_product_attention.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
+    """
+    _check_dropout(dropout)
+    _check_qkv(x, weight, bias, heads)
+    present = [weight] if bias is None else [weight, bias]
+    if not torch.compiler.is_compiling():
+        dtype = _compute_dtype(x, *present)
+        fits = _attention_fits(x, weight.shape[0] // (3 * heads), heads, dtype)
+        if fits and _applies("self_attention", x, _refusal(x, weight, bias)):
+            from ear_kernels.ops.attention import autograd
+
+            return autograd.self_attention(x, weight, bias, heads, dropout, dtype)
+    query, key, value = qkv_heads(x, weight, bias, heads)
+    mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
+    """Whether our kernels take this attention; PyTorch's own are no worse than ours where they don't."""
+    return dtype in (torch.float16, torch.bfloat16) and dim <= 64 and x.shape[0] * heads <= 65535
+
+
+def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why the kernels do not take these tensors; None if they do or if Triton is out of the question anyway."""
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    for tensor in (first, *tensors):
+        if tensor is not None and tensor.dtype not in floats:
+            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
+    if first.shape[-1] > 8192:
+        return f"width {first.shape[-1]} (the kernels take at most 8192)"
+    if first.numel() // 8 >= 2**30:
+        return f"{first.numel()} elements (the kernels count to 2^33)"
+    return None
+
+
+def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> None:
     _check_floating("x", x)
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, L, W]")
@@ -154,25 +212,6 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
         if tensor is not None:
             _check_floating(name, tensor)
             _check_device(name, tensor, x, "x")
-    if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
-        from ear_kernels.ops.transformer import autograd
-
-        present = [weight] if bias is None else [weight, bias]
-        return autograd.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
-    return reference.qkv_heads(x, weight, bias, heads)
-
-
-def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take these tensors; None if they do or if Triton is out of the question anyway."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    for tensor in (first, *tensors):
-        if tensor is not None and tensor.dtype not in floats:
-            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
-    if first.shape[-1] > 8192:
-        return f"width {first.shape[-1]} (the kernels take at most 8192)"
-    if first.numel() // 8 >= 2**30:
-        return f"{first.numel()} elements (the kernels count to 2^33)"
-    return None
 
 
 def _check_dropout(dropout: float) -> None:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, self_attention
 from ear_model.config import ModelConfig
 
 # cuDNN's attention is the fastest on a Hopper GPU, with dropout too (docs/performance.md); others where it has none.
@@ -51,11 +51,14 @@ class TransformerBlock(Block):
             normed = self.norm1(hidden)
         else:
             hidden, normed = _add(pending, hidden, self.norm1, dropout, seed[0])
-        query, key, value = qkv_heads(normed, attention.qkv.weight, attention.qkv.bias, attention.num_heads)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=attention.attn_drop.p if self.training else 0.0
+        mixed = self_attention(
+            normed,
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.num_heads,
+            dropout=attention.attn_drop.p if self.training else 0.0,
         )
-        attended = F.linear(mixed.transpose(1, 2).reshape(hidden.shape), attention.proj.weight)
+        attended = F.linear(mixed, attention.proj.weight)
         hidden, normed = _add((attended, attention.proj.bias), hidden, self.norm2, dropout, seed[1])
         first, second = mlp.fc1, mlp.fc2
         out = gelu_mlp(normed, first.weight, first.bias, second.weight, None, dropout=dropout, seed=seed[2])

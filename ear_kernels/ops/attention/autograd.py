@@ -1,0 +1,189 @@
+"""Launchers and autograd of self-attention with dropout, its query-key-value linear included. Imports Triton."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_kernels.ops.adaln.autograd import block_of, refuse_double_backward
+from ear_kernels.ops.attention import kernels
+from ear_kernels.ops.generator.passes import weight_gradient
+from ear_kernels.ops.silu_ffn.autograd import linear
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Queries and keys of a tile, the loop's stages, warps; ``shared`` as in the kernels' docstring."""
+
+    bm: int
+    bn: int
+    stages: int
+    warps: int
+    shared: bool
+
+
+# The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md).
+FORWARD = AttentionConfig(64, 64, 2, 4, shared=True)
+BACKWARD_QUERY = AttentionConfig(64, 64, 2, 4, shared=True)
+BACKWARD_KEY = AttentionConfig(64, 64, 2, 4, shared=True)
+
+
+def threshold_of(dropout: float) -> tuple[int, float]:
+    """(int32 below which an element is dropped, scale of what is kept) of a probability, to 2^-32."""
+    steps = min(round(dropout * 2**32), 2**32 - 1)
+    return steps - 2**31, 1 / (1 - steps / 2**32)
+
+
+def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
+    """What the dropout of one call is made of: int32 ``[3, B H, L]`` from torch's generator."""
+    return torch.randint(-(2**31), 2**31, (3, batch * heads, length), dtype=torch.int32, device=device)
+
+
+def _constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
+    block_d = max(16, block_of(dim))
+    return {
+        "DIM": dim,
+        "BLOCK_D": block_d,
+        "BM": config.bm,
+        "BN": config.bn,
+        "DROPOUT": dropout,
+        "EVEN": block_d == dim and length % config.bm == 0 and length % config.bn == 0,
+        "SHARED": config.shared,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+    }
+
+
+def forward(
+    qkv: Tensor, heads: int, draws: Tensor | None, dropout: float, config: AttentionConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Contiguous ``qkv [B, L, 3W]`` -> (``[B, L, W]``, float32 ``[B H, L]``: log2 of the softmax's sums)."""
+    config = config or FORWARD
+    batch, length, triple = qkv.shape
+    width = triple // 3
+    dim = width // heads
+    out = qkv.new_empty((batch, length, width))
+    lse = qkv.new_empty((batch * heads, length), dtype=torch.float32)
+    if out.numel():
+        threshold, keep_scale = threshold_of(dropout)
+        kernels.attention_fwd_kernel[(-(-length // config.bm), batch * heads)](
+            qkv,
+            out,
+            lse,
+            draws if draws is not None else lse,
+            length,
+            heads,
+            math.log2(math.e) / math.sqrt(dim),
+            threshold,
+            keep_scale,
+            **_constants(config, dim, length, draws is not None),
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    draws: Tensor | None,
+    dropout: float,
+    query_config: AttentionConfig | None = None,
+    key_config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of ``qkv``, its column sums ``[3W]`` in float32); ``grad_out [B, L, W]`` is contiguous."""
+    query_config, key_config = query_config or BACKWARD_QUERY, key_config or BACKWARD_KEY
+    batch, length, triple = qkv.shape
+    width = triple // 3
+    dim = width // heads
+    grad = torch.empty_like(qkv)
+    if not grad.numel():
+        return grad, qkv.new_zeros(triple, dtype=torch.float32)
+    blocks_m, blocks_n = -(-length // query_config.bm), -(-length // key_config.bn)
+    delta = torch.empty_like(lse)
+    sums_query = lse.new_empty((batch * blocks_m, width))
+    sums_rest = lse.new_empty((batch * blocks_n, 2 * width))
+    threshold, keep_scale = threshold_of(dropout)
+    scale = math.log2(math.e) / math.sqrt(dim)
+    drawn = draws if draws is not None else lse
+    kernels.attention_bwd_query_kernel[(blocks_m, batch * heads)](
+        qkv,
+        out,
+        grad_out,
+        lse,
+        drawn,
+        grad,
+        delta,
+        sums_query,
+        length,
+        heads,
+        scale,
+        threshold,
+        keep_scale,
+        **_constants(query_config, dim, length, draws is not None),
+    )
+    kernels.attention_bwd_key_kernel[(blocks_n, batch * heads)](
+        qkv,
+        grad_out,
+        lse,
+        delta,
+        drawn,
+        grad,
+        sums_rest,
+        length,
+        heads,
+        scale,
+        threshold,
+        keep_scale,
+        **_constants(key_config, dim, length, draws is not None),
+    )
+    return grad, torch.cat((sums_query.sum(0), sums_rest.sum(0)))
+
+
+class SelfAttention(torch.autograd.Function):
+    """``x [B, L, C]`` -> the heads' results side by side, ``[B, L, W]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, save: bool
+    ) -> Tensor:
+        batch, length, columns = x.shape
+        low = weight.to(x.dtype)
+        rows = x.reshape(-1, columns)
+        qkv = linear(rows, low, None if bias is None else bias.to(x.dtype)).view(batch, length, weight.shape[0])
+        draws = draw(batch, heads, length, x.device) if dropout else None
+        out, lse = forward(qkv, heads, draws, dropout)
+        if save:
+            ctx.save_for_backward(rows, low, qkv, out, lse, draws)
+            ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+            ctx.heads, ctx.dropout = heads, dropout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("self_attention")
+        rows, low, qkv, out, lse, draws = ctx.saved_tensors
+        grad, sums = backward(grad_out.contiguous(), qkv, out, lse, ctx.heads, draws, ctx.dropout)
+        grad = grad.flatten(0, 1)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            torch.mm(grad, low).view(*qkv.shape[:2], rows.shape[1]),
+            weight_gradient(grad, rows, weight_dtype),
+            None if bias_dtype is None else sums.to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def self_attention(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`ear_kernels.functional_transformer.self_attention`."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    with torch.autocast(x.device.type, enabled=False):
+        return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout, save)

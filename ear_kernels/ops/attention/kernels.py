@@ -1,0 +1,284 @@
+"""Attention with dropout over a packed query, key and value: forward, and backward into one packed gradient.
+
+Legend: B sequences of L positions, H heads of D features, W = H D. A row of ``qkv [B, L, 3W]`` is what one linear
+made: query, key, value, each head after head. Programs take BM queries (or BN keys) of one head and walk over the
+other; logits are in units of log2, so that exp2 serves.
+
+Dropout stores no mask. An element (i, j) of a head draws ``r_i c_j + o_j mod 2^32`` from random numbers r of the
+queries and c (made odd), o of the keys, and is dropped if that is below ``threshold``. Columns are independent of each
+other, and any two elements of a column whose r differ are independent: affine hashing is pairwise independent. It is
+one multiply-add, where Philox costs more than the products of matrices.
+
+SHARED says how the second product of a chain takes the matrix the kernel has computed: as the left operand from
+registers (False: for mma.sync, with one or two warps), or transposed as the right operand, which goes through shared
+memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is miscompiled by
+ptxas 12.8 (docs/performance_generator.md).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr):
+    """``[len(rows), len(cols)]`` of a matrix with ``length`` rows of ``DIM`` columns, zero outside."""
+    place = base + rows[:, None] * stride + cols[None, :]
+    if EVEN:
+        return tl.load(place)
+    return tl.load(place, mask=(rows[:, None] < length) & (cols[None, :] < DIM), other=0.0)
+
+
+@triton.jit
+def _keys(base, index, length, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(base + index)
+    return tl.load(base + index, mask=index < length, other=0)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_fwd_kernel(
+    qkv,  # [B, L, 3W]
+    out,  # [B, L, W], out
+    lse,  # [B H, L] float32, out: log2 of the sum of a row's exponentials
+    draws,  # [3, B H, L] int32: r, c, o
+    length,
+    heads,
+    scale_log2,  # log2(e) / sqrt(D)
+    threshold,  # int32: keep what is at least this
+    keep_scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    head = tl.program_id(1)
+    width = heads * DIM
+    stride = 3 * width
+    start = tl.cast(head // heads, tl.int64) * length
+    base = qkv + start * stride + (head % heads) * DIM
+    column = draws + tl.cast(head, tl.int64) * length
+    total = tl.cast(tl.num_programs(1), tl.int64) * length
+    cols_d = tl.arange(0, BLOCK_D)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
+    if DROPOUT:
+        r = _keys(column, rows, length, EVEN)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
+    for first in tl.range(0, length, BN, num_stages=STAGES):
+        cols = first + tl.arange(0, BN)
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
+        s = tl.dot(q, k.T) * scale_log2
+        if not EVEN:
+            s = tl.where(cols[None, :] < length, s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - higher)
+        p = tl.exp2(s - higher[:, None])
+        norm = norm * shrink + tl.sum(p, 1)
+        top = higher
+        if DROPOUT:
+            c = _keys(column + total, cols, length, EVEN) | 1
+            o = _keys(column + 2 * total, cols, length, EVEN)
+            p = tl.where(r[:, None] * c[None, :] + o[None, :] >= threshold, p, 0.0)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        if SHARED:
+            acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+    factor = keep_scale / norm
+    place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
+    result = (acc * factor[None, :]).T if SHARED else acc * factor[:, None]
+    if EVEN:
+        tl.store(place, result.to(out.dtype.element_ty))
+        tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
+    else:
+        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
+        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm), mask=rows < length)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_bwd_query_kernel(
+    qkv,  # [B, L, 3W]
+    out,  # [B, L, W]
+    grad_out,  # [B, L, W]
+    lse,  # [B H, L] float32
+    draws,  # [3, B H, L] int32
+    grad_qkv,  # [B, L, 3W], out: the query's third
+    delta,  # [B H, L] float32, out: sum over the features of out * grad_out
+    partials,  # [B blocks, W] float32, out: column sums of the query's gradient over a block
+    length,
+    heads,
+    scale_log2,
+    threshold,
+    keep_scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``ds = p (dp - delta)``, ``dq = ds k / sqrt(D)`` for BM queries of a head."""
+    head = tl.program_id(1)
+    width = heads * DIM
+    stride = 3 * width
+    start = tl.cast(head // heads, tl.int64) * length
+    offset = (head % heads) * DIM
+    base = qkv + start * stride + offset
+    vector = tl.cast(head, tl.int64) * length
+    total = tl.cast(tl.num_programs(1), tl.int64) * length
+    cols_d = tl.arange(0, BLOCK_D)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
+    g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
+    y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
+    d = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
+    if EVEN:
+        tl.store(delta + vector + rows, d)
+        log_sum = tl.load(lse + vector + rows)
+    else:
+        tl.store(delta + vector + rows, d, mask=rows < length)
+        log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
+    if DROPOUT:
+        r = _keys(draws + vector, rows, length, EVEN)
+    acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
+    for first in tl.range(0, length, BN, num_stages=STAGES):
+        cols = first + tl.arange(0, BN)
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
+        if not EVEN:
+            p = tl.where(cols[None, :] < length, p, 0.0)
+        dp = tl.dot(g, v.T)
+        if DROPOUT:
+            c = _keys(draws + total + vector, cols, length, EVEN) | 1
+            o = _keys(draws + 2 * total + vector, cols, length, EVEN)
+            dp = tl.where(r[:, None] * c[None, :] + o[None, :] >= threshold, dp * keep_scale, 0.0)
+        ds = (p * (dp - d[:, None])).to(k.dtype)
+        if SHARED:
+            acc = tl.dot(k.T, ds.T, acc)
+        else:
+            acc = tl.dot(ds, k, acc)
+    acc *= scale_log2 * 0.6931471805599453
+    block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    total_D = tl.sum(acc, 1 if SHARED else 0)
+    place = grad_qkv + (start + rows[:, None]) * stride + offset + cols_d[None, :]
+    result = acc.T if SHARED else acc
+    if EVEN:
+        tl.store(place, result.to(grad_qkv.dtype.element_ty))
+        tl.store(partials + block * width + offset + cols_d, total_D)
+    else:
+        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
+        tl.store(place, result.to(grad_qkv.dtype.element_ty), mask=inside)
+        tl.store(partials + block * width + offset + cols_d, total_D, mask=cols_d < DIM)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_bwd_key_kernel(
+    qkv,  # [B, L, 3W]
+    grad_out,  # [B, L, W]
+    lse,  # [B H, L] float32
+    delta,  # [B H, L] float32
+    draws,  # [3, B H, L] int32
+    grad_qkv,  # [B, L, 3W], out: the thirds of key and value
+    partials,  # [B blocks, 2W] float32, out: column sums of their gradients over a block
+    length,
+    heads,
+    scale_log2,
+    threshold,
+    keep_scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``dv = (dropped p)^T dy`` and ``dk = ds^T q / sqrt(D)`` for BN keys of a head."""
+    head = tl.program_id(1)
+    width = heads * DIM
+    stride = 3 * width
+    start = tl.cast(head // heads, tl.int64) * length
+    offset = (head % heads) * DIM
+    base = qkv + start * stride + offset
+    grads = grad_out + start * width + offset
+    vector = tl.cast(head, tl.int64) * length
+    total = tl.cast(tl.num_programs(1), tl.int64) * length
+    cols_d = tl.arange(0, BLOCK_D)
+    keys = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN)
+    v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN)
+    if DROPOUT:
+        c = _keys(draws + total + vector, keys, length, EVEN) | 1
+        o = _keys(draws + 2 * total + vector, keys, length, EVEN)
+    grad_k = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
+    for first in tl.range(0, length, BM, num_stages=STAGES):
+        rows = first + tl.arange(0, BM)
+        q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
+        g = _rows(grads, rows, cols_d, width, length, DIM, EVEN)
+        if EVEN:
+            log_sum = tl.load(lse + vector + rows)
+            d = tl.load(delta + vector + rows)
+        else:
+            # Rows past the end: p = exp2(-inf) = 0.
+            log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
+            d = tl.load(delta + vector + rows, mask=rows < length, other=0.0)
+        if DROPOUT:
+            r = _keys(draws + vector, rows, length, EVEN)
+        if SHARED:
+            p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
+            dp = tl.dot(g, v.T)
+            dropped = p
+            if DROPOUT:
+                kept = r[:, None] * c[None, :] + o[None, :] >= threshold
+                dropped = tl.where(kept, p * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            grad_v = tl.dot(g.T, dropped.to(g.dtype), grad_v)
+            ds = p * (dp - d[:, None])
+            grad_k = tl.dot(q.T, ds.to(q.dtype), grad_k)
+        else:
+            p = tl.exp2(tl.dot(k, q.T) * scale_log2 - log_sum[None, :])
+            dp = tl.dot(v, g.T)
+            dropped = p
+            if DROPOUT:
+                kept = r[None, :] * c[:, None] + o[:, None] >= threshold
+                dropped = tl.where(kept, p * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            grad_v = tl.dot(dropped.to(g.dtype), g, grad_v)
+            ds = p * (dp - d[None, :])
+            grad_k = tl.dot(ds.to(q.dtype), q, grad_k)
+    grad_k *= scale_log2 * 0.6931471805599453
+    if not EVEN:
+        # Keys past the end have logits of 0; their gradients must not reach the sums.
+        inside = keys < length
+        grad_k = tl.where(inside[None, :] if SHARED else inside[:, None], grad_k, 0.0)
+        grad_v = tl.where(inside[None, :] if SHARED else inside[:, None], grad_v, 0.0)
+    block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    sum_k = tl.sum(grad_k, 1 if SHARED else 0)
+    sum_v = tl.sum(grad_v, 1 if SHARED else 0)
+    sums = partials + block * (2 * width) + offset + cols_d
+    place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
+    result_k = grad_k.T if SHARED else grad_k
+    result_v = grad_v.T if SHARED else grad_v
+    if EVEN:
+        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty))
+        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty))
+        tl.store(sums, sum_k)
+        tl.store(sums + width, sum_v)
+    else:
+        written = inside[:, None] & (cols_d[None, :] < DIM)
+        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty), mask=written)
+        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty), mask=written)
+        tl.store(sums, sum_k, mask=cols_d < DIM)
+        tl.store(sums + width, sum_v, mask=cols_d < DIM)
