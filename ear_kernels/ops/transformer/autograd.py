@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
+from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
@@ -109,7 +110,7 @@ def _add_norm_backward(
         STAGES=3,
         num_warps=warps_of(width),
     )
-    return grad_branch, grad_residual, partials.sum(0)
+    return grad_branch, grad_residual, column_sums(partials)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
@@ -263,7 +264,7 @@ def _gelu_dropout_backward(
         STAGES=2,
         num_warps=warps_of(block),
     )
-    return grad_out, partials.sum(0)
+    return grad_out, column_sums(partials)
 
 
 class GeluMLP(torch.autograd.Function):
@@ -305,7 +306,7 @@ class GeluMLP(torch.autograd.Function):
             weight_gradient(grad_pre, x, weight_in),
             None if bias_in is None else sums.to(bias_in),
             weight_gradient(grad, inner, weight_out),
-            None if bias_out is None else grad.sum(0, dtype=torch.float32).to(bias_out),
+            None if bias_out is None else column_sums(grad, bias_out),
             None,
             None,
             None,
