@@ -18,6 +18,11 @@ COLUMNS = 1024
 """Columns of the MLP's inner width that a program takes."""
 
 GELU_PROGRAMS = 2112
+"""Most runs of rows that the GELU's forward takes."""
+
+GELU_BACKWARD_PROGRAMS = 1056
+"""Programs of the GELU's backward, all columns together: 8 for each of an H200's SMs, as many as fit at once."""
+
 STEPS = 2**16
 
 
@@ -231,7 +236,6 @@ def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Te
             WIDTH=width,
             BLOCK=block,
             DROPOUT=threshold > 0,
-            STAGES=2,
             num_warps=warps_of(block),
         )
     return out
@@ -244,10 +248,11 @@ def _gelu_dropout_backward(
     rows, width = pre.shape
     if rows == 0:
         return grad_out, pre.new_zeros(width, dtype=torch.float32)
-    programs, rows_per_program = backward_grid(rows, PROGRAMS)
     block = max(8, min(COLUMNS, block_of(width)))
+    tiles = -(-width // block)
+    programs, rows_per_program = backward_grid(rows, max(1, GELU_BACKWARD_PROGRAMS // tiles))
     partials = pre.new_empty((programs, width), dtype=torch.float32)
-    kernels.gelu_dropout_bwd_kernel[(programs, -(-width // block))](
+    kernels.gelu_dropout_bwd_kernel[(programs, tiles)](
         grad_out,
         pre,
         seed,
@@ -261,7 +266,6 @@ def _gelu_dropout_backward(
         WIDTH=width,
         BLOCK=block,
         DROPOUT=threshold > 0,
-        STAGES=2,
         num_warps=warps_of(block),
     )
     return grad_out, column_sums(partials)

@@ -27,7 +27,7 @@ def shipped() -> list[ShippedKernel]:
             )
         heads = {"DIM": 80 if width == 1280 else 64, "STAGES": 2}
         found.append(describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps))
-    flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True, "STAGES": 2}
+    flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True}
     for name, kernel in (("fwd", kernels.gelu_dropout_fwd_kernel), ("bwd", kernels.gelu_dropout_bwd_kernel)):
         found.append(describe(f"gelu_dropout_{name}", kernel, flat, TYPES, num_warps=warps_of(autograd.COLUMNS)))
     return found
