@@ -27,7 +27,10 @@ STEPS = 2**16
 
 
 def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
-    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability."""
+    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability.
+
+    ``like`` stands in for a seed that is not needed, and is kept for backward in its place.
+    """
     threshold = round(dropout * STEPS)
     if threshold and seed is None:
         seed = torch.randint(2**31, (1,), device=like.device)
@@ -85,8 +88,12 @@ def _add_norm_backward(
     threshold: int,
     scale: float,
     dtype: torch.dtype,
+    added: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias."""
+    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
+
+    With ``added = (branch, branch_bias)`` ``x`` is forward's residual, from which the kernel computes x again.
+    """
     rows, width = x.shape
     grad_branch, grad_residual = x.new_empty((rows, width), dtype=dtype), x.new_empty((rows, width))
     if rows == 0:
@@ -97,6 +104,8 @@ def _add_norm_backward(
         grad_out.contiguous(),
         grad_x.contiguous() if grad_x is not None else x,
         x,
+        added[0] if added is not None else x,
+        added[1] if added is not None and added[1] is not None else weight,
         weight,
         mean,
         rstd,
@@ -112,6 +121,8 @@ def _add_norm_backward(
         BLOCK=max(8, block_of(width)),
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
+        REBUILD=added is not None,
+        HAS_BRANCH_BIAS=added is not None and added[1] is not None,
         STAGES=3,
         num_warps=warps_of(width),
     )
@@ -134,11 +145,15 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         scale: float,
         eps: float,
         dtype: torch.dtype,
+        keep_branch: bool,
     ) -> tuple[Tensor, Tensor]:
         x, out, mean, rstd = _add_norm(
             branch, branch_bias, residual, weight, bias, seed, threshold, scale, eps, dtype
         )
-        ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
+        # A kept branch saves memory only where it is narrower than x.
+        ctx.rebuild = keep_branch and branch.element_size() < x.element_size()
+        added = (branch, branch_bias) if ctx.rebuild else (None, None)
+        ctx.save_for_backward(residual if ctx.rebuild else x, weight, bias, mean, rstd, seed, *added)
         ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
         ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
         ctx.set_materialize_grads(False)
@@ -147,14 +162,13 @@ class DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("dropout_add_layer_norm")
-        x, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        x, weight, bias, mean, rstd, seed, *added = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        branch, residual, sums = _add_norm_backward(
-            grad_out, grad_x, x, weight, mean, rstd, seed, ctx.threshold, ctx.scale, ctx.dtype
-        )
+        options = (ctx.threshold, ctx.scale, ctx.dtype, tuple(added) if ctx.rebuild else None)
+        branch, residual, sums = _add_norm_backward(grad_out, grad_x, x, weight, mean, rstd, seed, *options)
         branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
 
 
@@ -327,12 +341,13 @@ def dropout_add_layer_norm(
     eps: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    keep_branch: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ear_kernels.functional.dropout_add_layer_norm`."""
     width = residual.shape[-1]
-    options = dropout_options(dropout, seed, residual)
+    options = (*dropout_options(dropout, seed, weight), eps, dtype, keep_branch)
     x, out = DropoutAddLayerNorm.apply(
-        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options, eps, dtype
+        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options
     )
     return x.view(residual.shape), out.view(residual.shape)
 
@@ -348,7 +363,7 @@ def gelu_mlp(
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`ear_kernels.functional.gelu_mlp`."""
-    options = dropout_options(dropout, seed, x)
+    options = dropout_options(dropout, seed, weight_in)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)

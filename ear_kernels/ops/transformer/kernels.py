@@ -95,7 +95,9 @@ def dropout_add_layer_norm_fwd_kernel(
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm
-    x,  # [R, W]
+    x,  # [R, W], or with REBUILD forward's residual
+    branch,  # [R, W], read with REBUILD
+    branch_bias,  # [W], read with REBUILD
     weight,  # [W]
     mean,  # [R] float32
     rstd,  # [R] float32
@@ -111,14 +113,19 @@ def dropout_add_layer_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_GRAD_X: tl.constexpr,
+    REBUILD: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """With REBUILD x is computed again from what forward computed it from."""
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         drawn_from = tl.load(seed)
+    if REBUILD and HAS_BRANCH_BIAS:
+        bb_W = tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
     sum_weight_W = tl.zeros([BLOCK], tl.float32)
     sum_bias_W = tl.zeros([BLOCK], tl.float32)
     sum_branch_W = tl.zeros([BLOCK], tl.float32)
@@ -128,19 +135,30 @@ def dropout_add_layer_norm_bwd_kernel(
         place = row * WIDTH + cols
         g_W = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+        if REBUILD:
+            y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
+            if HAS_BRANCH_BIAS:
+                y_W += bb_W
+            if DROPOUT:
+                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+                y_W *= kept_W
+            x_W = (x_W + y_W).to(x.dtype.element_ty).to(tl.float32)
         rs = tl.load(rstd + row)
-        n_W = tl.where(live, (x_W - tl.load(mean + row)) * rs, 0.0)
+        # Not 0 past the end of the row, but what it is multiplied by there is.
+        n_W = (x_W - tl.load(mean + row)) * rs
         sum_weight_W += g_W * n_W
         sum_bias_W += g_W
         g_W *= w_W
         average = tl.sum(g_W, 0) / WIDTH
         projection = tl.sum(g_W * n_W, 0) / WIDTH
-        dx_W = (g_W - average - n_W * projection) * rs
+        dx_W = (g_W - (average + n_W * projection)) * rs
         if HAS_GRAD_X:
             dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
         if DROPOUT:
-            dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+            if not REBUILD:
+                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+            dx_W *= kept_W
         sum_branch_W += dx_W
         tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
     base = partials + program.to(tl.int64) * (3 * WIDTH) + cols
