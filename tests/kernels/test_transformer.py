@@ -167,10 +167,12 @@ def test_qkv_heads(monkeypatch, dtype, shape, layout) -> None:
     )
 
 
-def test_gelu_mlp_with_dropout_is_linear_in_its_mask(monkeypatch) -> None:
+# The second is wider than a program's columns, and of fewer rows than programs.
+@pytest.mark.parametrize(("rows", "inner"), [(37, 40), (6, 1100)])
+def test_gelu_mlp_with_dropout_is_linear_in_its_mask(monkeypatch, rows, inner) -> None:
     """The mask is read off an identity second linear; outputs and gradients then are those of that mask."""
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    rows, width, inner, dropout = 37, 16, 40, 0.3
+    width, dropout = 16, 0.3
     draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
     x, first, second = draw(rows, width), draw(inner, width), draw(5, inner)
     seed = torch.randint(2**31, (1,), device=DEVICE)
