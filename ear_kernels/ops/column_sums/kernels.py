@@ -30,5 +30,6 @@ def column_sums_kernel(
         place = x + row.to(tl.int64)[:, None] * stride_x + cols[None, :]
         total += tl.load(place, mask=(row < rows)[:, None] & live[None, :], other=0.0).to(tl.float32)
     # In steps: the interpreter adds rows one after another, whose error grows with their number.
-    sums = tl.sum(tl.sum(tl.reshape(total, [8, ROWS // 8, COLS]), 0), 0)
+    eighth = tl.sum(tl.reshape(total, [8, ROWS // 8, COLS]), 0)
+    sums = tl.sum(tl.sum(tl.reshape(eighth, [ROWS // 128, 16, COLS]), 1), 0)
     tl.store(out + tl.program_id(1).to(tl.int64) * N + cols, sums.to(out.dtype.element_ty), mask=live)

@@ -18,8 +18,8 @@ FIRST_STAGE_PROGRAMS = 528
 
 
 def tile_of(width: int, itemsize: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: 64 bytes a row."""
-    columns = min(64 // itemsize, max(4, 1 << max(width - 1, 0).bit_length()))
+    """(rows, columns) of a tile: 64 bytes a row, or 16 elements of a narrow one."""
+    columns = min(64 // itemsize, max(16, 1 << max(width - 1, 0).bit_length()))
     return TILE // columns, columns
 
 
