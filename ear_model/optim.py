@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
@@ -96,3 +97,31 @@ class ExponentialMovingAverage:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients to a norm of at most ``limit``; returns the norm before, as a tensor (no wait)."""
     return nn.utils.clip_grad_norm_(list(parameters), limit, error_if_nonfinite=False)
+
+
+@torch.no_grad()
+def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    """:func:`clip_gradients` and ``optimizer.step()``; returns the norm before, as a tensor (no wait).
+
+    A fused optimiser divides the gradients itself, as it would for a GradScaler: no pass over them for the clipping
+    alone. They are clipped afterwards, too. Other optimisers, and gradients spread over processes (FSDP), get that
+    pass, with the same results bit for bit.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = nn.utils.get_total_norm(gradients)
+    norm = total.full_tensor() if isinstance(total, DTensor) else total
+    # The inverse of clip_grad_norm_'s factor; NaN stays NaN.
+    divisor = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
+    if not optimizer.defaults.get("fused") or total is not norm:
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        if local:
+            torch._foreach_div_(local, divisor)
+        optimizer.step()
+        return norm
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale  # type: ignore[attr-defined]
+    return norm

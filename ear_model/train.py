@@ -254,8 +254,7 @@ class Trainer:
                     loss = self.replica(images, labels, num_masked=num_masked) / train.accumulate
                 loss.backward()
             total += loss.detach()
-        norm = distributed.whole(optim.clip_gradients(self.model.parameters(), train.clip).detach())
-        self.optimizer.step()
+        norm = optim.clipped_step(self.optimizer, train.clip)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model)
         self.step += 1

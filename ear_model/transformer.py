@@ -59,7 +59,9 @@ class TransformerBlock(Block):
             dropout=attention.attn_drop.p if self.training else 0.0,
         )
         attended = F.linear(mixed, attention.proj.weight)
-        hidden, normed = _add((attended, attention.proj.bias), hidden, self.norm2, dropout, seed[1])
+        # The stream that attention's output is added to is kept by the norm before: the branch is less than the sum.
+        pending = (attended, attention.proj.bias)
+        hidden, normed = _add(pending, hidden, self.norm2, dropout, seed[1], keep_branch=True)
         first, second = mlp.fc1, mlp.fc2
         out = gelu_mlp(normed, first.weight, first.bias, second.weight, None, dropout=dropout, seed=seed[2])
         # A copy: FSDP frees a block's gathered parameters when it returns.
@@ -73,6 +75,8 @@ def _add(
     dropout: float,
     seed: Tensor | None,
     dtype: torch.dtype | None = None,
+    *,
+    keep_branch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return dropout_add_layer_norm(
         pending[0],
@@ -84,6 +88,7 @@ def _add(
         eps=norm.eps,
         seed=seed,
         dtype=dtype,
+        keep_branch=keep_branch,
     )
 
 

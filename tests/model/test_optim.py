@@ -82,3 +82,43 @@ def test_clipping():
     parameter.grad = torch.full((4,), 10.0)
     assert optim.clip_gradients([parameter], 3.0).item() == pytest.approx(20.0)
     assert parameter.grad.norm().item() == pytest.approx(3.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipped_step_is_clip_and_step(tiny_config, limit, fused):
+    results = []
+    for together in (True, False):
+        torch.manual_seed(3)
+        model = EAR(tiny_config)
+        groups = optim.parameter_groups(model, TrainConfig())
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
+        norms = []
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            next(model.parameters()).grad = None
+            if together:
+                norms.append(optim.clipped_step(optimizer, limit))
+            else:
+                norms.append(optim.clip_gradients(model.parameters(), limit))
+                optimizer.step()
+            assert not hasattr(optimizer, "grad_scale")
+        # After the last step the gradients are the clipped ones.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        results.append([*norms, *model.parameters(), *gradients])
+        assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    assert results[0][0] > 0.5
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+
+
+def test_clipped_step_of_nan_is_told():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.tensor([1.0, float("nan"), 0.0, 0.0])
+    assert optim.clipped_step(optimizer, 3.0).isnan()
+    assert parameter.isnan().all()
+    assert not hasattr(optimizer, "grad_scale")
+    parameter.grad = None
+    assert optim.clipped_step(optimizer, 3.0).item() == 0

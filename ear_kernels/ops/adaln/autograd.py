@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln import kernels
+from ear_kernels.ops.column_sums.launchers import column_sums
 
 MAX_WIDTH = 8192
 """Widest row: one program holds a row and its column sums in registers."""
@@ -266,7 +267,7 @@ def launch_backward(
         STAGES=config.stages,
         **launch_options(config, hidden),
     )
-    return ColumnSums(**dict(zip(names, partials.sum(0).unbind(), strict=False)))
+    return ColumnSums(**dict(zip(names, column_sums(partials).unbind(), strict=False)))
 
 
 def _forward(

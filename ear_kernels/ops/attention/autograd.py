@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ear_kernels.ops.adaln.autograd import block_of, refuse_double_backward
 from ear_kernels.ops.attention import kernels
+from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 
@@ -140,7 +141,7 @@ def backward(
         keep_scale,
         **_constants(key_config, dim, length, draws is not None),
     )
-    return grad, torch.cat((sums_query.sum(0), sums_rest.sum(0)))
+    return grad, torch.cat((column_sums(sums_query), column_sums(sums_rest)))
 
 
 class SelfAttention(torch.autograd.Function):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln import autograd as adaln
+from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
 from ear_kernels.ops.silu_ffn import autograd as ffn_ops
 
@@ -194,7 +195,7 @@ def backward(
 
     # The final layer.
     weight_mod, bias_mod, weight_last, _ = final
-    last, sum_out = weight_last.float(), grad_out.sum(0, dtype=torch.float32)
+    last, sum_out = weight_last.float(), column_sums(grad_out)
     put(depth, 3, sum_out)
     if group == 1:
         activated = wide[:, width:]
@@ -257,7 +258,7 @@ def backward(
         slot = 0 if layer == depth else 6
         weight_mod = final[0] if layer == depth else blocks[layer][6]
         if group > 1:
-            bias_sum = grad_mod.sum(0, dtype=torch.float32)
+            bias_sum = column_sums(grad_mod)
         elif layer == depth:
             assert sums.scale is not None
             bias_sum = torch.cat((grad_shift_bias, sums.scale))

@@ -19,6 +19,7 @@ from ear_kernels.ops.adaln.autograd import (
     units_of,
     warps_of,
 )
+from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.silu_ffn import configs, kernels
 from ear_kernels.ops.silu_ffn.configs import GemmConfig
 
@@ -90,7 +91,7 @@ def launch_linear(
         num_stages=config.stages,
         num_warps=config.warps,
     )
-    return partials.sum(0) if partials is not None else None
+    return column_sums(partials) if partials is not None else None
 
 
 def silu(pre: Tensor, out: Tensor | None = None) -> Tensor:
@@ -137,7 +138,7 @@ def silu_backward(
         STAGES=POINTWISE_STAGES,
         num_warps=warps_of(width),
     )
-    return grad_pre, partials.sum(0)
+    return grad_pre, column_sums(partials)
 
 
 def gate_residual(hidden: Tensor, ffn: Tensor, gate: Tensor, group: int) -> Tensor:
@@ -201,7 +202,7 @@ def gate_backward(
         BLOCK=block_of(width),
         num_warps=warps_of(width),
     )
-    return partials.sum(0)
+    return column_sums(partials)
 
 
 def silu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor | None, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
+from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
@@ -17,11 +18,19 @@ COLUMNS = 1024
 """Columns of the MLP's inner width that a program takes."""
 
 GELU_PROGRAMS = 2112
+"""Most runs of rows that the GELU's forward takes."""
+
+GELU_BACKWARD_PROGRAMS = 1056
+"""Programs of the GELU's backward, all columns together: 8 for each of an H200's SMs, as many as fit at once."""
+
 STEPS = 2**16
 
 
 def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
-    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability."""
+    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability.
+
+    ``like`` stands in for a seed that is not needed, and is kept for backward in its place.
+    """
     threshold = round(dropout * STEPS)
     if threshold and seed is None:
         seed = torch.randint(2**31, (1,), device=like.device)
@@ -79,8 +88,12 @@ def _add_norm_backward(
     threshold: int,
     scale: float,
     dtype: torch.dtype,
+    added: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias."""
+    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
+
+    With ``added = (branch, branch_bias)`` ``x`` is forward's residual, from which the kernel computes x again.
+    """
     rows, width = x.shape
     grad_branch, grad_residual = x.new_empty((rows, width), dtype=dtype), x.new_empty((rows, width))
     if rows == 0:
@@ -91,6 +104,8 @@ def _add_norm_backward(
         grad_out.contiguous(),
         grad_x.contiguous() if grad_x is not None else x,
         x,
+        added[0] if added is not None else x,
+        added[1] if added is not None and added[1] is not None else weight,
         weight,
         mean,
         rstd,
@@ -106,10 +121,12 @@ def _add_norm_backward(
         BLOCK=max(8, block_of(width)),
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
+        REBUILD=added is not None,
+        HAS_BRANCH_BIAS=added is not None and added[1] is not None,
         STAGES=3,
         num_warps=warps_of(width),
     )
-    return grad_branch, grad_residual, partials.sum(0)
+    return grad_branch, grad_residual, column_sums(partials)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
@@ -128,11 +145,15 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         scale: float,
         eps: float,
         dtype: torch.dtype,
+        keep_branch: bool,
     ) -> tuple[Tensor, Tensor]:
         x, out, mean, rstd = _add_norm(
             branch, branch_bias, residual, weight, bias, seed, threshold, scale, eps, dtype
         )
-        ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
+        # A kept branch saves memory only where it is narrower than x.
+        ctx.rebuild = keep_branch and branch.element_size() < x.element_size()
+        added = (branch, branch_bias) if ctx.rebuild else (None, None)
+        ctx.save_for_backward(residual if ctx.rebuild else x, weight, bias, mean, rstd, seed, *added)
         ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
         ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
         ctx.set_materialize_grads(False)
@@ -141,14 +162,13 @@ class DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("dropout_add_layer_norm")
-        x, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        x, weight, bias, mean, rstd, seed, *added = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        branch, residual, sums = _add_norm_backward(
-            grad_out, grad_x, x, weight, mean, rstd, seed, ctx.threshold, ctx.scale, ctx.dtype
-        )
+        options = (ctx.threshold, ctx.scale, ctx.dtype, tuple(added) if ctx.rebuild else None)
+        branch, residual, sums = _add_norm_backward(grad_out, grad_x, x, weight, mean, rstd, seed, *options)
         branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
 
 
@@ -230,7 +250,6 @@ def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Te
             WIDTH=width,
             BLOCK=block,
             DROPOUT=threshold > 0,
-            STAGES=2,
             num_warps=warps_of(block),
         )
     return out
@@ -243,10 +262,11 @@ def _gelu_dropout_backward(
     rows, width = pre.shape
     if rows == 0:
         return grad_out, pre.new_zeros(width, dtype=torch.float32)
-    programs, rows_per_program = backward_grid(rows, PROGRAMS)
     block = max(8, min(COLUMNS, block_of(width)))
+    tiles = -(-width // block)
+    programs, rows_per_program = backward_grid(rows, max(1, GELU_BACKWARD_PROGRAMS // tiles))
     partials = pre.new_empty((programs, width), dtype=torch.float32)
-    kernels.gelu_dropout_bwd_kernel[(programs, -(-width // block))](
+    kernels.gelu_dropout_bwd_kernel[(programs, tiles)](
         grad_out,
         pre,
         seed,
@@ -260,10 +280,9 @@ def _gelu_dropout_backward(
         WIDTH=width,
         BLOCK=block,
         DROPOUT=threshold > 0,
-        STAGES=2,
         num_warps=warps_of(block),
     )
-    return grad_out, partials.sum(0)
+    return grad_out, column_sums(partials)
 
 
 class GeluMLP(torch.autograd.Function):
@@ -305,7 +324,7 @@ class GeluMLP(torch.autograd.Function):
             weight_gradient(grad_pre, x, weight_in),
             None if bias_in is None else sums.to(bias_in),
             weight_gradient(grad, inner, weight_out),
-            None if bias_out is None else grad.sum(0, dtype=torch.float32).to(bias_out),
+            None if bias_out is None else column_sums(grad, bias_out),
             None,
             None,
             None,
@@ -322,12 +341,13 @@ def dropout_add_layer_norm(
     eps: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    keep_branch: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ear_kernels.functional.dropout_add_layer_norm`."""
     width = residual.shape[-1]
-    options = dropout_options(dropout, seed, residual)
+    options = (*dropout_options(dropout, seed, weight), eps, dtype, keep_branch)
     x, out = DropoutAddLayerNorm.apply(
-        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options, eps, dtype
+        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options
     )
     return x.view(residual.shape), out.view(residual.shape)
 
@@ -343,7 +363,7 @@ def gelu_mlp(
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`ear_kernels.functional.gelu_mlp`."""
-    options = dropout_options(dropout, seed, x)
+    options = dropout_options(dropout, seed, weight_in)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)

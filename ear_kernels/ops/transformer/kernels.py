@@ -13,12 +13,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _kept(seed, first, threshold, BLOCK: tl.constexpr):
-    """1 or 0 for BLOCK neighbouring elements from counter ``first`` on, one counter for 8 of them."""
+def _kept(seed, first, threshold, scale, BLOCK: tl.constexpr):
+    """``scale`` or 0 for BLOCK neighbouring elements from counter ``first`` on, one counter for 8 of them.
+
+    The 8 elements of a counter are those that one thread holds: nothing goes through shared memory.
+    """
     a, b, c, d = tl.randint4x(seed, first + tl.arange(0, BLOCK // 8), n_rounds=7)
     words = tl.interleave(tl.interleave(a, b), tl.interleave(c, d)).to(tl.uint32, bitcast=True)
-    bits = tl.interleave(words & 0xFFFF, words >> 16)
-    return (bits >= threshold).to(tl.float32)
+    # Both halves compared where they are highest, the upper one without a shift.
+    limit = tl.cast(threshold, tl.uint32) << 16
+    return tl.interleave(tl.where((words << 16) >= limit, scale, 0.0), tl.where(words >= limit, scale, 0.0))
 
 
 @triton.jit
@@ -26,11 +30,13 @@ def _normal(h, FAST: tl.constexpr):
     """Phi(h) and phi(h) of the standard normal distribution.
 
     FAST is for 16-bit results: Abramowitz and Stegun 7.1.26, an error below 1e-7 with the exponential that phi needs
-    anyway, at half the instructions of erf, which would take longer than the memory.
+    anyway, at half the instructions of erf, which would take longer than the memory. The square of rsqrt is a
+    reciprocal in two instructions; a division takes nine.
     """
     density = tl.exp2(h * h * -0.7213475204444817)
     if FAST:
-        t = 1.0 / (1.0 + 0.2316418882 * tl.abs(h))
+        root = tl.rsqrt(1.0 + 0.2316418882 * tl.abs(h))
+        t = root * root
         tail = 0.5307027145 * t - 0.7265760135
         tail = tail * t + 0.7107068705
         tail = tail * t - 0.142248368
@@ -70,7 +76,7 @@ def dropout_add_layer_norm_fwd_kernel(
     if HAS_BRANCH_BIAS:
         y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
-        y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, BLOCK) * scale
+        y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, scale, BLOCK)
     # Rounded to the stream's type before the norm: backward sees this stored row.
     stored_W = (r_W + y_W).to(x.dtype.element_ty)
     tl.store(x + place, stored_W, mask=live)
@@ -89,7 +95,9 @@ def dropout_add_layer_norm_fwd_kernel(
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm
-    x,  # [R, W]
+    x,  # [R, W], or with REBUILD forward's residual
+    branch,  # [R, W], read with REBUILD
+    branch_bias,  # [W], read with REBUILD
     weight,  # [W]
     mean,  # [R] float32
     rstd,  # [R] float32
@@ -105,14 +113,19 @@ def dropout_add_layer_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_GRAD_X: tl.constexpr,
+    REBUILD: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """With REBUILD x is computed again from what forward computed it from."""
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         drawn_from = tl.load(seed)
+    if REBUILD and HAS_BRANCH_BIAS:
+        bb_W = tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
     sum_weight_W = tl.zeros([BLOCK], tl.float32)
     sum_bias_W = tl.zeros([BLOCK], tl.float32)
     sum_branch_W = tl.zeros([BLOCK], tl.float32)
@@ -122,19 +135,30 @@ def dropout_add_layer_norm_bwd_kernel(
         place = row * WIDTH + cols
         g_W = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+        if REBUILD:
+            y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
+            if HAS_BRANCH_BIAS:
+                y_W += bb_W
+            if DROPOUT:
+                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+                y_W *= kept_W
+            x_W = (x_W + y_W).to(x.dtype.element_ty).to(tl.float32)
         rs = tl.load(rstd + row)
-        n_W = tl.where(live, (x_W - tl.load(mean + row)) * rs, 0.0)
+        # Not 0 past the end of the row, but what it is multiplied by there is.
+        n_W = (x_W - tl.load(mean + row)) * rs
         sum_weight_W += g_W * n_W
         sum_bias_W += g_W
         g_W *= w_W
         average = tl.sum(g_W, 0) / WIDTH
         projection = tl.sum(g_W * n_W, 0) / WIDTH
-        dx_W = (g_W - average - n_W * projection) * rs
+        dx_W = (g_W - (average + n_W * projection)) * rs
         if HAS_GRAD_X:
             dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
         if DROPOUT:
-            dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, BLOCK) * scale
+            if not REBUILD:
+                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+            dx_W *= kept_W
         sum_branch_W += dx_W
         tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
     base = partials + program.to(tl.int64) * (3 * WIDTH) + cols
@@ -155,23 +179,28 @@ def gelu_dropout_fwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Axis 0 of the grid: rows; axis 1: columns, BLOCK at a time."""
+    """Axis 0 of the grid: rows; axis 1: columns, BLOCK at a time.
+
+    The next row is loaded, into registers, before this one is computed.
+    """
     tile = tl.program_id(1)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     live = cols < WIDTH
     if DROPOUT:
         drawn_from = tl.load(seed)
     begin = tl.program_id(0) * rows_per_program
-    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+    end = tl.minimum(begin + rows_per_program, rows)
+    next_h = tl.load(pre + tl.cast(begin, tl.int64) * WIDTH + cols, mask=live)
+    for index in range(begin, end):
         place = tl.cast(index, tl.int64) * WIDTH + cols
-        h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
+        h = next_h.to(tl.float32)
+        next_h = tl.load(pre + WIDTH + place, mask=live & (index + 1 < end))
         cumulative, _ = _normal(h, out.dtype.element_ty != tl.float32)
         y = h * cumulative
         if DROPOUT:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
-            y *= _kept(drawn_from, counter, threshold, BLOCK) * scale
+            y *= _kept(drawn_from, counter, threshold, scale, BLOCK)
         tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
 
 
@@ -190,7 +219,6 @@ def gelu_dropout_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = tl.program_id(1)
@@ -200,16 +228,23 @@ def gelu_dropout_bwd_kernel(
         drawn_from = tl.load(seed)
     total = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
-    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+    end = tl.minimum(begin + rows_per_program, rows)
+    place = tl.cast(begin, tl.int64) * WIDTH + cols
+    next_g = tl.load(grad_out + place, mask=live)
+    next_h = tl.load(pre + place, mask=live)
+    for index in range(begin, end):
         place = tl.cast(index, tl.int64) * WIDTH + cols
-        g = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
-        h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
+        g = next_g.to(tl.float32)
+        h = next_h.to(tl.float32)
+        more = live & (index + 1 < end)
+        next_g = tl.load(grad_out + WIDTH + place, mask=more)
+        next_h = tl.load(pre + WIDTH + place, mask=more)
         cumulative, density = _normal(h, out.dtype.element_ty != tl.float32)
         y = h * cumulative
         slope = cumulative + h * density
         if DROPOUT:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
-            kept = _kept(drawn_from, counter, threshold, BLOCK) * scale
+            kept = _kept(drawn_from, counter, threshold, scale, BLOCK)
             y *= kept
             g *= kept
         g *= slope

@@ -15,19 +15,21 @@ TYPES = {
 def shipped() -> list[ShippedKernel]:
     """Every kernel with dropout, float32 residual stream and bf16 branches."""
     found = []
+    backward = {"DROPOUT": True, "HAS_GRAD_X": True, "HAS_BRANCH_BIAS": True, "STAGES": 3}
     for width, targets in ((768, EVERYWHERE), (1024, HOPPER), (1280, EVERYWHERE)):
         size = {"WIDTH": width, "BLOCK": block_of(width)}
         warps = warps_of(width)
         for name, kernel, constants in (
             ("fwd", kernels.dropout_add_layer_norm_fwd_kernel, {"DROPOUT": True, "HAS_BRANCH_BIAS": True}),
-            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, {"DROPOUT": True, "HAS_GRAD_X": True, "STAGES": 3}),
+            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False}),
+            ("bwd_rebuild", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": True}),
         ):
             found.append(
                 describe(f"dropout_add_layer_norm_{name}[{width}]", kernel, size | constants, TYPES, targets, warps)
             )
         heads = {"DIM": 80 if width == 1280 else 64, "STAGES": 2}
         found.append(describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps))
-    flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True, "STAGES": 2}
+    flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True}
     for name, kernel in (("fwd", kernels.gelu_dropout_fwd_kernel), ("bwd", kernels.gelu_dropout_bwd_kernel)):
         found.append(describe(f"gelu_dropout_{name}", kernel, flat, TYPES, num_warps=warps_of(autograd.COLUMNS)))
     return found
