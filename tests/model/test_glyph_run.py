@@ -10,11 +10,12 @@ from PIL import Image
 
 from benchmarks import glyph_run
 from ear_model.config import RUNS
+from ear_model.ear import EAR
 
 TINY = {
     **{"seconds": 2, "images": 120, "real": 48, "num": 30, "workers": 1, "classes": 3, "size": 16, "width": 16},
     **{"depth": 1, "heads": 2, "generator-width": 16, "generator-depth": 1, "batch-size": 8, "judge-epochs": 1},
-    **{"judge-batch-size": 40, "steps": 2, "settings": "1:1,2:0.7", "warmup-steps": 2, "grid-every": 1},
+    **{"judge-batch-size": 40, "steps": 2, "settings": "1:1,2:0.7", "warmup-steps": 2, "grid-every": 1, "ema": 0.9},
 }
 
 
@@ -36,7 +37,7 @@ def test_every_stage(tmp_path, monkeypatch, capsys):
     assert {path.name for path in out.iterdir()} >= {"judge.safetensors", "ema.safetensors", "loss.png"}
     assert "grid of 30 samples" in capsys.readouterr().out
 
-    again = [str(tmp_path / "again"), *options, "--init", str(out / "ema.safetensors"), "--masks", "cosine"]
+    again = [str(tmp_path / "again"), *options, "--init", str(out / "ema.safetensors")]
     again += ["--judge", str(out / "judge.safetensors"), "--deadline", str(time.time() + 120)]
     monkeypatch.setattr(sys, "argv", ["glyph_run.py", *again])
     glyph_run.main()
@@ -50,7 +51,8 @@ def test_every_stage(tmp_path, monkeypatch, capsys):
 def test_deadline_cuts_training_and_scores(tmp_path, monkeypatch, capsys):
     options = [word for name, value in TINY.items() if name != "seconds" for word in (f"--{name}", str(value))]
     # A second to train, and the time is up before the second setting.
-    limits = ["--seconds", "600", "--scoring-seconds", "-1", "--deadline", str(time.time())]
+    limits = ["--masks", "cosine", "--positions", "0.2", "--seconds", "600"]
+    limits += ["--scoring-seconds", "-1", "--deadline", str(time.time())]
     monkeypatch.setattr(sys, "argv", ["glyph_run.py", str(tmp_path), *options, *limits])
     monkeypatch.setattr(glyph_run.time, "time", lambda: float(limits[-1]))
     glyph_run.main()
@@ -68,3 +70,17 @@ def test_cosine_masks_follow_the_decoding():
     assert sum(counts) / len(counts) == pytest.approx(256 * 2 / 3.14159, rel=0.05)
     assert Counter(count < 128 for count in counts)[True] / len(counts) == pytest.approx(1 / 3, abs=0.04)
     assert glyph_run.draw_num_masked("paper", config) is None
+
+
+def test_started_positions_know_their_neighbours():
+    model = EAR(RUNS["glyphs64"].model)
+    first, classes = model.backbone.decoder_pos_embed_learned[0].clone(), model.config.class_tokens
+    glyph_run.start_positions(model, 0.25)
+    positions = model.backbone.decoder_pos_embed_learned[0]
+    assert positions[:classes].equal(first[:classes])
+    assert positions[classes:].std().item() == pytest.approx(0.25, rel=0.1)
+    distances = (positions[classes:] - positions[classes + 8 * 16 + 8]).norm(dim=1).unflatten(0, (16, 16))
+    # Nearest to the token in row 8, column 8: itself, then those beside, above and below it.
+    assert distances.flatten().argsort()[0] == 8 * 16 + 8
+    beside = distances[[7, 9, 8, 8], [8, 8, 7, 9]].max()
+    assert (distances <= beside).sum() == 5
