@@ -195,10 +195,11 @@ def train(
             if step % 400 == 0:
                 rate = step * options.batch_size / curve[-1][1]
                 report.say(f"step {step}, loss {mean:.4f}, {rate:.0f} images/s, {curve[-1][1]:.0f} s of training")
-                save_curve(report.out, curve)
+                save_curve(report.out, curve, plot=False)
             if elapsed - last_grid > options.grid_every:
                 before, last_grid = time.perf_counter(), elapsed
                 draw(ema)
+                save_curve(report.out, curve)
                 paused += time.perf_counter() - before
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -221,10 +222,11 @@ def draw_num_masked(masks: str, config: ModelConfig) -> int | None:
     return max(1, math.ceil(config.num_tokens * math.cos(math.pi / 2 * float(torch.rand(())))))
 
 
-def save_curve(out: Path, curve: list[tuple[int, float, float]]) -> None:
+def save_curve(out: Path, curve: list[tuple[int, float, float]], *, plot: bool = True) -> None:
+    """progress.json, and loss.png, which takes half a second."""
     text = json.dumps({"columns": ["step", "seconds", "loss"], "curve": curve}) + "\n"
     write_atomically(out / "progress.json", lambda path: path.write_text(text))
-    if len(curve) > 1:
+    if plot and len(curve) > 1:
         plots.save_loss_curve([line[0] for line in curve], [line[2] for line in curve], out / "loss.png")
 
 
