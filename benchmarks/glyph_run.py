@@ -1,13 +1,15 @@
 """EAR on 64 x 64 glyphs within a time budget on one GPU: render, train a judge, train, sample, score.
 
-    python benchmarks/glyph_run.py OUT --seconds 480
+    python benchmarks/glyph_run.py OUT --judge judge.safetensors --deadline $(($(date +%s) + 570))
 
 Everything is made on the spot: no data, no network. OUT gets ``progress.json`` (the loss curve), ``samples.png`` (a
 row a class), ``loss.png`` and ``scores.json``, all written anew as the run goes on, so a time limit loses little; and
-``ema.safetensors`` with ``--save-weights``. ``--seconds`` is the training alone; rendering, the judge and the last
-scores take about two minutes more on an H200 with 16 cores.
+``ema.safetensors`` with ``--save-weights``. Without ``--judge`` a judge is trained first.
 
-The learning rate follows a cosine over the elapsed share of the budget, so the schedule always comes to its end.
+``--seconds`` is the training with its grids. With ``--deadline``, a time of day in seconds since 1970, training stops
+``--scoring-seconds`` before it if that is sooner, and a setting is scored only if the one before says that there is
+time. The learning rate follows a cosine over the elapsed share of the training, so the schedule always comes to its
+end.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,10 @@ from ear_model import plots
 from ear_model.checkpoint import load_into, load_weights, save_weights
 from ear_model.config import RUNS, ModelConfig
 from ear_model.ear import EAR
-from ear_model.evaluate_judge import JudgedComparison, report_judged
+from ear_model.evaluate_judge import JudgedComparison, JudgeEvaluation, report_judged
 from ear_model.files import write_atomically
 from ear_model.glyphs import CLASS_NAMES, render_batch
-from ear_model.judge import ImageTree, JudgeConfig, train_judge
+from ear_model.judge import ImageTree, Judge, JudgeConfig, train_judge
 from ear_model.optim import ExponentialMovingAverage, clip_gradients, make_optimizer, set_learning_rate
 from ear_model.sample import sample_batches, sample_images, to_bytes
 
@@ -41,8 +44,10 @@ def parse() -> argparse.Namespace:
     model, train, sampling = preset.model, preset.train, preset.sampling
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=480.0, help="training time")
-    parser.add_argument("--images", type=int, default=384_000, help="training renders, held in GPU memory")
+    parser.add_argument("--seconds", type=float, default=480.0, help="training time, with the grids on the way")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="when all is to be over, seconds since 1970")
+    parser.add_argument("--scoring-seconds", type=float, default=60.0, help="kept before the deadline for the scores")
+    parser.add_argument("--images", type=int, default=192_000, help="training renders, held in GPU memory")
     parser.add_argument("--real", type=int, default=9_600, help="held-out renders")
     parser.add_argument("--num", type=int, default=4_800, help="samples scored per setting")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -55,16 +60,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generator-width", type=int, default=model.generator_width)
     parser.add_argument("--generator-depth", type=int, default=model.generator_depth)
     parser.add_argument("--num-samples", type=int, default=model.num_samples)
+    parser.add_argument(
+        "--positions", type=float, default=0.0, help="standard deviation of a 2-D sinusoid to start positions from"
+    )
+    parser.add_argument("--min-mask-ratio", type=float, default=model.min_mask_ratio)
+    parser.add_argument(
+        "--masks",
+        choices=("paper", "cosine"),
+        default="paper",
+        help="share of masked tokens in training: the paper's, or uniform over the decoding steps",
+    )
     parser.add_argument("--batch-size", type=int, default=train.batch_size)
     parser.add_argument("--lr", type=float, default=train.lr)
     parser.add_argument("--generator-lr-scale", type=float, default=train.generator_lr_scale)
     parser.add_argument("--warmup-steps", type=int, default=train.warmup_steps)
     parser.add_argument("--ema", type=float, default=train.ema)
     parser.add_argument("--finetune-share", type=float, default=0.1, help="last share of the time, with tau 0.99")
+    parser.add_argument("--judge", type=Path, help="judge.safetensors of `ear train-judge`")
     parser.add_argument("--judge-epochs", type=int, default=3)
     parser.add_argument("--judge-batch-size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=sampling.steps, help="decoding steps")
-    parser.add_argument("--settings", default="1:1,2:1,2:0.8,3:0.7", help="guidance:temperature, ...")
+    parser.add_argument("--settings", default="2:0.8,1:1", help="guidance:temperature, ...; grids show the first")
     parser.add_argument("--grid-every", type=float, default=120.0, help="seconds between sample grids")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
     parser.add_argument("--init", type=Path, help="start from the ema.safetensors of a run that --save-weights kept")
@@ -94,6 +110,40 @@ def render(count: int, options: argparse.Namespace, split: str) -> ImageTree:
     return ImageTree(images, labels, CLASS_NAMES[: options.classes])
 
 
+@torch.no_grad()
+def start_positions(model: EAR, deviation: float) -> None:
+    """Add a 2-D sinusoid to the learned positions of the tokens: periods of 4 tokens to four times the image.
+
+    As they start, normal with deviation 0.02, positions are a tenth of what a known token is projected to.
+    """
+    positions = model.backbone.decoder_pos_embed_learned[0, model.config.class_tokens :]
+    count, width = positions.shape
+    side = math.isqrt(count)
+    frequencies = math.pi / 2 * torch.logspace(0, -math.log2(side), width // 4, base=2)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * deviation * math.sqrt(2)
+    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], dim=2)
+    positions[:, : grid.shape[2]] += grid.flatten(0, 1)
+
+
+def find_judge(
+    data: ImageTree, real: ImageTree, options: argparse.Namespace, device: torch.device, report: Report
+) -> Judge:
+    """The judge of ``--judge``, or a new one, which is kept."""
+    if options.judge is None:
+        config = JudgeConfig(epochs=options.judge_epochs, batch_size=options.judge_batch_size, seed=options.seed)
+        judge = train_judge(data, real, config, device=device, log=report.say)
+        judge.save(options.out / "judge.safetensors")
+        return judge
+    judge = Judge.load(options.judge, device)
+    if judge.class_names != data.class_names or judge.image_size != options.size:
+        raise SystemExit(
+            f"{options.judge} judges {len(judge.class_names)} classes of {judge.image_size} pixels; "
+            f"this run has {options.classes} of {options.size}"
+        )
+    return judge
+
+
 def train(
     model: EAR,
     data: ImageTree,
@@ -103,6 +153,8 @@ def train(
     draw: Callable[[ExponentialMovingAverage], None],
 ) -> ExponentialMovingAverage:
     """Train for ``options.seconds``; ``data`` is on the device, so a batch is an index into it."""
+    seconds = min(options.seconds, options.deadline - time.time() - options.scoring_seconds)
+    report.say(f"training for {seconds:.0f} s")
     config = replace(
         RUNS["glyphs64"].train,
         lr=options.lr,
@@ -117,15 +169,15 @@ def train(
     pending: list[torch.Tensor] = []
     step, started = 0, time.perf_counter()
     paused, last_grid = 0.0, 0.0
-    while (elapsed := time.perf_counter() - started - paused) < options.seconds:
-        share = elapsed / options.seconds
+    while (elapsed := time.perf_counter() - started) < seconds:
+        share = elapsed / seconds
         warm = min(1.0, (step + 1) / options.warmup_steps)
         set_learning_rate(optimizer, options.lr * warm * 0.5 * (1 + math.cos(math.pi * share)))
         model.score.tau = config.finetune_tau if share > 1 - options.finetune_share else config.tau
         chosen = torch.randint(len(data.labels), (options.batch_size,), device=device)
         images = data.images[chosen].float() / 127.5 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-            loss = model(images, data.labels[chosen])
+            loss = model(images, data.labels[chosen], num_masked=draw_num_masked(options.masks, model.config))
         loss.backward()
         clip_gradients(parameters, config.clip)
         optimizer.step()
@@ -140,13 +192,14 @@ def train(
             if not math.isfinite(mean):
                 raise SystemExit(f"step {step}: loss {mean}")
             curve.append((step, time.perf_counter() - started - paused, mean))
-            if step % 200 == 0:
+            if step % 400 == 0:
                 rate = step * options.batch_size / curve[-1][1]
                 report.say(f"step {step}, loss {mean:.4f}, {rate:.0f} images/s, {curve[-1][1]:.0f} s of training")
-                save_curve(report.out, curve)
+                save_curve(report.out, curve, plot=False)
             if elapsed - last_grid > options.grid_every:
                 before, last_grid = time.perf_counter(), elapsed
                 draw(ema)
+                save_curve(report.out, curve)
                 paused += time.perf_counter() - before
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -162,10 +215,18 @@ def train(
     return ema
 
 
-def save_curve(out: Path, curve: list[tuple[int, float, float]]) -> None:
+def draw_num_masked(masks: str, config: ModelConfig) -> int | None:
+    """Masked tokens of a batch: None for the paper's draw, else what a random moment of decoding has left."""
+    if masks == "paper":
+        return None
+    return max(1, math.ceil(config.num_tokens * math.cos(math.pi / 2 * float(torch.rand(())))))
+
+
+def save_curve(out: Path, curve: list[tuple[int, float, float]], *, plot: bool = True) -> None:
+    """progress.json, and loss.png, which takes half a second."""
     text = json.dumps({"columns": ["step", "seconds", "loss"], "curve": curve}) + "\n"
     write_atomically(out / "progress.json", lambda path: path.write_text(text))
-    if len(curve) > 1:
+    if plot and len(curve) > 1:
         plots.save_loss_curve([line[0] for line in curve], [line[2] for line in curve], out / "loss.png")
 
 
@@ -193,11 +254,14 @@ def main() -> None:
         generator_width=options.generator_width,
         generator_depth=options.generator_depth,
         num_samples=options.num_samples,
+        min_mask_ratio=options.min_mask_ratio,
     )
     torch.manual_seed(options.seed)
     model = EAR(config)
     if options.init is not None:
         load_into(model, load_weights(options.init)[1], options.init)
+    elif options.positions:
+        start_positions(model, options.positions)
     model.to(device).train()
     report.add(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -209,27 +273,32 @@ def main() -> None:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
-    real = render(options.real, options, "test")
-    data = render(options.images, options, "train")
+    # Each starts its processes, which takes some seconds: at the same time.
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [
+            pool.submit(render, *job) for job in ((options.real, options, "test"), (options.images, options, "train"))
+        ]
+    real, data = (job.result() for job in waiting)
     report.say(f"{len(data.labels):,} training and {len(real.labels):,} held-out images rendered")
     on_device = ImageTree(data.images.to(device), data.labels.to(device), data.class_names)
-    judge_config = JudgeConfig(epochs=options.judge_epochs, batch_size=options.judge_batch_size, seed=options.seed)
-    judge = train_judge(on_device, real, judge_config, device=device, log=report.say)
-    judge.save(options.out / "judge.safetensors")
+    judge = find_judge(on_device, real, options, device, report)
     report.say(f"judge: accuracy {judge.accuracy:.4f} on held-out images")
-    report.add(judge_accuracy=judge.accuracy)
+    report.add(judge_accuracy=judge.accuracy, judge_config=asdict(judge.config))
     copied = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(options.seed))[:20_000]
     comparison = JudgedComparison(judge, real, options.num, train=data.select(copied), device=device)
 
-    best = settings[-1]
     rows = torch.arange(options.classes).repeat_interleave(10)
 
-    def draw(ema: ExponentialMovingAverage, name: str = "samples.png") -> None:
+    recognised: list[float] = []
+
+    def draw(ema: ExponentialMovingAverage) -> None:
         sampled = averaged(model, ema, config, device)
-        images = autocast_sample(sampled, rows, seed=1, steps=options.steps, guidance=best[0], temperature=best[1])
-        plots.save_grid(images, options.out / name, columns=10)
-        right = (judge.look(to_bytes(images).contiguous())[1] == rows).double().mean().item()
-        report.say(f"grid of {len(rows)} samples: the judge recognises {right:.3f}")
+        chosen = dict(zip(("guidance", "temperature"), settings[0], strict=True))
+        images = autocast_sample(sampled, rows, seed=1, steps=options.steps, **chosen)
+        plots.save_grid(images, options.out / "samples.png", columns=10)
+        recognised.append((judge.look(to_bytes(images).contiguous())[1] == rows).double().mean().item())
+        report.say(f"grid of {len(rows)} samples: the judge recognises {recognised[-1]:.3f}")
+        report.add(grids_recognised=recognised)
 
     if options.compile:
         for block in model.backbone.decoder_blocks:
@@ -240,16 +309,21 @@ def main() -> None:
     draw(ema)
     sampled = averaged(model, ema, config, device)
     labels = torch.arange(options.num) % options.classes
-    results = []
+    results: list[JudgeEvaluation] = []
+    taken = 0.0
     for guidance, temperature in settings:
+        if time.time() + 1.2 * taken > options.deadline:
+            report.say(f"no time left for guidance {guidance:g}, temperature {temperature:g}")
+            continue
         started = time.perf_counter()
         chosen = {"steps": options.steps, "guidance": guidance, "temperature": temperature}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             parts = [images for _, images in sample_batches(sampled, labels, lambda x: x, batch_size=600, **chosen)]
-        seconds = time.perf_counter() - started
+        sampling = time.perf_counter() - started
         results.append(comparison.score(torch.cat(parts), labels, **chosen))  # type: ignore[arg-type]
-        report.add(settings=[asdict(result) for result in results], sampling_images_per_second=options.num / seconds)
-        report.say("\n" + report_judged(results))
+        taken = time.perf_counter() - started
+        report.add(settings=[asdict(result) for result in results], sampling_images_per_second=options.num / sampling)
+        report.say(f"scored in {taken:.1f} s, {sampling:.1f} of them sampling\n" + report_judged(results))
     report.say("done")
 
 

@@ -152,13 +152,16 @@ class JudgedComparison:
         self.train_features = None if train is None else judge.look(train.images)[0]
         self.nearest_real = None
         if self.train_features is not None:
-            self.nearest_real = nearest_distances(self.features, self.train_features)
+            self.nearest_real = self._nearest(self.features, self.train_features)
 
     def _distances(self, features: Tensor, pixels: Tensor) -> tuple[float, float, float]:
         """Energy distance on features and on pixels, and Frechet distance, to the first set of real images."""
         pairs = ((features, self.features), (pixels, self.pixels))
         energy = [energy_distance(a.to(self.device), b.to(self.device)).item() for a, b in pairs]
         return energy[0], energy[1], frechet_distance(*feature_statistics(features), *self.statistics)
+
+    def _nearest(self, features: Tensor, train_features: Tensor) -> Tensor:
+        return nearest_distances(features.to(self.device), train_features.to(self.device)).cpu()
 
     def score(
         self, samples: Tensor, labels: Tensor, *, guidance: float, temperature: float, steps: int
@@ -180,7 +183,7 @@ class JudgedComparison:
         energy_features, energy_pixels, frechet = self._distances(features[compared], _flat(samples[compared]))
         nearest_samples = nearest_real = share = None
         if self.train_features is not None and self.nearest_real is not None:
-            nearest = nearest_distances(features, self.train_features)
+            nearest = self._nearest(features, self.train_features)
             nearest_samples, nearest_real = float(nearest.median()), float(self.nearest_real.median())
             share = float((nearest < self.nearest_real.quantile(0.01)).double().mean())
         sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, labels, right)
