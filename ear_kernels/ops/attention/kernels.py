@@ -5,14 +5,14 @@ made: query, key, value, each head after head. Programs take BM queries (or BN k
 other; logits are in units of log2, so that exp2 serves.
 
 Dropout stores no mask. An element (i, j) of a head draws ``r_i c_j + o_j mod 2^32`` from random numbers r of the
-queries and c (made odd), o of the keys, and is dropped if that is below ``threshold``. Columns are independent of each
-other, and any two elements of a column whose r differ are independent: affine hashing is pairwise independent. It is
-one multiply-add, where Philox costs more than the products of matrices.
+queries and c (made odd), o of the keys, and is dropped if that is below ``threshold``. Columns are independent of
+each other, and any two elements of a column whose r differ are independent: affine hashing is pairwise independent.
+It is one multiply-add, where Philox costs more than the products of matrices.
 
 SHARED says how the second product of a chain takes the matrix the kernel has computed: as the left operand from
 registers (False: for mma.sync, with one or two warps), or transposed as the right operand, which goes through shared
-memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is miscompiled by
-ptxas 12.8 (docs/performance_generator.md).
+memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is
+miscompiled by ptxas 12.8 (docs/performance_generator.md).
 """
 
 import triton
