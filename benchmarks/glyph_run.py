@@ -35,7 +35,7 @@ from ear_model.evaluate_judge import JudgedComparison, JudgeEvaluation, report_j
 from ear_model.files import write_atomically
 from ear_model.glyphs import CLASS_NAMES, render_batch
 from ear_model.judge import ImageTree, Judge, JudgeConfig, train_judge
-from ear_model.optim import ExponentialMovingAverage, clip_gradients, make_optimizer, set_learning_rate
+from ear_model.optim import ExponentialMovingAverage, clipped_step, make_optimizer, set_learning_rate
 from ear_model.sample import sample_batches, sample_images, to_bytes
 
 
@@ -163,8 +163,9 @@ def train(
         batch_size=options.batch_size,
     )
     optimizer, ema = make_optimizer(model, config), ExponentialMovingAverage(model, config.ema)
-    parameters = list(model.parameters())
     use_bf16 = device.type == "cuda"
+    if use_bf16 and not options.compile:
+        model.backbone.capture_blocks(options.batch_size, use_bf16=True)
     curve: list[tuple[int, float, float]] = []
     pending: list[torch.Tensor] = []
     step, started = 0, time.perf_counter()
@@ -179,8 +180,7 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
             loss = model(images, data.labels[chosen], num_masked=draw_num_masked(options.masks, model.config))
         loss.backward()
-        clip_gradients(parameters, config.clip)
-        optimizer.step()
+        clipped_step(optimizer, config.clip)
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         step += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_type_hints
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Config = TypeVar("Config")
 
@@ -180,6 +180,8 @@ class TrainConfig:
     """'auto' is bf16 autocast on a GPU and fp32 on a CPU."""
     compile: bool = False
     """torch.compile of the backbone's blocks in place of our kernels (docs/performance_train_step.md)."""
+    cuda_graphs: bool = True
+    """Replay the backbone's blocks as CUDA graphs; on a single GPU, without compile."""
     loss_chunks: int = 1
     """Parts of the masked tokens that the generator takes one after another; saves memory (not with fsdp)."""
     rows_per_noise: int = 1

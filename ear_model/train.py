@@ -104,6 +104,10 @@ class Trainer:
             self._restore(saved)
         if self.is_main:
             self._truncate_metrics()
+        # With the weights in their place. On several processes nothing is captured: that was never run.
+        single_gpu = self.device.type == "cuda" and distributed.world_size() == 1
+        if train.cuda_graphs and single_gpu and not train.compile:
+            self.model.backbone.capture_blocks(self.batches.batch_size, use_bf16=self.use_bf16)
 
     @property
     def where(self) -> str:
@@ -253,6 +257,8 @@ class Trainer:
                 with autocast, self.randomness.of_images():
                     loss = self.replica(images, labels, num_masked=num_masked) / train.accumulate
                 loss.backward()
+            if part == 0 and train.accumulate > 1 and self.model.backbone.captured is not None:
+                self.model.backbone.captured.keep_gradients()
             total += loss.detach()
         norm = optim.clipped_step(self.optimizer, train.clip)
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, self_attention
 from ear_model.config import ModelConfig
+from ear_model.graphs import CapturedBlocks
 
-# cuDNN's attention is the fastest on a Hopper GPU, with dropout too (docs/performance.md); others where it has none.
+# Where our kernels don't take the attention (float32, heads wider than 64): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -120,6 +121,7 @@ class Backbone(nn.Module):
         )
         self.decoder_norm = norm(width)
         self.dropout = config.dropout
+        self.captured: CapturedBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -148,6 +150,13 @@ class Backbone(nn.Module):
         for block in self.decoder_blocks:
             block.compile()
 
+    def capture_blocks(self, batch: int, *, use_bf16: bool) -> None:
+        """From now on training steps of ``batch`` images replay the blocks as CUDA graphs (:mod:`ear_model.graphs`).
+
+        To be called in training mode, on a GPU, with the parameters where they will stay. Other batch sizes go on without.
+        """
+        self.captured = CapturedBlocks(self, batch, use_bf16=use_bf16)
+
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
         return self.class_emb(labels_B)
@@ -168,6 +177,15 @@ class Backbone(nn.Module):
         embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
+        captured = self.captured if self.training and torch.is_grad_enabled() else None
+        if captured is not None and captured.shape == hidden.shape:
+            normed = captured.replay(hidden)
+        else:
+            normed = self.run_blocks(hidden)
+        return normed[:, self.class_tokens :]
+
+    def run_blocks(self, hidden: Tensor) -> Tensor:
+        """The blocks and the final norm over ``[B, class_tokens + L, C]``."""
         dropout = self.dropout if self.training else 0.0
         seeds = None
         if dropout and hidden.is_cuda:
@@ -181,4 +199,4 @@ class Backbone(nn.Module):
         # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
         _, normed = _add(pending, hidden, self.decoder_norm, dropout, last, dtype)
-        return normed[:, self.class_tokens :]
+        return normed

@@ -26,9 +26,9 @@ class AttentionConfig:
 
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md).
-FORWARD = AttentionConfig(64, 64, 2, 4, shared=True)
-BACKWARD_QUERY = AttentionConfig(64, 64, 2, 4, shared=True)
-BACKWARD_KEY = AttentionConfig(64, 64, 2, 4, shared=True)
+FORWARD = AttentionConfig(64, 64, 3, 4, shared=True)
+BACKWARD_QUERY = AttentionConfig(64, 64, 3, 4, shared=True)
+BACKWARD_KEY = AttentionConfig(64, 64, 3, 4, shared=True)
 
 
 def threshold_of(dropout: float) -> tuple[int, float]:

@@ -1,0 +1,65 @@
+"""The backbone's blocks as CUDA graphs, forward and backward: two launches where there are a thousand.
+
+A step of EAR-B has 1,500 kernels of 77 ms; Python takes longer than that to launch them one by one. The blocks are
+most of them, and their shapes are the same in every step (the generator's follow the number of masked tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ear_model.transformer import Backbone
+
+
+class _Blocks(nn.Module):
+    """What is captured: holds the parameters that the graphs give gradients of, and is no part of the model."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.blocks, self.norm = backbone.decoder_blocks, backbone.decoder_norm
+        self.run: Callable[[Tensor], Tensor] = backbone.run_blocks
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.run(hidden)
+
+
+class CapturedBlocks:
+    """Graphs of :meth:`Backbone.run_blocks` in training for one batch size.
+
+    The graphs read the parameters where they lie, so an optimiser that changes them in place needs nothing else;
+    dropout draws anew at every replay. Gradients of the blocks' parameters are handed out in memory that the next
+    replay overwrites: call :meth:`keep_gradients` before another backward is to be added to them.
+
+    Args:
+        backbone: on a GPU, in training mode.
+        batch: images of a step.
+        use_bf16: whether steps run under bfloat16 autocast.
+    """
+
+    def __init__(self, backbone: Backbone, batch: int, *, use_bf16: bool) -> None:
+        position = backbone.decoder_pos_embed_learned
+        self.shape = (batch, *position.shape[1:])
+        self._parameters = [*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()]
+        sample = torch.zeros(self.shape, device=position.device, requires_grad=True)
+        random_state = torch.cuda.get_rng_state(position.device)
+        # Autocast must not keep a cast weight from one replay to the next.
+        with torch.autocast("cuda", torch.bfloat16, enabled=use_bf16, cache_enabled=False):
+            self.replay: Any = torch.cuda.make_graphed_callables(_Blocks(backbone), (sample,))
+        # Capturing must not change what a run draws, nor keep what its warm-up needed.
+        torch.cuda.set_rng_state(random_state, position.device)
+        torch.cuda.empty_cache()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has no graphs: these are of this model's parameters."""
+        return None
+
+    def keep_gradients(self) -> None:
+        """Copy the gradients out of the graphs' memory, so that a second backward adds to them."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()

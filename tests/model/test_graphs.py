@@ -1,0 +1,113 @@
+"""Blocks as CUDA graphs: the same losses and gradients as without, on a GPU; nothing is captured elsewhere."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ear_model.config import EAR_BASE, RUNS
+from ear_model.ear import EAR
+from ear_model.train import Trainer, read_metrics
+from tests.model.conftest import randomise, tiny_run
+
+SMALL = replace(EAR_BASE, width=128, depth=3, num_heads=2, generator_width=128, generator_depth=2, num_classes=10)
+
+
+def make(dropout: float) -> EAR:
+    torch.manual_seed(0)
+    return randomise(EAR(replace(SMALL, dropout=dropout, attention_dropout=dropout))).cuda().train()
+
+
+def gradients(model: EAR, seed: int, *, add: bool = False) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    images, labels = torch.randn(4, 16, 16, 16, device="cuda"), torch.arange(4, device="cuda")
+    if not add:
+        model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(images, labels, num_masked=200)
+    loss.backward()
+    return [loss.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def assert_alike(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    for one, two in zip(ours, others, strict=True):
+        assert (one - two).norm() <= 2e-3 * two.norm() + 1e-12
+
+
+@pytest.mark.gpu
+def test_replayed_gradients_are_those_of_single_launches() -> None:
+    model = make(0.0)
+    plain = [gradients(model, seed) for seed in (1, 2)]
+    model.backbone.capture_blocks(4, use_bf16=True)
+    for seed in (1, 2):
+        assert_alike(gradients(model, seed), plain[seed - 1])
+
+
+@pytest.mark.gpu
+def test_parameters_that_an_optimiser_changed_are_read() -> None:
+    model = make(0.0)
+    model.backbone.capture_blocks(4, use_bf16=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    before = gradients(model, 1)
+    optimizer.step()
+    after = gradients(model, 1)
+    assert (after[0] - before[0]).abs() > 1e-3
+    model.backbone.captured = None
+    assert_alike(after, gradients(model, 1))
+
+
+@pytest.mark.gpu
+def test_accumulated_gradients_add_up() -> None:
+    model = make(0.0)
+    single = [gradients(model, seed) for seed in (1, 2, 3)]
+    model.backbone.capture_blocks(4, use_bf16=True)
+    gradients(model, 1)
+    model.backbone.captured.keep_gradients()
+    gradients(model, 2, add=True)
+    total = gradients(model, 3, add=True)
+    assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
+
+
+@pytest.mark.gpu
+def test_dropout_draws_anew_and_capturing_draws_nothing() -> None:
+    model = make(0.1)
+    torch.manual_seed(9)
+    expected = torch.rand(3, device="cuda")
+    torch.manual_seed(9)
+    model.backbone.capture_blocks(4, use_bf16=True)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+    losses = [gradients(model, seed)[0] for seed in (5, 6, 5)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=0)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, 7))
+
+
+@pytest.mark.gpu
+def test_other_batches_eval_and_copies_go_without() -> None:
+    model = make(0.0)
+    model.backbone.capture_blocks(2, use_bf16=True)
+    plain = gradients(model, 1)
+    assert copy.deepcopy(model).backbone.captured is None
+    model.backbone.captured = None
+    assert_alike(plain, gradients(model, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) -> None:
+    losses = []
+    for name, graphs in (("with", True), ("without", False)):
+        config = tiny_run(steps=12, accumulate=accumulate, cuda_graphs=graphs, checkpoint_every=6)
+        trainer = Trainer(config, tmp_path / name, device="cuda")
+        assert (trainer.model.backbone.captured is not None) == graphs
+        trainer.run(quiet=True)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
+
+
+def test_nothing_is_captured_on_a_cpu(tmp_path) -> None:
+    assert RUNS["imagenet256"].train.cuda_graphs
+    trainer = Trainer(tiny_run(), tmp_path / "run", device="cpu")
+    assert trainer.model.backbone.captured is None
