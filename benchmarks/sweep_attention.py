@@ -26,13 +26,12 @@ from ear_kernels.ops.attention.autograd import AttentionConfig
 
 DROPOUT = 0.1
 CONFIGS = [
-    *(AttentionConfig(64, 64, stages, 4, True) for stages in (1, 2, 3)),
-    AttentionConfig(128, 64, 2, 4, True),
-    AttentionConfig(64, 32, 2, 4, True),
-    AttentionConfig(32, 64, 2, 4, True),
-    AttentionConfig(64, 128, 2, 4, True),
-    AttentionConfig(64, 32, 2, 2, False),
-    AttentionConfig(32, 64, 2, 2, False),
+    *(AttentionConfig(64, 64, stages, 4, True) for stages in (3, 2, 4, 5)),
+    AttentionConfig(64, 32, 4, 4, True),
+    AttentionConfig(32, 64, 4, 4, True),
+    AttentionConfig(128, 64, 3, 8, True),
+    AttentionConfig(64, 128, 3, 8, True),
+    AttentionConfig(64, 32, 3, 2, False),
 ]
 
 

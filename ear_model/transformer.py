@@ -153,7 +153,8 @@ class Backbone(nn.Module):
     def capture_blocks(self, batch: int, *, use_bf16: bool) -> None:
         """From now on training steps of ``batch`` images replay the blocks as CUDA graphs (:mod:`ear_model.graphs`).
 
-        To be called in training mode, on a GPU, with the parameters where they will stay. Other batch sizes go on without.
+        To be called in training mode, on a GPU, with the parameters where they will stay. Other batch sizes go on
+        without.
         """
         self.captured = CapturedBlocks(self, batch, use_bf16=use_bf16)
 

@@ -38,8 +38,8 @@ def threshold_of(dropout: float) -> tuple[int, float]:
 
 
 def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
-    """What the dropout of one call is made of: int32 ``[3, B H, L]`` from torch's generator."""
-    return torch.randint(-(2**31), 2**31, (3, batch * heads, length), dtype=torch.int32, device=device)
+    """What the dropout of one call is made of: int32 ``[2, B H, L]`` from torch's generator."""
+    return torch.randint(-(2**31), 2**31, (2, batch * heads, length), dtype=torch.int32, device=device)
 
 
 def _constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:

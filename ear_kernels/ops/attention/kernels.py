@@ -4,10 +4,10 @@ Legend: B sequences of L positions, H heads of D features, W = H D. A row of ``q
 made: query, key, value, each head after head. Programs take BM queries (or BN keys) of one head and walk over the
 other; logits are in units of log2, so that exp2 serves.
 
-Dropout stores no mask. An element (i, j) of a head draws ``r_i c_j + o_j mod 2^32`` from random numbers r of the
-queries and c (made odd), o of the keys, and is dropped if that is below ``threshold``. Columns are independent of
-each other, and any two elements of a column whose r differ are independent: affine hashing is pairwise independent.
-It is one multiply-add, where Philox costs more than the products of matrices.
+Dropout stores no mask. An element (i, j) of a head draws ``r_i c_j + s_i mod 2^32`` from two random numbers r, s of
+the query and a fixed odd number c of the key's position, and is dropped if that, as a signed number, is below
+``threshold``. Rows are independent of each other, and any two elements of a row are: affine hashing is pairwise
+independent. It is one multiply-add, where Philox costs more than the products of matrices.
 
 SHARED says how the second product of a chain takes the matrix the kernel has computed: as the left operand from
 registers (False: for mma.sync, with one or two warps), or transposed as the right operand, which goes through shared
@@ -35,12 +35,20 @@ def _keys(base, index, length, EVEN: tl.constexpr):
     return tl.load(base + index, mask=index < length, other=0)
 
 
+@triton.jit
+def _column(index):
+    """The odd number c of a key's position, a scrambled one so that no three of them are evenly spaced by design."""
+    x = (index + 1).to(tl.uint32) * 0x9E3779B1
+    x = (x ^ (x >> 15)) * 0x85EBCA6B
+    return ((x ^ (x >> 13)) | 1).to(tl.int32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def attention_fwd_kernel(
     qkv,  # [B, L, 3W]
     out,  # [B, L, W], out
     lse,  # [B H, L] float32, out: log2 of the sum of a row's exponentials
-    draws,  # [3, B H, L] int32: r, c, o
+    draws,  # [2, B H, L] int32: r, s
     length,
     heads,
     scale_log2,  # log2(e) / sqrt(D)
@@ -67,24 +75,24 @@ def attention_fwd_kernel(
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
     if DROPOUT:
         r = _keys(column, rows, length, EVEN)
+        s = _keys(column + total, rows, length, EVEN)
     top = tl.full([BM], -float("inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
-        s = tl.dot(q, k.T) * scale_log2
+        logits = tl.dot(q, k.T) * scale_log2
         if not EVEN:
-            s = tl.where(cols[None, :] < length, s, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
+            logits = tl.where(cols[None, :] < length, logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
         shrink = tl.exp2(top - higher)
-        p = tl.exp2(s - higher[:, None])
+        p = tl.exp2(logits - higher[:, None])
         norm = norm * shrink + tl.sum(p, 1)
         top = higher
         if DROPOUT:
-            c = _keys(column + total, cols, length, EVEN) | 1
-            o = _keys(column + 2 * total, cols, length, EVEN)
-            p = tl.where(r[:, None] * c[None, :] + o[None, :] >= threshold, p, 0.0)
+            bits = r[:, None] * _column(cols)[None, :] + s[:, None]
+            p = tl.where(bits >= threshold, p, 0.0)
         v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
         if SHARED:
             acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
@@ -108,7 +116,7 @@ def attention_bwd_query_kernel(
     out,  # [B, L, W]
     grad_out,  # [B, L, W]
     lse,  # [B H, L] float32
-    draws,  # [3, B H, L] int32
+    draws,  # [2, B H, L] int32
     grad_qkv,  # [B, L, 3W], out: the query's third
     delta,  # [B H, L] float32, out: sum over the features of out * grad_out
     partials,  # [B blocks, W] float32, out: column sums of the query's gradient over a block
@@ -149,6 +157,7 @@ def attention_bwd_query_kernel(
         log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
     if DROPOUT:
         r = _keys(draws + vector, rows, length, EVEN)
+        s = _keys(draws + total + vector, rows, length, EVEN)
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
@@ -159,9 +168,8 @@ def attention_bwd_query_kernel(
             p = tl.where(cols[None, :] < length, p, 0.0)
         dp = tl.dot(g, v.T)
         if DROPOUT:
-            c = _keys(draws + total + vector, cols, length, EVEN) | 1
-            o = _keys(draws + 2 * total + vector, cols, length, EVEN)
-            dp = tl.where(r[:, None] * c[None, :] + o[None, :] >= threshold, dp * keep_scale, 0.0)
+            bits = r[:, None] * _column(cols)[None, :] + s[:, None]
+            dp = tl.where(bits >= threshold, dp * keep_scale, 0.0)
         ds = (p * (dp - d[:, None])).to(k.dtype)
         if SHARED:
             acc = tl.dot(k.T, ds.T, acc)
@@ -187,7 +195,7 @@ def attention_bwd_key_kernel(
     grad_out,  # [B, L, W]
     lse,  # [B H, L] float32
     delta,  # [B H, L] float32
-    draws,  # [3, B H, L] int32
+    draws,  # [2, B H, L] int32
     grad_qkv,  # [B, L, 3W], out: the thirds of key and value
     partials,  # [B blocks, 2W] float32, out: column sums of their gradients over a block
     length,
@@ -219,8 +227,7 @@ def attention_bwd_key_kernel(
     k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN)
     v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN)
     if DROPOUT:
-        c = _keys(draws + total + vector, keys, length, EVEN) | 1
-        o = _keys(draws + 2 * total + vector, keys, length, EVEN)
+        c = _column(keys)
     grad_k = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BM, num_stages=STAGES):
@@ -236,12 +243,13 @@ def attention_bwd_key_kernel(
             d = tl.load(delta + vector + rows, mask=rows < length, other=0.0)
         if DROPOUT:
             r = _keys(draws + vector, rows, length, EVEN)
+            s = _keys(draws + total + vector, rows, length, EVEN)
         if SHARED:
             p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
             dp = tl.dot(g, v.T)
             dropped = p
             if DROPOUT:
-                kept = r[:, None] * c[None, :] + o[None, :] >= threshold
+                kept = r[:, None] * c[None, :] + s[:, None] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             grad_v = tl.dot(g.T, dropped.to(g.dtype), grad_v)
@@ -252,7 +260,7 @@ def attention_bwd_key_kernel(
             dp = tl.dot(v, g.T)
             dropped = p
             if DROPOUT:
-                kept = r[None, :] * c[:, None] + o[:, None] >= threshold
+                kept = r[None, :] * c[:, None] + s[None, :] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             grad_v = tl.dot(dropped.to(g.dtype), g, grad_v)

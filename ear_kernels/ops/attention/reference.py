@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 
-def kept(draws: Tensor, threshold: int) -> Tensor:
-    """Bool ``[B H, L, L]``: what the kernels keep of the attention weights for ``draws [3, B H, L]`` (int32).
+def columns(length: int) -> Tensor:
+    """The odd numbers c of the positions, int64 ``[L]``: what ``kernels._column`` computes."""
+    x = (torch.arange(length) + 1) * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x85EBCA6B & 0xFFFFFFFF
+    return (x ^ (x >> 13)) | 1
 
-    An element is kept if ``r_i (c_j | 1) + o_j mod 2^32``, as a signed number, is at least ``threshold``.
+
+def kept(draws: Tensor, threshold: int) -> Tensor:
+    """Bool ``[B H, L, L]``: what the kernels keep of the attention weights for ``draws [2, B H, L]`` (int32).
+
+    An element is kept if ``r_i c_j + s_i mod 2^32``, as a signed number, is at least ``threshold``.
     """
-    r, c, o = draws.long().unbind()
-    bits = (r.unsqueeze(-1) * (c | 1).unsqueeze(-2) + o.unsqueeze(-2)) & 0xFFFFFFFF
+    r, s = draws.long().unsqueeze(-1).unbind()
+    bits = (r * columns(draws.shape[-1]).to(r.device) + s) & 0xFFFFFFFF
     return torch.where(bits >= 2**31, bits - 2**32, bits) >= threshold
 
 
