@@ -23,6 +23,7 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "gated_silu_ffn",
         "gelu_mlp",
         "mlp_generator",
+        "project",
         "qkv_heads",
         "self_attention",
     }

@@ -153,6 +153,31 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     return reference.qkv_heads(x, weight, bias, heads)
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``, as ``F.linear`` without a bias, but under autocast the weight's gradient is never rounded.
+
+    Args:
+        x: ``[..., C]``.
+        weight: ``[W, C]``.
+
+    Returns:
+        ``[..., W]`` in the autocast dtype, or in the promoted dtype without autocast.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    for name, tensor in (("x", x), ("weight", weight)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor, x, "x")
+    if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [W, {x.shape[-1]}]")
+    if not torch.compiler.is_compiling() and _applies("project", x, _refusal(x, weight)):
+        from ear_kernels.ops.transformer import autograd
+
+        return autograd.project(x, weight, _compute_dtype(x, weight))
+    return F.linear(x, weight)
+
+
 def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, dropout: float = 0.0) -> Tensor:
     """Bidirectional multi-head self-attention with dropout of its weights, without the output linear.
 

@@ -47,6 +47,8 @@ class CapturedBlocks:
         self._parameters = [*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()]
         sample = torch.zeros(self.shape, device=position.device, requires_grad=True)
         random_state = torch.cuda.get_rng_state(position.device)
+        # The graphs' gradients come from the stream of the capture; autograd waits for it, and would warn of that.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # Autocast must not keep a cast weight from one replay to the next.
         with torch.autocast("cuda", torch.bfloat16, enabled=use_bf16, cache_enabled=False):
             self.replay: Any = torch.cuda.make_graphed_callables(_Blocks(backbone), (sample,))

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, self_attention
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, project, self_attention
 from ear_model.config import ModelConfig
 from ear_model.graphs import CapturedBlocks
 
@@ -59,7 +58,7 @@ class TransformerBlock(Block):
             attention.num_heads,
             dropout=attention.attn_drop.p if self.training else 0.0,
         )
-        attended = F.linear(mixed, attention.proj.weight)
+        attended = project(mixed, attention.proj.weight)
         # The stream that attention's output is added to is kept by the norm before: the branch is less than the sum.
         pending = (attended, attention.proj.bias)
         hidden, normed = _add(pending, hidden, self.norm2, dropout, seed[1], keep_branch=True)

@@ -33,7 +33,8 @@ def test_any_size_and_row_stride(rows, width, strided) -> None:
 def test_columns_that_are_not_dense() -> None:
     x = torch.randn(40, 7, device=DEVICE)
     assert torch.equal(column_sums(x.t()), column_sums(x.t().contiguous()))
-    assert torch.equal(column_sums(x[:1].expand(50, -1)), column_sums(x[:1].repeat(50, 1)))
+    # Not to the bit: a row stride of 0 lets the compiler load, and so add, in another order.
+    torch.testing.assert_close(column_sums(x[:1].expand(50, -1)), column_sums(x[:1].repeat(50, 1)))
 
 
 def test_the_paper_shapes_fill_a_gpu() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
+from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, project, qkv_heads
 from ear_kernels.ops.transformer import reference
 from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
@@ -165,6 +165,17 @@ def test_qkv_heads(monkeypatch, dtype, shape, layout) -> None:
     compare(
         monkeypatch, arranged(qkv_heads), arranged(reference.qkv_heads), tensors, grads, dtype, batch * length + 2
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 16, 7), (1, 1, 24, 24), (0, 4, 8, 3)], ids=str)
+def test_project(monkeypatch, dtype, shape) -> None:
+    batch, length, width, outer = shape
+    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    tensors = [draw(batch, length, width), draw(outer, width) / width**0.5]
+    compare(monkeypatch, project, F.linear, tensors, [draw(batch, length, outer)], dtype, batch * length + 2)
+    with pytest.raises(ValueError, match="weight has shape"):
+        project(tensors[0], tensors[1][:, :-1])
 
 
 # The second is wider than a program's columns, and of fewer rows than programs.

@@ -24,7 +24,7 @@ def tile_of(width: int, itemsize: int) -> tuple[int, int]:
 
 
 def column_sums(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``x.sum(0)`` of ``x [R, ...]``, summed in float32 in an order that depends on the shape only.
+    """``x.sum(0)`` of ``x [R, ...]``, summed in float32 in an order that depends on shape and strides only.
 
     torch's reduction takes 10 us and more for the tall thin matrices of partial sums that our kernels leave.
     """

@@ -285,6 +285,24 @@ def _gelu_dropout_backward(
     return grad_out, column_sums(partials)
 
 
+class Linear(torch.autograd.Function):
+    """``x @ weight^T`` of ``x [R, C]``; a float32 weight gets its gradient in float32, unrounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        low = weight.to(x.dtype)
+        ctx.save_for_backward(x, low)
+        ctx.dtype = weight.dtype
+        return linear(x, low, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_double_backward("linear")
+        x, low = ctx.saved_tensors
+        grad = grad.contiguous()
+        return torch.mm(grad, low), weight_gradient(grad, x, ctx.dtype)
+
+
 class GeluMLP(torch.autograd.Function):
     """``Linear(dropout(GELU(Linear(x))))`` of ``x [R, W]``; saves x and the pre-activation only."""
 
@@ -368,6 +386,13 @@ def gelu_mlp(
     with torch.autocast(x.device.type, enabled=False):
         out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)
     return out.view(*x.shape[:-1], weight_out.shape[0])
+
+
+def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :func:`ear_kernels.functional_transformer.project`."""
+    with torch.autocast(x.device.type, enabled=False):
+        out = Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def qkv_heads(
