@@ -114,7 +114,7 @@ def render(count: int, options: argparse.Namespace, split: str) -> ImageTree:
 def start_positions(model: EAR, deviation: float) -> None:
     """Add a 2-D sinusoid to the learned positions of the tokens: periods of 4 tokens to four times the image.
 
-    As they start, normal with deviation 0.02, positions are a tenth of what a known token is projected to.
+    As they start, normal with deviation 0.02, positions are about a tenth of what a known token is projected to.
     """
     positions = model.backbone.decoder_pos_embed_learned[0, model.config.class_tokens :]
     count, width = positions.shape
