@@ -25,13 +25,21 @@ def ceil_div(value: int, by: int) -> int:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Sizes of one program: rows, samples and features (powers of two), its warps, and how far a loop is unrolled."""
+    """Sizes of one program: rows, samples and features (powers of two), its warps, how far a loop is unrolled, and
+    the most registers of a thread (None: what ptxas thinks best)."""
 
     block_r: int
     block_n: int
     block_d: int
     num_warps: int
     unroll: int = 1
+    registers: int | None = None
+
+
+def launch_options(num_warps: int, registers: int | None, tensor: torch.Tensor) -> dict[str, int]:
+    """Keyword options of a launch; the limit of registers is for NVIDIA only."""
+    limited = registers is not None and tensor.is_cuda and torch.version.hip is None
+    return {"num_warps": num_warps, **({"maxnreg": registers} if limited and registers is not None else {})}
 
 
 # The largest tile (samples x features) that one program holds; larger rows are split over programs.
@@ -70,7 +78,9 @@ def energy_gaussian_config(n: int, features: int, double: bool = False, general:
         return None
     warps = max(1, tile // (512 if general or tile > 2048 else 1024))
     if tile >= 256:
-        return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4)
+        # Left alone, ptxas stops at 168 registers of its own accord and spills the rest.
+        registers = 255 if general and warps > 1 else None
+        return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4, registers)
     return TileConfig(max(1, 512 // tile), block_n, block_d, 1, 1)
 
 
@@ -187,6 +197,7 @@ class ShippedKernel:
 # Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
 SHIPPED_MODULES = (
     "ear_kernels.ops.column_sums.shipped",
+    "ear_kernels.ops.attention.shipped",
     "ear_kernels.ops.energy_loss.shipped",
     "ear_kernels.ops.generator.shipped",
     "ear_kernels.ops.transformer.shipped",

@@ -22,7 +22,7 @@ class PreparedLaunch:
         grid: up to three numbers of programs.
         scalars: the arguments between the pointers and the constexprs.
         constexprs: value of every constexpr.
-        num_warps: launch option.
+        options: launch options, such as ``num_warps``.
     """
 
     __slots__ = (
@@ -30,7 +30,7 @@ class PreparedLaunch:
         "_function",
         "_grid",
         "_kernel",
-        "_num_warps",
+        "_options",
         "_packed",
         "_run",
         "_scalars",
@@ -38,13 +38,13 @@ class PreparedLaunch:
     )
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], scalars: tuple, constexprs: dict[str, Any], num_warps: int
+        self, kernel: Any, grid: tuple[int, ...], scalars: tuple, constexprs: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        self._kernel, self._scalars, self._constexprs, self._num_warps = (
+        self._kernel, self._scalars, self._constexprs, self._options = (
             kernel,
             scalars,
             constexprs,
-            num_warps,
+            options,
         )
         self._grid = (*grid, 1, 1)[:3]
         self._run: Any = None
@@ -53,9 +53,7 @@ class PreparedLaunch:
     def __call__(self, device: int, *pointers: Tensor | None) -> None:
         """Launch on the current stream of ``device``, which must be the current device."""
         if self._run is None:
-            compiled = self._kernel[self._grid](
-                *pointers, *self._scalars, **self._constexprs, num_warps=self._num_warps
-            )
+            compiled = self._kernel[self._grid](*pointers, *self._scalars, **self._constexprs, **self._options)
             # Under the interpreter there is nothing to keep.
             if hasattr(compiled, "packed_metadata") and hasattr(compiled, "function"):
                 first = len(pointers) + len(self._scalars)

@@ -34,7 +34,7 @@ def test_later_calls_pass_pointers_scalars_and_constexprs_in_the_kernels_order(m
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
     direct: list[tuple] = []
     kernel = _Kernel(_Compiled(direct))
-    launch = PreparedLaunch(kernel, (7,), (5, 0.5), {"SECOND": 2, "FIRST": 1}, num_warps=4)
+    launch = PreparedLaunch(kernel, (7,), (5, 0.5), {"SECOND": 2, "FIRST": 1}, {"num_warps": 4})
     tensors = [torch.zeros(3) for _ in range(3)]
     launch(0, tensors[0], None)
     launch(0, tensors[1], None)
@@ -50,7 +50,7 @@ def test_later_calls_pass_pointers_scalars_and_constexprs_in_the_kernels_order(m
 def test_without_a_compiled_kernel_every_call_goes_through_triton():
     """The interpreter compiles nothing and returns None."""
     kernel = _Kernel(None)
-    launch = PreparedLaunch(kernel, (1,), (), {}, num_warps=1)
+    launch = PreparedLaunch(kernel, (1,), (), {}, {"num_warps": 1})
     for _ in range(3):
         launch(0, torch.zeros(1))
     assert len(kernel.calls) == 3

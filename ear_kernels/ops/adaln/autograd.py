@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ear_kernels.launch import launch_options
 from ear_kernels.ops.adaln import kernels
 from ear_kernels.ops.column_sums.launchers import column_sums
 
@@ -44,14 +45,6 @@ def backward_config(width: int, group: int) -> RowConfig:
     """The static config of ``adaln_bwd_kernel`` for rows of ``width`` in runs of ``group``."""
     single, runs = BACKWARD_ROWS[max(512, block_of(width))]
     return single if group == 1 else runs
-
-
-def launch_options(config: RowConfig, tensor: Tensor) -> dict[str, int]:
-    """Keyword options of a launch; the register cap is for NVIDIA only."""
-    options = {"num_warps": config.warps}
-    if config.registers is not None and tensor.is_cuda and torch.version.hip is None:
-        options["maxnreg"] = config.registers
-    return options
 
 
 class ColumnSums(NamedTuple):
@@ -265,7 +258,7 @@ def launch_backward(
         SUM_MODULATION=sum_modulation,
         SUMS=sums,
         STAGES=config.stages,
-        **launch_options(config, hidden),
+        **launch_options(config.warps, config.registers, hidden),
     )
     return ColumnSums(**dict(zip(names, column_sums(partials).unbind(), strict=False)))
 

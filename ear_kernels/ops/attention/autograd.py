@@ -42,7 +42,8 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**31), 2**31, (2, batch * heads, length), dtype=torch.int32, device=device)
 
 
-def _constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
+def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
+    """Constexprs and launch options for heads of ``dim`` features."""
     block_d = max(16, block_of(dim))
     return {
         "DIM": dim,
@@ -79,7 +80,7 @@ def forward(
             math.log2(math.e) / math.sqrt(dim),
             threshold,
             keep_scale,
-            **_constants(config, dim, length, draws is not None),
+            **constants(config, dim, length, draws is not None),
         )
     return out, lse
 
@@ -124,7 +125,7 @@ def backward(
         scale,
         threshold,
         keep_scale,
-        **_constants(query_config, dim, length, draws is not None),
+        **constants(query_config, dim, length, draws is not None),
     )
     kernels.attention_bwd_key_kernel[(blocks_n, batch * heads)](
         qkv,
@@ -139,7 +140,7 @@ def backward(
         scale,
         threshold,
         keep_scale,
-        **_constants(key_config, dim, length, draws is not None),
+        **constants(key_config, dim, length, draws is not None),
     )
     return grad, torch.cat((column_sums(sums_query), column_sums(sums_rest)))
 

@@ -85,7 +85,7 @@ def _empty_result(rows: torch.Size, like: Tensor, reduction: str, dtype: torch.d
     return like.new_zeros(rows if reduction == "none" else (), dtype=dtype)
 
 
-Prepared = tuple[tuple[int, ...], tuple, dict[str, Any], int]
+Prepared = tuple[tuple[int, ...], tuple, dict[str, Any], dict[str, int]]
 
 
 def rows_launch(
@@ -94,7 +94,7 @@ def rows_launch(
     options: dict[str, Any],
     present: tuple[bool, bool, bool, bool] = (False, False, False, False),
 ) -> Prepared | None:
-    """Grid, scalars, constexprs and warps of ``energy_rows_kernel``: all that depends on no pointer.
+    """Grid, scalars, constexprs and launch options of ``energy_rows_kernel``: all that depends on no pointer.
 
     Args:
         tensors: samples ``[..., n, D]``, targets ``[..., m, D]`` and their gradients; only those wanted count.
@@ -148,7 +148,8 @@ def rows_launch(
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
     }
-    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
+    options_of_launch = launch.launch_options(config.num_warps, config.registers, samples)
+    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, options_of_launch
 
 
 def energy_loss_forward(
@@ -216,12 +217,12 @@ def energy_loss_forward(
                 target_gradient,
             )  # fmt: skip
         else:
-            grid, scalars, constexprs, warps = prepared
+            grid, scalars, constexprs, launching = prepared
             count = rows if reduction == "none" else grid[0]
             partial = torch.empty(count, dtype=dtype, device=samples_RnD.device)
             kernels.energy_rows_kernel[grid](
                 samples_RnD, targets_RmD, mask, weights, fw, denominator, partial, tensors[2], tensors[3],
-                *scalars, **constexprs, num_warps=warps,
+                *scalars, **constexprs, **launching,
             )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gy
 
@@ -333,7 +334,8 @@ def gaussian_launch(
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
     }
-    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, config.num_warps
+    options_of_launch = launch.launch_options(config.num_warps, config.registers, samples)
+    return (launch.ceil_div(rows, config.block_r),), scalars, constexprs, options_of_launch
 
 
 def energy_gaussian_forward(
@@ -387,12 +389,12 @@ def energy_gaussian_forward(
             feature_weights_D, alpha, tau, eps, reduction, sample_gradient, parameter_gradient,
         )  # fmt: skip
         return loss, gx.copy_(copy) if sample_gradient else gx, gmean, glog_std
-    grid, scalars, constexprs, warps = prepared
+    grid, scalars, constexprs, launching = prepared
     partial = torch.empty(rows if reduction == "none" else grid[0], dtype=dtype, device=samples_RnD.device)
     with launch.on_device(samples_RnD):
         kernels_gaussian.energy_gaussian_kernel[grid](
             samples_RnD, mean, log_std, seed, mask, weights, fw, denominator, partial,
-            gx if sample_gradient else samples_RnD, gmean, glog_std, *scalars, **constexprs, num_warps=warps,
+            gx if sample_gradient else samples_RnD, gmean, glog_std, *scalars, **constexprs, **launching,
         )  # fmt: skip
     return _finish(partial, rows_shape, reduction), gx, gmean, glog_std
 

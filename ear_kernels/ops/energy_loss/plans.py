@@ -76,7 +76,7 @@ class _Plan:
             (1,),
             (programs,),
             {"BLOCK": block},
-            max(1, min(16, block // 256)),
+            {"num_warps": max(1, min(16, block // 256))},
         )
         self._scales: dict[int, PreparedLaunch] = {}
 
@@ -106,7 +106,7 @@ class _Plan:
             elements = gradient.numel()
             grid = (min(launch.ceil_div(elements, 4096), 2112),)
             constexprs = {"DOUBLE": dtype == torch.float64, "BLOCK": 1024}
-            scale = PreparedLaunch(kernels.scale_gradient_kernel, grid, (elements,), constexprs, 4)
+            scale = PreparedLaunch(kernels.scale_gradient_kernel, grid, (elements,), constexprs, {"num_warps": 4})
             self._scales[slot] = scale
         scale(self.index, gradient, incoming)
         return gradient
@@ -137,9 +137,9 @@ class RowsPlan(_Plan):
         prepared = launchers.rows_launch(views, self.needs, options)
         if prepared is None:
             raise LookupError("no plan: this call needs a copy or more than one program a row")
-        grid, scalars, constexprs, warps = prepared
+        grid, scalars, constexprs, launching = prepared
         super().__init__(samples.device, working_dtype(samples, target), grid[0])
-        self._rows = PreparedLaunch(kernels.energy_rows_kernel, grid, scalars, constexprs, warps)
+        self._rows = PreparedLaunch(kernels.energy_rows_kernel, grid, scalars, constexprs, launching)
 
     def run(self, samples: Tensor, target: Tensor) -> Tensor:
         """The loss."""
@@ -203,9 +203,9 @@ class GaussianPlan(_Plan):
             prepared = launchers.gaussian_launch(views, mean, log_std, target.num_targets, self.needs, options)
         if prepared is None:
             raise LookupError("no plan: this call needs a copy or more than one program a row")
-        grid, scalars, constexprs, warps = prepared
+        grid, scalars, constexprs, launching = prepared
         super().__init__(samples.device, working_dtype(samples, mean, log_std), grid[0])
-        self._kernel = PreparedLaunch(kernels_gaussian.energy_gaussian_kernel, grid, scalars, constexprs, warps)
+        self._kernel = PreparedLaunch(kernels_gaussian.energy_gaussian_kernel, grid, scalars, constexprs, launching)
 
     def run(self, samples: Tensor, target: GaussianTarget) -> Tensor:
         """The loss."""

@@ -99,11 +99,12 @@ def _gaussian(name: str, n: int, features: int, dtype: str = "fp32", ones: tuple
     general = switches.get("MODE") == 0 or switches.get("PARAMETER_GRADIENT", False)
     config = launch.energy_gaussian_config(n, features, dtype == "fp64", general)
     assert config is not None
-    return describe(
+    shipped = describe(
         f"energy_gaussian[{name}]", kernels_gaussian.energy_gaussian_kernel, config.num_warps, dtype, ones, N=n,
         UNROLL=config.unroll, REFINE=switches.get("PARAMETER_GRADIENT", False),
         BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_D=config.block_d, SINGLE=features == 1, **switches,
     )  # fmt: skip
+    return replace(shipped, options={"maxnreg": config.registers}) if config.registers else shipped
 
 
 def _field(
@@ -155,8 +156,7 @@ def shipped() -> list[ShippedKernel]:
         _rows("largest tile", 64, 64, MANY=True, MODE=0, TARGET_GRADIENT=True),
         _gaussian("CALM", 8, 128),
         _gaussian("CALM bf16", 8, 128, "bf16"),
-        # On sm_80 ptxas stops at 168 registers of its own accord, and 32 bytes of what is used once are on the stack.
-        replace(_gaussian("CALM, gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked), max_spills=8),
+        _gaussian("CALM, gradients of the targets", 8, 128, PARAMETER_GRADIENT=True, **masked),
         _gaussian("CALM, everything", 8, 128, **_EVERYTHING),
         _gaussian("largest tile", 16, 256),
         _gaussian("small", 2, 16),
