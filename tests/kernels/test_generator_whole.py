@@ -209,6 +209,26 @@ def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
     assert_no_worse_than_eager("out", ours, eager, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "parts"), [(3, 4), (16, 2), (40, 1)])
+def test_few_rows_in_parts_and_other_tiles(monkeypatch, rows, parts, dtype) -> None:
+    """K steps cut into parts; more layers than two, so that a modulation is computed ahead of its layer."""
+    from ear_kernels.ops.generator import few_rows
+
+    config = few_rows.FewConfig(16 if rows <= 16 else 64, 16, 64, 2, 32, 64, 2, parts=parts)
+    monkeypatch.setattr(few_rows, "TABLE", ((64, few_rows.MOST_WIDTH, config, config),))
+    generator = make(96, 4, 2).eval().to(dtype)
+    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
+    noise = torch.rand(rows, 16, device=DEVICE, dtype=dtype) - 0.5
+    with torch.no_grad():
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = generator(z, noise)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double())
+    assert_no_worse_than_eager("out", ours, eager, exact, roundings=8)
+
+
 def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
     generator = make(32, 1, 0).eval()

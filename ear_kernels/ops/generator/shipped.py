@@ -139,7 +139,7 @@ def _few_rows() -> Iterator[ShippedKernel]:
         for config, kind, dtype in ((half, tl.bfloat16, torch.bfloat16), (single, tl.float32, torch.float32)):
             width, line = min(widest, 1536), 128 // dtype.itemsize
             constants = {
-                **dict.fromkeys(("BARRIERS", "PREFETCH"), True),
+                "BARRIERS": True,
                 **dict.fromkeys(("WEIGHT", "NORM"), kind),
                 "W": width,
                 "COMPUTE": tl.bfloat16,
@@ -147,11 +147,13 @@ def _few_rows() -> Iterator[ShippedKernel]:
                 "BM": config.bm,
                 "BN": config.bn,
                 "BK": config.bk,
+                "PARTS": config.parts,
                 "STAGES": config.stages,
                 "BN_MOD": config.bn_mod,
                 "BK_MOD": config.bk_mod,
                 "STAGES_MOD": config.stages_mod,
-                "PIECE": adaln.block_of(width),
+                "AHEAD": config.ahead,
+                "BLOCK": adaln.block_of(width),
                 "LINES": adaln.block_of(width) // line,
                 "LINE": line,
             }
