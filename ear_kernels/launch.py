@@ -156,6 +156,16 @@ class on_device:
             self._guard.__exit__(*error)
 
 
+def dependent_launch(dependent: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may start while the one before it in the stream still runs.
+
+    It waits for that kernel's end (``gdc_wait``, a constexpr ``DEPENDENT`` in the kernel) before it touches memory:
+    only the launch itself overlaps. Needs compute capability 9; not in the interpreter, and not for a kernel that
+    waits for an event too.
+    """
+    return {"launch_pdl": True} if dependent else {}
+
+
 @dataclass(frozen=True)
 class ShippedKernel:
     """One kernel in one configuration that the package launches: what the compile gate compiles.

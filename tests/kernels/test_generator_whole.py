@@ -14,6 +14,7 @@ from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_tha
 SMALL = configs.GemmConfig(32, 32, 16, 2, 4, flatten=False)
 if DEVICE == "cuda":
     SMALL = configs.GemmConfig(64, 64, 64, 2, 4, flatten=False)
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 PLANS = {
     "cublas": {"silu": None, "gate": None, "dsilu": None},
     "triton": {"silu": SMALL, "gate": SMALL, "dsilu": SMALL},
@@ -124,6 +125,40 @@ def test_without_gradients_nothing_is_saved(monkeypatch, combine_rows) -> None:
     hidden = torch.randn(5, 32, device=DEVICE)
     parameters = [parameter.detach() for parameter in generator.block_parameters()]
     assert len(passes.forward(hidden, hidden, parameters, None, 1, 1.0, 1e-6, False)) == 1
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("combine_rows", [1, 10**9])
+@pytest.mark.parametrize("gemms", PLANS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"modulation": "first", "dependent": HOPPER},
+        {"modulation": "beside", "streams": 2},
+        {"modulation": "beside", "urgent": True, "dependent": HOPPER},
+        {"rows": 4},
+    ],
+    ids=str,
+)
+def test_every_plan_without_gradients(monkeypatch, options, gemms, combine_rows, samples) -> None:
+    """However the launches are arranged, the result is eager's, and a second call's (memory used again) as well."""
+    from ear_kernels.ops.generator import few_rows, inference, passes
+
+    monkeypatch.setattr(passes, "COMBINE_ROWS", combine_rows)
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    monkeypatch.setattr(inference, "TABLE", ((0, 0, inference.Plan(**options)),))
+    generator = make(64, 3, 0).half().eval()
+    z = torch.randn(5, 24, device=DEVICE, dtype=torch.float16)
+    noise = torch.rand(5, samples, 16, device=DEVICE, dtype=torch.float16) - 0.5
+    with torch.no_grad(), configs.overriding(**PLANS[gemms]):
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = [generator(z, noise, 0.7) for _ in range(2)]
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise, 0.7)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
+    for out in ours:
+        assert_no_worse_than_eager("out", out, eager, exact, roundings=8)
 
 
 def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:

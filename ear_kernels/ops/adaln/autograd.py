@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ear_kernels.launch import dependent_launch
 from ear_kernels.ops.adaln import kernels
 
 MAX_WIDTH = 8192
@@ -111,6 +112,7 @@ def launch_forward(
     index: Tensor | None = None,
     residual: tuple[Tensor, Tensor, Tensor] | None = None,
     unit_rows: int | None = None,
+    dependent: bool = False,
 ) -> None:
     """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to
     ``stats``.
@@ -118,6 +120,7 @@ def launch_forward(
     Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
     ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
     ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
+    ``dependent``: see :func:`ear_kernels.launch.dependent_launch`.
     """
     rows, width = out.shape
     if rows == 0:
@@ -159,7 +162,9 @@ def launch_forward(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         SAVE_STATS=stats is not None,
+        DEPENDENT=dependent,
         num_warps=warps_of(width),
+        **dependent_launch(dependent),
     )
 
 

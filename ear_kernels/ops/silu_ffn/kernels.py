@@ -6,6 +6,7 @@ Legend: R rows; a linear maps K columns to N. Loads are cast to float32 at once 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 EPILOGUE_BIAS = tl.constexpr(0)
 EPILOGUE_SILU = tl.constexpr(1)
@@ -85,12 +86,16 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """``epilogue(A @ B^T + bias)``, persistent: program p takes tiles p, p + programs, ...
 
     Both operands of the dot come straight from descriptor loads: ptxas 12.8 miscompiles a WGMMA whose A
     operand was computed in registers (docs/performance.md).
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
