@@ -66,8 +66,8 @@ _128_64 = GemmConfig(128, 64, 64, 4, 4, flatten=False)
 _128_128 = GemmConfig(128, 128, 64, 4, 8, flatten=False)
 
 # Hopper, bf16 and fp16; the last entry whose rows and width are both reached applies. Below 4,096 rows tiles that
-# fill 132 processors in whole waves. From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms with
-# it, 30.05 ms with Triton for "silu" and "gate") and for the gate; SiLU alone is 8 to 10 % faster in the GEMM
+# fill 132 processors in whole waves. From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms
+# with it, 30.05 ms with Triton for "silu" and "gate") and for the gate; SiLU alone is 8 to 10 % faster in the GEMM
 # (docs/performance_generator.md).
 HOPPER: dict[str, tuple[Entry, ...]] = {
     "silu": (
