@@ -50,11 +50,13 @@ def adaln_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     SAVE_STATS: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):
     """``h' = h + gate * ffn`` and ``out = LN(h') * (1 + scale) + temperature * shift`` for the rows of one
     unit."""
-    if DEPENDENT:
+    if FOLLOWED:
         gdc_launch_dependents()
+    if DEPENDENT:
         gdc_wait()
     unit = tl.program_id(0)
     entry = tl.cast(unit // chunks, tl.int64)

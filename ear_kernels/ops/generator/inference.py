@@ -173,7 +173,7 @@ def _forward(
         residual = (*pending, scale.new_empty((rows, width))) if pending is not None else None
         adaln.launch_forward(
             hidden, shift, scale, norm[0], norm[1], u, None, group=1, eps=eps, temperature=factor, index=index,
-            residual=residual, dependent=after_gate,
+            residual=residual, dependent=after_gate, followed=plan.dependent,
         )  # fmt: skip
         if residual is not None:
             hidden, index, pending = residual[2], None, None

@@ -80,8 +80,8 @@ def _rowwise() -> Iterator[ShippedKernel]:
         for dependent in (False, True):
             yield describe(
                 f"adaln_fwd[{width}{', dependent' if dependent else ''}]", adaln_kernels.adaln_fwd_kernel,
-                forward | size | {"DEPENDENT": dependent}, norm, HOPPER if dependent else targets, warps,
-                **dependent_launch(dependent),
+                forward | size | dict.fromkeys(("DEPENDENT", "FOLLOWED"), dependent), norm,
+                HOPPER if dependent else targets, warps, **dependent_launch(dependent),
             )  # fmt: skip
         for group, flags in ((1, {}), (4, shared)):
             config = adaln.backward_config(width, group)

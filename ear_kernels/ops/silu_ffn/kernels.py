@@ -94,7 +94,6 @@ def linear_kernel(
     operand was computed in registers (docs/performance.md).
     """
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -114,6 +113,9 @@ def linear_kernel(
                 acc = tl.dot(a, b_desc.load([n, step * BK]).T, acc)
             else:
                 acc = tl.dot(a, b_desc.load([step * BK, n]), acc)
+        if DEPENDENT:
+            # Not sooner: programs that wait hold registers and shared memory that other streams' kernels could use.
+            gdc_launch_dependents()
         if SPLIT == 1:
             _epilogue(
                 acc, m, n, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials, N,
