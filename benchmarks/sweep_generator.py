@@ -1,14 +1,12 @@
 # ruff: noqa: B023 (timed closures are called in the iteration that makes them)
 """The launches behind the generator's static tables, timed on a GPU (results/*_sweep_h200_*.txt).
 
-    python benchmarks/sweep_generator.py adaln silu few_rows        # about 2 minutes on an H200
+    python benchmarks/sweep_generator.py adaln silu        # about a minute on an H200
 
 Times only, for launches that the tests check; each table keeps the fastest that does not spill, or says why not.
 """
 
-import copy
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -18,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from ear_kernels import FusedMLPGenerator
 from ear_kernels.ops.adaln import autograd as adaln
-from ear_kernels.ops.generator import few_rows
 from ear_kernels.ops.silu_ffn import kernels as ffn_kernels
 
 ROWS = 65_536
@@ -98,41 +94,6 @@ def sweep_silu() -> None:
             print(f"silu_bwd W={width} {ms:.3f} ms {4 * ROWS * width * 2 / ms / 1e9:.2f} TB/s {name}")
 
 
-def sweep_few_rows() -> None:
-    """The persistent kernel in a CUDA graph, with its error against float64 beside eager's."""
-    tiles = itertools.product(
-        (8, 16), ((128, 4), (128, 6), (256, 3), (256, 4)), ((32, 128, 6), (64, 128, 4), (64, 64, 6))
-    )
-    candidates = [(bn, *inner, *mod) for bn, inner, mod in tiles]
-    for depth, width in ((6, 1024), (12, 1536)):
-        torch.manual_seed(0)
-        generator = FusedMLPGenerator(768, width, 16, depth=depth, noise_dim=64)
-        for parameter in generator.parameters():
-            std = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
-            torch.nn.init.normal_(parameter, std=std)
-        generator = generator.cuda().bfloat16().eval()
-        exact = copy.deepcopy(generator).double()
-        for rows in (4, 64):
-            z, noise = draw(rows, 768), draw(rows, 64)
-            with torch.no_grad():
-                truth = exact(z.double(), noise.double())
-                found = []
-                for sizes in candidates:
-                    config = few_rows.FewConfig(16 if rows <= 16 else 64, *sizes)
-                    few_rows.TABLE = ((64, adaln.MAX_WIDTH, config, config),)
-                    error = (generator(z, noise).double() - truth).square().mean().sqrt()
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
-                        generator(z, noise)
-                    found.append((milliseconds(graph.replay, 50), float(error), str(config)))
-                os.environ["EAR_KERNELS_BACKEND"] = "eager"
-                error = (generator(z, noise).double() - truth).square().mean().sqrt()
-                os.environ["EAR_KERNELS_BACKEND"] = "auto"
-            print(f"{depth}x{width}, {rows} rows; eager's error {error:.5f}")
-            for ms, ours, name in sorted(found)[:5]:
-                print(f"   {ms:.4f} ms, error {ours:.5f}, {name}")
-
-
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or ("adaln", "silu", "few_rows"):
-        {"adaln": sweep_adaln, "silu": sweep_silu, "few_rows": sweep_few_rows}[chosen]()
+    for chosen in sys.argv[1:] or ("adaln", "silu"):
+        {"adaln": sweep_adaln, "silu": sweep_silu}[chosen]()

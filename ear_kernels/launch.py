@@ -166,6 +166,16 @@ class on_device:
             self._guard.__exit__(*error)
 
 
+def dependent_launch(dependent: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may start while the one before it in the stream still runs.
+
+    It waits for that kernel's end (``gdc_wait``, a constexpr ``DEPENDENT`` in the kernel) before it touches memory:
+    only the launch itself overlaps. The kernel before says from when on (``gdc_launch_dependents``), or it is at its
+    end. Needs compute capability 9; not in the interpreter, and not for a kernel that waits for an event too.
+    """
+    return {"launch_pdl": True} if dependent else {}
+
+
 @dataclass(frozen=True)
 class ShippedKernel:
     """One kernel in one configuration that the package launches: what the compile gate compiles.

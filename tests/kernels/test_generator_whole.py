@@ -14,6 +14,7 @@ from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_tha
 SMALL = configs.GemmConfig(32, 32, 16, 2, 4, flatten=False)
 if DEVICE == "cuda":
     SMALL = configs.GemmConfig(64, 64, 64, 2, 4, flatten=False)
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 PLANS = {
     "cublas": {"silu": None, "gate": None, "dsilu": None},
     "triton": {"silu": SMALL, "gate": SMALL, "dsilu": SMALL},
@@ -126,6 +127,40 @@ def test_without_gradients_nothing_is_saved(monkeypatch, combine_rows) -> None:
     assert len(passes.forward(hidden, hidden, parameters, None, 1, 1.0, 1e-6, False)) == 1
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("combine_rows", [1, 10**9])
+@pytest.mark.parametrize("gemms", PLANS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"modulation": "first", "dependent": HOPPER},
+        {"modulation": "beside", "streams": 2},
+        {"modulation": "beside", "urgent": True, "dependent": HOPPER},
+        {"rows": 4},
+    ],
+    ids=str,
+)
+def test_every_plan_without_gradients(monkeypatch, options, gemms, combine_rows, samples) -> None:
+    """However the launches are arranged, the result is eager's, and a second call's (memory used again) as well."""
+    from ear_kernels.ops.generator import few_rows, inference, passes
+
+    monkeypatch.setattr(passes, "COMBINE_ROWS", combine_rows)
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    monkeypatch.setattr(inference, "TABLE", ((0, 0, inference.Plan(**options)),))
+    generator = make(64, 3, 0).half().eval()
+    z = torch.randn(5, 24, device=DEVICE, dtype=torch.float16)
+    noise = torch.rand(5, samples, 16, device=DEVICE, dtype=torch.float16) - 0.5
+    with torch.no_grad(), configs.overriding(**PLANS[gemms]):
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = [generator(z, noise, 0.7) for _ in range(2)]
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise, 0.7)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
+    for out in ours:
+        assert_no_worse_than_eager("out", out, eager, exact, roundings=8)
+
+
 def test_mixed_precision_gives_float32_gradients(monkeypatch) -> None:
     """Autocast over float32 weights: gradients in the parameters' dtype, near eager's."""
     generator = make(32, 2, 0)
@@ -207,6 +242,26 @@ def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
         eager = generator(z, noise, 0.7)
         exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
     assert_no_worse_than_eager("out", ours, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "parts"), [(3, 4), (16, 2), (40, 1)])
+def test_few_rows_in_parts_and_other_tiles(monkeypatch, rows, parts, dtype) -> None:
+    """K steps cut into parts; more layers than two, so that a modulation is computed ahead of its layer."""
+    from ear_kernels.ops.generator import few_rows
+
+    config = few_rows.FewConfig(16 if rows <= 16 else 64, 16, 64, 2, 32, 64, 2, parts=parts)
+    monkeypatch.setattr(few_rows, "TABLE", ((64, few_rows.MOST_WIDTH, config, config),))
+    generator = make(96, 4, 2).eval().to(dtype)
+    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
+    noise = torch.rand(rows, 16, device=DEVICE, dtype=dtype) - 0.5
+    with torch.no_grad():
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        ours = generator(z, noise)
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+        eager = generator(z, noise)
+        exact = copy.deepcopy(generator).double()(z.double(), noise.double())
+    assert_no_worse_than_eager("out", ours, eager, exact, roundings=8)
 
 
 def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:

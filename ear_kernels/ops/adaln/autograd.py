@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ear_kernels.launch import launch_options
+from ear_kernels.launch import dependent_launch, launch_options
 from ear_kernels.ops.adaln import kernels
 from ear_kernels.ops.column_sums.launchers import column_sums
 
@@ -105,6 +105,8 @@ def launch_forward(
     index: Tensor | None = None,
     residual: tuple[Tensor, Tensor, Tensor] | None = None,
     unit_rows: int | None = None,
+    dependent: bool = False,
+    followed: bool = False,
 ) -> None:
     """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]`` and the row statistics to
     ``stats``.
@@ -112,6 +114,7 @@ def launch_forward(
     Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
     ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
     ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
+    ``dependent``, ``followed`` by a dependent kernel: see :func:`ear_kernels.launch.dependent_launch`.
     """
     rows, width = out.shape
     if rows == 0:
@@ -153,7 +156,10 @@ def launch_forward(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         SAVE_STATS=stats is not None,
+        DEPENDENT=dependent,
+        FOLLOWED=followed,
         num_warps=warps_of(width),
+        **dependent_launch(dependent),
     )
 
 

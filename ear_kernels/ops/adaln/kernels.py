@@ -11,6 +11,7 @@ that is what the maths needs and in the interpreter because its bf16 arithmetic 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,9 +49,15 @@ def adaln_fwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_STATS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):
     """``h' = h + gate * ffn`` and ``out = LN(h') * (1 + scale) + temperature * shift`` for the rows of one
     unit."""
+    if FOLLOWED:
+        gdc_launch_dependents()
+    if DEPENDENT:
+        gdc_wait()
     unit = tl.program_id(0)
     entry = tl.cast(unit // chunks, tl.int64)
     first = (unit % chunks) * unit_rows

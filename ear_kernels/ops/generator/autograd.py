@@ -6,8 +6,24 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln import autograd as adaln
-from ear_kernels.ops.generator import passes
+from ear_kernels.ops.generator import inference, passes
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
+
+
+def _forward(
+    hidden: Tensor,
+    conditioning: Tensor,
+    parameters: list[Tensor],
+    index: Tensor | None,
+    group: int,
+    temperature: float,
+    eps: float,
+    save: bool,
+) -> list[Tensor]:
+    """[out ``[R, D]``, then with ``save`` what :func:`passes.backward` wants]."""
+    if not save and group == 1:
+        return [inference.forward(hidden, conditioning, parameters, index, temperature, eps)]
+    return passes.forward(hidden, conditioning, parameters, index, group, temperature, eps, save)
 
 
 def _forward_fake(
@@ -98,7 +114,7 @@ LIBRARY.define(
     "generator_blocks_bwd(Tensor grad_out, Tensor hidden, Tensor conditioning, Tensor[] parameters, Tensor[] saved, "
     "Tensor? index, Tensor? inverse, int group, ScalarType[] dtypes) -> Tensor[]"
 )
-LIBRARY.impl("generator_blocks_fwd", passes.forward, "CompositeExplicitAutograd")
+LIBRARY.impl("generator_blocks_fwd", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("generator_blocks_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("ear_kernels::generator_blocks_fwd", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("ear_kernels::generator_blocks_bwd", _backward_fake, lib=LIBRARY)
@@ -130,7 +146,7 @@ class GeneratorBlocks(torch.autograd.Function):
         save: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        run = torch.ops.ear_kernels.generator_blocks_fwd if torch.compiler.is_compiling() else passes.forward
+        run = torch.ops.ear_kernels.generator_blocks_fwd if torch.compiler.is_compiling() else _forward
         compute = conditioning.dtype
         # Cast once a step and keep: casting again in backward would read the float32 weights again.
         cast = [

@@ -20,11 +20,15 @@ from ear_kernels.ops.silu_ffn import configs
 MOST_ROWS = 64
 """Above this the launchers of ``ops/generator/passes.py`` run: one tile holds all rows."""
 
+MOST_WIDTH = 2048
+"""Wider rows likewise: the norm holds a row and what it is modulated with in registers."""
+
 
 @dataclass(frozen=True)
 class FewConfig:
     """Tiles of the persistent kernel: ``bm`` rows; ``bn`` columns in steps of ``bk`` with ``stages`` of them in
-    flight; and the same for the modulation, which has 3W (depth + 1) columns."""
+    flight, each cut into ``parts`` for as many warps; the same for the modulation, which has 3W columns a layer; and
+    ``ahead``, the rows of the next modulation's weight that a program prefetches (0: none)."""
 
     bm: int
     bn: int
@@ -34,15 +38,17 @@ class FewConfig:
     bk_mod: int
     stages_mod: int
     warps: int = 4
+    parts: int = 1
+    ahead: int = 32
 
 
-# (Rows up to, width up to) -> config for 16-bit weights (the fastest of 25 on an H200),
-# and for float32 ones, which need more registers.
+# (Rows up to, width up to) -> config for 16-bit weights, and for float32 ones, which need more registers. Tiles are
+# the fastest of 25 on an H200 (results/few_rows_sweep_h200_*.txt); ``parts`` and ``ahead`` came after that sweep.
 TABLE: tuple[tuple[int, int, FewConfig, FewConfig], ...] = (
-    (16, 1024, FewConfig(16, 8, 128, 6, 32, 128, 6), FewConfig(16, 8, 128, 3, 32, 128, 2)),
-    (16, adaln.MAX_WIDTH, FewConfig(16, 16, 256, 4, 64, 128, 4), FewConfig(16, 16, 128, 3, 32, 128, 2)),
+    (16, 1024, FewConfig(16, 8, 128, 6, 32, 128, 6, parts=4), FewConfig(16, 8, 128, 3, 32, 128, 2)),
+    (16, MOST_WIDTH, FewConfig(16, 16, 256, 4, 64, 128, 4, parts=4), FewConfig(16, 16, 128, 3, 32, 128, 2)),
     (MOST_ROWS, 1024, FewConfig(64, 8, 128, 6, 64, 64, 6), FewConfig(64, 8, 128, 2, 32, 64, 2)),
-    (MOST_ROWS, adaln.MAX_WIDTH, FewConfig(64, 16, 128, 4, 64, 128, 4), FewConfig(64, 16, 128, 2, 32, 64, 2)),
+    (MOST_ROWS, MOST_WIDTH, FewConfig(64, 16, 128, 4, 64, 128, 4), FewConfig(64, 16, 128, 2, 32, 64, 2)),
 )
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -95,7 +101,7 @@ def applies(
         and len(norms) == 1
         and weights | norms <= floats
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (*inputs, *parameters))
-        and parameters[0].shape[-1] <= adaln.MAX_WIDTH
+        and parameters[0].shape[-1] <= MOST_WIDTH
     )
 
 
@@ -131,7 +137,7 @@ def _few_rows(
         return z.new_empty(shape, dtype=dtype)
 
     out = new(rows, output_dim)
-    scratch = [new(rows, width), new(rows, width), new(layers, rows, 3 * width), new(rows, width), new(rows, width)]
+    scratch = [new(rows, width), new(rows, width), new(layers, rows, 3 * width), new(2, rows, width)]
     counter = torch.zeros(1, dtype=torch.int32, device=z.device)
     phases = 2 + 3 * layers - 1
     spans = [(0, phases)] if cuda else [(phase, phase + 1) for phase in range(phases)]
@@ -161,15 +167,16 @@ def _few_rows(
             COMPUTE=_TRITON_TYPES[dtype],
             PRECISION="ieee" if exact else "tf32",
             BARRIERS=cuda,
-            PREFETCH=cuda,
             BM=config.bm,
             BN=config.bn,
             BK=config.bk,
+            PARTS=config.parts,
             BN_MOD=config.bn_mod,
             BK_MOD=config.bk_mod,
             STAGES=config.stages,
             STAGES_MOD=config.stages_mod,
-            PIECE=min(2048, adaln.block_of(width)),
+            AHEAD=config.ahead,
+            BLOCK=adaln.block_of(width),
             LINES=triton.next_power_of_2(triton.cdiv(width, line)),
             LINE=line,
             num_warps=config.warps,

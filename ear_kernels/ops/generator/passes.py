@@ -39,7 +39,7 @@ SAVED_PER_BLOCK = 6
 """Tensors forward saves a block: mod, u (empty for group = 1), pre, ffn, mean, rstd."""
 
 COMBINE_ROWS = 8192
-"""Forward alone computes ``W_l W_s`` from this many rows on."""
+"""Forward alone computes ``W_l W_s`` from this many rows on (:mod:`inference`)."""
 
 SAVED_FINAL = 5
 """Tensors forward saves after the blocks: the final h, the norm's mean and rstd, and for group = 1 the scale and
@@ -73,14 +73,15 @@ def forward(
     eps: float,
     save: bool,
 ) -> list[Tensor]:
-    """[out ``[R, D]``, then with ``save`` the saved tensors]. Everything but the norms' parameters has one dtype."""
+    """[out ``[R, D]``, then with ``save`` the saved tensors]. Everything but the norms' parameters has one dtype.
+
+    Without ``save`` and with group = 1, :mod:`inference` does the same faster.
+    """
     blocks, final = split(parameters)
     entries, width = conditioning.shape
     rows = entries * group
     hidden = adaln.as_rows(hidden)
-    # A product of weights for a GEMM of all rows pays only if those are many; backward expects it.
-    combine = group == 1 and (save or entries >= COMBINE_ROWS)
-    wide = conditioning.new_empty((entries, 2 * width)) if combine else None
+    wide = conditioning.new_empty((entries, 2 * width)) if group == 1 else None
     activated = ffn_ops.silu(conditioning.contiguous(), wide[:, width:] if wide is not None else None)
     saved: list[Tensor] = []
     pending: tuple[Tensor, Tensor] | None = None
@@ -138,7 +139,7 @@ def forward(
         saved += [hidden, *stats, scale, wide] if save else []
     else:
         mod = ffn_ops.linear(activated, final[0], final[1])
-        u = mod[:, :width] if group == 1 else hidden.new_empty((rows, width))
+        u = hidden.new_empty((rows, width))
         stats = normalise(mod[:, :width], mod[:, width:], None, 1.0, u)
         out = ffn_ops.linear(u, final[2], final[3])
         saved += [hidden, *stats, mod, u] if save else []

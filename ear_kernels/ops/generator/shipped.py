@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ear_kernels.launch import ShippedKernel
+from ear_kernels.launch import ShippedKernel, dependent_launch
 from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.adaln import kernels as adaln_kernels
 from ear_kernels.ops.generator import few_rows
@@ -77,7 +77,12 @@ def _rowwise() -> Iterator[ShippedKernel]:
         targets = EVERYWHERE if width in (1024, 1536) else HOPPER
         size = {"WIDTH": width, "BLOCK": adaln.block_of(width)}
         warps = adaln.warps_of(width)
-        yield describe(f"adaln_fwd[{width}]", adaln_kernels.adaln_fwd_kernel, forward | size, norm, targets, warps)
+        for dependent in (False, True):
+            yield describe(
+                f"adaln_fwd[{width}{', dependent' if dependent else ''}]", adaln_kernels.adaln_fwd_kernel,
+                forward | size | dict.fromkeys(("DEPENDENT", "FOLLOWED"), dependent), norm,
+                HOPPER if dependent else targets, warps, **dependent_launch(dependent),
+            )  # fmt: skip
         for group, flags in ((1, {}), (4, shared)):
             config = adaln.backward_config(width, group)
             options = {"maxnreg": config.registers} if config.registers else {}
@@ -100,9 +105,9 @@ def _rowwise() -> Iterator[ShippedKernel]:
 
 def _linears() -> Iterator[ShippedKernel]:
     for epilogue, entries in configs.HOPPER.items():
-        shipped = {config for _, config in entries if config} | {configs.CANDIDATES[epilogue]}
-        for config in sorted(shipped, key=lambda config: config.name):
-            for extra in (True,) if epilogue == "dsilu" else (True, False):
+        shipped = {config for entry in entries for config in (entry.config, entry.saving) if config}
+        for config in sorted(shipped | {configs.CANDIDATES[epilogue]}, key=lambda config: config.name):
+            for extra, dependent in ((True, False),) if epilogue == "dsilu" else ((True, False), (False, True)):
                 transposed = epilogue != "dsilu"
                 half = config.bn // config.split
                 tiles = {
@@ -122,6 +127,7 @@ def _linears() -> Iterator[ShippedKernel]:
                     "GROUP_M": config.group_m,
                     "SPLIT": config.split,
                     "FLATTEN": config.flatten,
+                    "DEPENDENT": dependent,
                 }
                 absent: tuple[str, ...] = ()
                 if epilogue != "gate":
@@ -131,6 +137,7 @@ def _linears() -> Iterator[ShippedKernel]:
                 yield describe(
                     f"linear_{epilogue}[{config.name}{', saving' if extra else ''}]", ffn_kernels.linear_kernel,
                     constants | dict.fromkeys(absent), types, HOPPER, config.warps, num_stages=config.stages,
+                    **dependent_launch(dependent),
                 )  # fmt: skip
 
 
@@ -139,7 +146,7 @@ def _few_rows() -> Iterator[ShippedKernel]:
         for config, kind, dtype in ((half, tl.bfloat16, torch.bfloat16), (single, tl.float32, torch.float32)):
             width, line = min(widest, 1536), 128 // dtype.itemsize
             constants = {
-                **dict.fromkeys(("BARRIERS", "PREFETCH"), True),
+                "BARRIERS": True,
                 **dict.fromkeys(("WEIGHT", "NORM"), kind),
                 "W": width,
                 "COMPUTE": tl.bfloat16,
@@ -147,11 +154,13 @@ def _few_rows() -> Iterator[ShippedKernel]:
                 "BM": config.bm,
                 "BN": config.bn,
                 "BK": config.bk,
+                "PARTS": config.parts,
                 "STAGES": config.stages,
                 "BN_MOD": config.bn_mod,
                 "BK_MOD": config.bk_mod,
                 "STAGES_MOD": config.stages_mod,
-                "PIECE": adaln.block_of(width),
+                "AHEAD": config.ahead,
+                "BLOCK": adaln.block_of(width),
                 "LINES": adaln.block_of(width) // line,
                 "LINE": line,
             }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ear_kernels.launch import dependent_launch
 from ear_kernels.ops.adaln.autograd import (
     as_rows,
     backward_grid,
@@ -50,11 +51,13 @@ def launch_linear(
     extra: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor | None:
     """One Triton GEMM with an epilogue; writes ``out`` (and ``extra``) of shape ``[R, N]``.
 
     ``b`` is ``[N, K]`` except for "dsilu", where it is the forward weight ``[K, N]`` as it is. For "dsilu",
     ``residual`` is the pre-activation and the return value its gradient's column sums ``[N]`` (float32).
+    ``dependent``: see :func:`ear_kernels.launch.dependent_launch`.
     """
     rows, n = out.shape
     k = a.shape[1]
@@ -88,8 +91,10 @@ def launch_linear(
         GROUP_M=config.group_m,
         SPLIT=config.split,
         FLATTEN=config.flatten,
+        DEPENDENT=dependent,
         num_stages=config.stages,
         num_warps=config.warps,
+        **dependent_launch(dependent),
     )
     return column_sums(partials) if partials is not None else None
 
@@ -205,32 +210,42 @@ def gate_backward(
     return column_sums(partials)
 
 
-def silu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor | None, Tensor]:
+def silu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, save: bool, dependent: bool = False
+) -> tuple[Tensor | None, Tensor]:
     """(pre-activation or None, SiLU(pre-activation)) of ``x @ weight^T + bias``; both ``[R, N]``."""
     rows, n = x.shape[0], weight.shape[0]
-    config = configs.plan("silu", rows, x, weight) if n * x.element_size() % 16 == 0 else None
+    config = configs.plan("silu", rows, n, x, weight, save=save) if n * x.element_size() % 16 == 0 else None
     if config is None:
         pre = linear(x, weight, bias)
-        return (pre if save else None), silu(pre)
+        return (pre, silu(pre)) if save else (None, silu(pre, pre))
     active = x.new_empty((rows, n))
     saved = x.new_empty((rows, n)) if save else None
-    launch_linear(config, "silu", x, weight, active, bias=bias, extra=saved)
+    launch_linear(config, "silu", x, weight, active, bias=bias, extra=saved, dependent=dependent)
     return saved, active
 
 
 def gated_linear(
-    active: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, gate: Tensor, save: bool
+    active: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    gate: Tensor,
+    save: bool,
+    dependent: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """(``hidden + gate * f``, f or None), ``f = active @ weight^T + bias``, in one kernel.
 
     None where that does not pay. One gate per row, all matrices ``[R, .]``.
     """
-    config = configs.plan("gate", active.shape[0], active, weight, hidden, gate)
+    config = configs.plan("gate", *hidden.shape, active, weight, hidden, gate, save=save)
     if config is None:
         return None
     out = hidden.new_empty(hidden.shape)
     ffn = hidden.new_empty(hidden.shape) if save else None
-    launch_linear(config, "gate", active, weight, out, bias=bias, extra=ffn, residual=hidden, gate=gate)
+    launch_linear(
+        config, "gate", active, weight, out, bias=bias, extra=ffn, residual=hidden, gate=gate, dependent=dependent
+    )
     return out, ffn
 
 
@@ -241,7 +256,7 @@ def silu_linear_backward(
 
     SiLU(pre) goes into ``active`` if given, which may be ``pre``.
     """
-    config = configs.plan("dsilu", pre.shape[0], grad_ffn, weight_out, pre)
+    config = configs.plan("dsilu", *pre.shape, grad_ffn, weight_out, pre, save=True)
     if active is None or config is not None:
         active = pre.new_empty(pre.shape)
     if config is None:

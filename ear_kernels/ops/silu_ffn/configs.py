@@ -50,21 +50,41 @@ CANDIDATES: dict[str, GemmConfig] = {
     "dsilu": GemmConfig(128, 128, 64, 4, 8),
 }
 
-# (epilogue, rows from) -> config on Hopper, for bf16 and fp16; the last entry whose row count is reached applies.
-# From 4,096 rows cuBLAS: on an H200 6 x 1024 takes 29.1 ms with it and 30.05 ms with Triton tiles for "silu"
-# and "gate" (docs/performance_generator.md).
-HOPPER: dict[str, tuple[tuple[int, GemmConfig | None], ...]] = {
+
+@dataclass(frozen=True)
+class Entry:
+    """From ``rows`` rows and ``width`` output columns on: the config, and that of a call that saves; None: cuBLAS."""
+
+    rows: int
+    width: int
+    config: GemmConfig | None
+    saving: GemmConfig | None = None
+
+
+_64 = GemmConfig(64, 64, 64, 4, 4, flatten=False)
+_128_64 = GemmConfig(128, 64, 64, 4, 4, flatten=False)
+_128_128 = GemmConfig(128, 128, 64, 4, 8, flatten=False)
+
+# Hopper, bf16 and fp16; the last entry whose rows and width are both reached applies. Below 4,096 rows tiles that
+# fill 132 processors in whole waves. From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms
+# with it, 30.05 ms with Triton for "silu" and "gate") and for the gate; SiLU alone is 8 to 10 % faster in the GEMM
+# (docs/performance_generator.md).
+HOPPER: dict[str, tuple[Entry, ...]] = {
     "silu": (
-        (0, GemmConfig(64, 64, 64, 4, 4, flatten=False)),
-        (512, GemmConfig(128, 64, 64, 4, 4, flatten=False)),
-        (4096, None),
+        Entry(0, 0, _64, _64),
+        Entry(512, 0, _128_64, _128_64),
+        Entry(768, 1408, _128_128, _128_128),
+        Entry(1536, 0, _128_128, _128_128),
+        Entry(4096, 0, CANDIDATES["silu"], None),
     ),
     "gate": (
-        (0, GemmConfig(64, 64, 64, 4, 4, flatten=False)),
-        (512, GemmConfig(128, 64, 64, 4, 4, flatten=False)),
-        (4096, None),
+        Entry(0, 0, _64, _64),
+        Entry(512, 0, _128_64, _128_64),
+        Entry(768, 1408, _128_128, _128_128),
+        Entry(1536, 0, _128_128, _128_128),
+        Entry(4096, 0, None, None),
     ),
-    "dsilu": ((0, None),),
+    "dsilu": (Entry(0, 0, None, None),),
 }
 
 _overrides: dict[str, GemmConfig | None] = {}
@@ -96,6 +116,11 @@ def processors(tensor: Tensor) -> int:
     return _properties(tensor.device.index)[1] if tensor.device.type == "cuda" else 4
 
 
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU of compute capability 9."""
+    return tensor.device.type == "cuda" and _properties(tensor.device.index)[0] == 9
+
+
 def describable(*tensors: Tensor) -> bool:
     """Whether a TMA descriptor can hold these matrices: dense rows, 16-byte aligned."""
     return all(
@@ -107,17 +132,17 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-def plan(epilogue: str, rows: int, *operands: Tensor) -> GemmConfig | None:
-    """The Triton config for a GEMM with this epilogue, or None for cuBLAS and a pointwise kernel."""
+def plan(epilogue: str, rows: int, width: int, *operands: Tensor, save: bool = False) -> GemmConfig | None:
+    """The Triton config for a GEMM ``[rows, width]`` with this epilogue, or None for cuBLAS and a pointwise kernel.
+
+    ``save``: it also stores what backward needs.
+    """
     first = operands[0]
     if first.dtype == torch.float32 or rows == 0 or not describable(*operands):
         return None
     if epilogue in _overrides:
         return _overrides[epilogue]
-    if first.device.type != "cuda" or _properties(first.device.index)[0] != 9:
+    if not on_hopper(first):
         return None
-    chosen = None
-    for least, config in HOPPER[epilogue]:
-        if rows >= least:
-            chosen = config
-    return chosen
+    entry = [entry for entry in HOPPER[epilogue] if rows >= entry.rows and width >= entry.width][-1]
+    return entry.saving if save else entry.config

@@ -6,6 +6,7 @@ Legend: R rows; a linear maps K columns to N. Loads are cast to float32 at once 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 EPILOGUE_BIAS = tl.constexpr(0)
 EPILOGUE_SILU = tl.constexpr(1)
@@ -85,12 +86,15 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """``epilogue(A @ B^T + bias)``, persistent: program p takes tiles p, p + programs, ...
 
     Both operands of the dot come straight from descriptor loads: ptxas 12.8 miscompiles a WGMMA whose A
     operand was computed in registers (docs/performance.md).
     """
+    if DEPENDENT:
+        gdc_wait()
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
@@ -109,6 +113,9 @@ def linear_kernel(
                 acc = tl.dot(a, b_desc.load([n, step * BK]).T, acc)
             else:
                 acc = tl.dot(a, b_desc.load([step * BK, n]), acc)
+        if DEPENDENT:
+            # Not sooner: programs that wait hold registers and shared memory that other streams' kernels could use.
+            gdc_launch_dependents()
         if SPLIT == 1:
             _epilogue(
                 acc, m, n, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials, N,
