@@ -62,26 +62,28 @@ class Entry:
 
 
 _64 = GemmConfig(64, 64, 64, 4, 4, flatten=False)
+_64_DEEP = GemmConfig(64, 64, 64, 6, 4, flatten=False)
 _128_64 = GemmConfig(128, 64, 64, 4, 4, flatten=False)
 _128_128 = GemmConfig(128, 128, 64, 4, 8, flatten=False)
 
-# Hopper, bf16 and fp16; the last entry whose rows and width are both reached applies. Below 4,096 rows tiles that
-# fill 132 processors in whole waves. From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms
-# with it, 30.05 ms with Triton for "silu" and "gate") and for the gate; SiLU alone is 8 to 10 % faster in the GEMM
-# (docs/performance_generator.md).
+# Hopper, bf16 and fp16; the last entry whose rows and width are both reached applies. Below 4,096 rows, where nothing
+# is saved, the fastest of benchmarks/sweep_rows.py on an H100 (benchmarks/results/sweep_rows_h100_2026-11-24.json).
+# From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms with it, 30.05 ms with Triton for
+# "silu" and "gate") and for the gate; SiLU alone is faster in the GEMM: 35.1 against 37.2 ms at 12 x 1536 (H100).
 HOPPER: dict[str, tuple[Entry, ...]] = {
     "silu": (
-        Entry(0, 0, _64, _64),
-        Entry(512, 0, _128_64, _128_64),
+        Entry(0, 0, _64_DEEP, _64),
+        Entry(0, 1408, None, _64),
+        Entry(512, 0, None, _128_64),
         Entry(768, 1408, _128_128, _128_128),
-        Entry(1536, 0, _128_128, _128_128),
+        Entry(1536, 0, None, _128_128),
         Entry(4096, 0, CANDIDATES["silu"], None),
     ),
     "gate": (
-        Entry(0, 0, _64, _64),
-        Entry(512, 0, _128_64, _128_64),
+        Entry(0, 0, None, _64),
+        Entry(512, 0, None, _128_64),
         Entry(768, 1408, _128_128, _128_128),
-        Entry(1536, 0, _128_128, _128_128),
+        Entry(1536, 0, None, _128_128),
         Entry(4096, 0, None, None),
     ),
     "dsilu": (Entry(0, 0, None, None),),
