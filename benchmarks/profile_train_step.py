@@ -28,6 +28,7 @@ from ear_kernels.ops.transformer import autograd as ops
 from ear_model import optim
 from ear_model.config import MODELS, ModelConfig, TrainConfig
 from ear_model.ear import EAR
+from ear_model.graphs import can_capture
 
 TRAIN = TrainConfig()
 
@@ -56,7 +57,7 @@ class Step:
         with device:
             self.model = EAR(config).train()
         self.model.score.loss_chunks = chunks
-        if device.type == "cuda":
+        if device.type == "cuda" and can_capture(config, use_bf16=True):
             self.model.backbone.capture_blocks(images, use_bf16=True)
         # The defaults of the benchmark: the groups' rates make no difference in time.
         self.optimizer = torch.optim.AdamW(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ear_model.config import ModelConfig
+
 if TYPE_CHECKING:
     from ear_model.transformer import Backbone
 
@@ -26,6 +28,14 @@ class _Blocks(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.run(hidden)
+
+
+def can_capture(config: ModelConfig, *, use_bf16: bool) -> bool:
+    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 64.
+
+    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, EAR-H) is left out until it was tried.
+    """
+    return use_bf16 and config.width // config.num_heads <= 64
 
 
 class CapturedBlocks:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_model import checkpoint, distributed, masking, optim
+from ear_model import checkpoint, distributed, graphs, masking, optim
 from ear_model.config import RunConfig, TrainConfig
 from ear_model.data import Batches, TrainingData, load_training_data
 from ear_model.ear import EAR
@@ -106,7 +106,8 @@ class Trainer:
             self._truncate_metrics()
         # With the weights in their place. On several processes nothing is captured: that was never run.
         single_gpu = self.device.type == "cuda" and distributed.world_size() == 1
-        if train.cuda_graphs and single_gpu and not train.compile:
+        wanted = train.cuda_graphs and not train.compile
+        if wanted and single_gpu and graphs.can_capture(config.model, use_bf16=self.use_bf16):
             self.model.backbone.capture_blocks(self.batches.batch_size, use_bf16=self.use_bf16)
 
     @property

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ear_model.config import EAR_BASE, RUNS
+from ear_model.config import EAR_BASE, MODELS, RUNS
 from ear_model.ear import EAR
+from ear_model.graphs import can_capture
 from ear_model.train import Trainer, read_metrics
 from tests.model.conftest import randomise, tiny_run
 
@@ -105,6 +106,13 @@ def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) ->
         trainer.run(quiet=True)
         losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
+
+
+def test_what_was_never_captured_is_not() -> None:
+    assert can_capture(MODELS["ear_base"], use_bf16=True)
+    assert can_capture(MODELS["digits"], use_bf16=True)
+    assert not can_capture(MODELS["ear_base"], use_bf16=False)
+    assert not can_capture(MODELS["ear_huge"], use_bf16=True)
 
 
 def test_nothing_is_captured_on_a_cpu(tmp_path) -> None:
