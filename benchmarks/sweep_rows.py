@@ -290,9 +290,6 @@ def many_rows(case: Case) -> dict[Candidate | str, float]:
         Candidate(),
         Candidate(silu=None, gate=None),
         Candidate(silu=wide, gate=square),
-        *(Candidate(plan=Plan(rows=rows)) for rows in (4096, 8192, 16384, 32768)),
-        Candidate(plan=Plan(rows=4096), silu=wide, gate=square),
-        Candidate(plan=Plan("beside", streams=1, urgent=True, rows=8192)),
     ):
         case.add(candidate)
     return case.time(3)

@@ -137,7 +137,6 @@ def test_without_gradients_nothing_is_saved(monkeypatch, combine_rows) -> None:
         {"modulation": "first", "dependent": HOPPER},
         {"modulation": "beside", "streams": 2},
         {"modulation": "beside", "urgent": True, "dependent": HOPPER},
-        {"rows": 4},
     ],
     ids=str,
 )

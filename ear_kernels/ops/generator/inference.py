@@ -3,8 +3,7 @@
 Legend: R rows, W width, D size of a token. The chain is norm, first linear with SiLU, second linear with gate and
 residual; the modulations of all blocks depend on the noise only and are three fifths of the work. At a thousand rows
 a GEMM has fewer tiles than the GPU has processors, or a few more than a whole number of waves, and a launch costs as
-much as a norm; at many rows what a kernel writes has left the L2 before the next one reads it. The table says what is
-done about it.
+much as a norm. The table says what is done about it.
 """
 
 from collections.abc import Sequence
@@ -32,14 +31,12 @@ class Plan:
         urgent: "beside" runs the chain, not the modulations, on another stream, one of high priority.
         dependent: the chain's Triton kernels are launched before their predecessor has ended
             (:func:`ear_kernels.launch.dependent_launch`).
-        rows: go through the generator with at most so many rows at a time (0: all).
     """
 
     modulation: str = "each"
     streams: int = 1
     urgent: bool = False
     dependent: bool = False
-    rows: int = 0
 
 
 # (Rows from, width from) -> plan on Hopper; the last entry that is reached on both counts. Elsewhere the first.
@@ -133,30 +130,8 @@ def forward(
     combined = passes.output_weights(final, width) if rows >= passes.COMBINE_ROWS else None
     hidden, conditioning = adaln.as_rows(hidden), conditioning.contiguous()
     out = conditioning.new_empty((rows, len(final[2])))
-    step = plan.rows or max(rows, 1)
-    for begin in range(0, rows, step):
-        part = slice(begin, begin + step)
-        _forward(
-            hidden if index is not None else hidden[part], conditioning[part],
-            index[part] if index is not None else None, blocks, final, combined, temperature, eps, plan, out[part],
-        )  # fmt: skip
-    return out
-
-
-def _forward(
-    hidden: Tensor,
-    conditioning: Tensor,
-    index: Tensor | None,
-    blocks: list[list[Tensor]],
-    final: list[Tensor],
-    combined: tuple[Tensor, Tensor] | None,
-    temperature: float,
-    eps: float,
-    plan: Plan,
-    out: Tensor,
-) -> None:
-    """Write ``out [R, D]``. ``combined``: ``[W_l | W_l W_s]`` and its bias, see :mod:`passes`."""
-    rows, width = conditioning.shape
+    if not rows:
+        return out
     wide = conditioning.new_empty((rows, 2 * width)) if combined else None
     activated = ffn_ops.silu(conditioning, wide[:, width:] if wide is not None else None)
     linears = [(block[6], block[7]) for block in blocks]
@@ -201,3 +176,4 @@ def _forward(
             normalise(mod[:, :width], mod[:, width:], [None, None], 1.0, mod[:, :width])
             ffn_ops.linear(mod[:, :width], final[2], final[3], out)
     modulations.join()
+    return out
