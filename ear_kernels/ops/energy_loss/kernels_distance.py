@@ -144,7 +144,7 @@ def pairwise_product_kernel(
             squares = norms - 2.0 * product
             counts = pairs_that_count(first, second, count_x, count_y, SAME)
             close = counts & (squares < 0.0625 * norms)
-            if tl.max(tl.max(close.to(tl.int32), axis=1), axis=0) > 0:
+            if tl.max(close.to(tl.int32)) > 0:
                 x_pointer = x_exact_ptr + first.to(tl.int64) * features
                 y_pointer = y_exact_ptr + second.to(tl.int64) * features
                 exact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
