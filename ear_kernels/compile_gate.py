@@ -83,6 +83,9 @@ def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int, int
 
 def run(targets: list[str], pattern: str = "") -> int:
     """Compile all, print a line each, and return the number of failures."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
     failures = 0
     for shipped in shipped_kernels():
         for target in targets:
@@ -95,7 +98,7 @@ def run(targets: list[str], pattern: str = "") -> int:
                 problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
             else:
                 numbers = f"{registers:4d} registers {spilled:5d} B spilled {shared:7d} B shared"
-                if spilled > 4 * shipped.max_spills:
+                if spilled > shipped.known_spills.get((version, target), 4 * shipped.max_spills):
                     problems.append("spills")
                 if unsafe:
                     problems.append(f"{unsafe} WGMMAs with A in registers")

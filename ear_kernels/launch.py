@@ -190,6 +190,8 @@ class ShippedKernel:
         options: further launch options, such as ``maxnreg`` (NVIDIA only).
         undivided: integers of the signature that need not be divisible by 16.
         max_spills: registers that may spill; anything but 0 needs a reason beside it.
+        known_spills: bytes that may spill with one compiler on one target, ``("3.6", "sm_80")`` for instance, and no
+            more; each needs a reason beside it. Other compilers and targets stay at ``max_spills``.
     """
 
     name: str
@@ -202,6 +204,7 @@ class ShippedKernel:
     targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
     options: dict[str, Any] = field(default_factory=dict)
     undivided: frozenset[str] = frozenset()
+    known_spills: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 # Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.

@@ -139,6 +139,8 @@ def shipped() -> list[ShippedKernel]:
             ("xx general alpha", kernels_distance.pairwise_product_kernel, launch.PAIRWISE_PRODUCT_GENERAL, 0, True),
         )
     ]  # fmt: skip
+    # The product of "xy" fills the registers of sm_80; triton 3.6 leaves 8 B over.
+    distance[2] = replace(distance[2], known_spills={("3.6", "sm_80"): 8})
     return [
         _rows("EAR", 2, 16, ones=("m",)),
         # Every integer that a call may have as 1, which Triton turns into a constant.
@@ -152,7 +154,8 @@ def shipped() -> list[ShippedKernel]:
         _rows("ensemble", 16, 1, ones=("m",)),
         _rows("ensemble of 64, general alpha", 64, 1, MODE=0, HAS_WEIGHT=True),
         _rows("CALM with given targets", 8, 128, MANY=True),
-        _rows("everything", 8, 128, MANY=True, **_EVERYTHING),
+        # 56 B with one warp; two would spill 16 B on sm_90 with triton 3.9.
+        replace(_rows("everything", 8, 128, MANY=True, **_EVERYTHING), known_spills={("3.6", "sm_100"): 56}),
         _rows("largest tile", 64, 64, MANY=True, MODE=0, TARGET_GRADIENT=True),
         _gaussian("CALM", 8, 128),
         _gaussian("CALM bf16", 8, 128, "bf16"),

@@ -1,6 +1,7 @@
 """What the compile gate compiles of the generator: AdaLN, the SiLU network and the persistent few-rows kernel."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ INTEGERS = COUNTS | {"N", "K", "W", "noise_dim", "input_dim"}
 HOPPER = ("sm_90",)
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 EVERYWHERE = (*NVIDIA, "gfx942")
+# Bytes that triton 3.6, the H200 machine's, spills beyond ``max_spills``; 3.8 and 3.9 do not.
+KNOWN_SPILLS = {
+    # The launch is the H200's fastest. Loads right before their use bring sm_80 to 64, but change the code that was
+    # measured on sm_90.
+    "adaln_bwd[1536, group 1]": {"sm_80": 112},
+}
 
 
 def describe(
@@ -175,4 +182,8 @@ def _few_rows() -> Iterator[ShippedKernel]:
 
 def shipped() -> list[ShippedKernel]:
     """Every configuration that the launchers' tables hold, at the paper's widths and two small ones."""
-    return [*_rowwise(), *_linears(), *_few_rows()]
+    return [
+        replace(kernel, known_spills={("3.6", target): spilled for target, spilled in known.items()})
+        for kernel in (*_rowwise(), *_linears(), *_few_rows())
+        for known in (KNOWN_SPILLS.get(kernel.name, {}),)
+    ]
