@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import glyph_run
@@ -19,6 +20,16 @@ TINY = {
 }
 
 
+@pytest.fixture
+def _one_thread():
+    """Threads that wait for each other on a busy machine make a step of this size take seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_every_stage(tmp_path, monkeypatch, capsys):
     options = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["glyph_run.py", str(tmp_path / "out"), *options, "--save-weights"])
