@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
 from ear_model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ class _Blocks(nn.Module):
 def can_capture(config: ModelConfig, *, use_bf16: bool) -> bool:
     """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 64.
 
-    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, EAR-H) is left out until it was tried.
+    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, EAR-H, the eager backend)
+    is left out until it was tried.
     """
-    return use_bf16 and config.width // config.num_heads <= 64
+    ours = TRITON_IS_INSTALLED and requested_backend() != "eager"
+    return ours and use_bf16 and config.width // config.num_heads <= 64
 
 
 class CapturedBlocks:

@@ -108,11 +108,13 @@ def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) ->
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
 
 
-def test_what_was_never_captured_is_not() -> None:
+def test_what_was_never_captured_is_not(monkeypatch) -> None:
     assert can_capture(MODELS["ear_base"], use_bf16=True)
     assert can_capture(MODELS["digits"], use_bf16=True)
     assert not can_capture(MODELS["ear_base"], use_bf16=False)
     assert not can_capture(MODELS["ear_huge"], use_bf16=True)
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+    assert not can_capture(MODELS["ear_base"], use_bf16=True)
 
 
 def test_nothing_is_captured_on_a_cpu(tmp_path) -> None:

@@ -2,7 +2,7 @@
 are cuBLAS.
 
 No autotuning and no device query at import. A Triton GEMM pays where its rate is above about 81 % of
-cuBLAS's; the measurements behind each entry are in docs/performance.md, section "Generator".
+cuBLAS's; the measurements behind each entry are in docs/performance_generator.md.
 """
 
 from collections.abc import Iterator
