@@ -32,6 +32,7 @@ from ear_model.randomness import Randomness
 from ear_model.sample import resolve_device
 
 METRICS_FILE = "metrics.jsonl"
+DDP_GRAPHS = 4  # parts of the backbone whose gradients DDP exchanges one after another
 
 
 class NonFiniteLossError(RuntimeError):
@@ -104,11 +105,13 @@ class Trainer:
             self._restore(saved)
         if self.is_main:
             self._truncate_metrics()
-        # With the weights in their place. On several processes nothing is captured: that was never run.
-        single_gpu = self.device.type == "cuda" and distributed.world_size() == 1
-        wanted = train.cuda_graphs and not train.compile
-        if wanted and single_gpu and graphs.can_capture(config.model, use_bf16=self.use_bf16):
-            self.model.backbone.capture_blocks(self.batches.batch_size, use_bf16=self.use_bf16)
+        # With the weights in their place: FSDP's come and go.
+        processes = distributed.world_size()
+        wanted = train.cuda_graphs and not train.compile and (processes == 1 or train.parallel == "ddp")
+        if wanted and self.device.type == "cuda" and graphs.can_capture(config.model, use_bf16=self.use_bf16):
+            parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
+            images = self.batches.batch_size // processes
+            self.model.backbone.capture_blocks(images, use_bf16=self.use_bf16, parts=parts)
 
     @property
     def where(self) -> str:

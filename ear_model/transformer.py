@@ -149,13 +149,13 @@ class Backbone(nn.Module):
         for block in self.decoder_blocks:
             block.compile()
 
-    def capture_blocks(self, batch: int, *, use_bf16: bool) -> None:
+    def capture_blocks(self, batch: int, *, use_bf16: bool, parts: int = 1) -> None:
         """From now on training steps of ``batch`` images replay the blocks as CUDA graphs (:mod:`ear_model.graphs`).
 
         To be called in training mode, on a GPU, with the parameters where they will stay. Other batch sizes go on
-        without.
+        without. ``parts``: how many graphs forward and backward.
         """
-        self.captured = CapturedBlocks(self, batch, use_bf16=use_bf16)
+        self.captured = CapturedBlocks(self, batch, use_bf16=use_bf16, parts=parts)
 
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
@@ -184,19 +184,25 @@ class Backbone(nn.Module):
             normed = self.run_blocks(hidden)
         return normed[:, self.class_tokens :]
 
-    def run_blocks(self, hidden: Tensor) -> Tensor:
-        """The blocks and the final norm over ``[B, class_tokens + L, C]``."""
+    def run_blocks(self, hidden: Tensor, pending: Pending | None = None, part: slice = slice(None)) -> Any:
+        """The blocks and the final norm over ``[B, class_tokens + L, C]``.
+
+        With a ``part`` that stops before the last block: those blocks alone, from and to the stream and what is
+        pending.
+        """
         dropout = self.dropout if self.training else 0.0
+        blocks = list(self.decoder_blocks)[part]
         seeds = None
         if dropout and hidden.is_cuda:
-            seeds = torch.randint(2**31, (3 * len(self.decoder_blocks) + 1, 1), device=hidden.device)
-        pending: Any = None
+            seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
         with sdpa_kernel(ATTENTION, set_priority=True):
-            for number, block in enumerate(self.decoder_blocks):
+            for number, block in enumerate(blocks):
                 own = None if seeds is None else seeds[3 * number : 3 * number + 3]
                 hidden, pending = block(hidden, pending, own)
+        if part.stop is not None:
+            return hidden, pending
         last = None if seeds is None else seeds[-1]
         # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
-        _, normed = _add(pending, hidden, self.decoder_norm, dropout, last, dtype)
+        _, normed = _add(pending, hidden, self.decoder_norm, dropout, last, dtype)  # type: ignore[arg-type]
         return normed

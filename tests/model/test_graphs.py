@@ -38,10 +38,11 @@ def assert_alike(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.gpu
-def test_replayed_gradients_are_those_of_single_launches() -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_replayed_gradients_are_those_of_single_launches(parts) -> None:
     model = make(0.0)
     plain = [gradients(model, seed) for seed in (1, 2)]
-    model.backbone.capture_blocks(4, use_bf16=True)
+    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
     for seed in (1, 2):
         assert_alike(gradients(model, seed), plain[seed - 1])
 
@@ -72,12 +73,13 @@ def test_accumulated_gradients_add_up() -> None:
 
 
 @pytest.mark.gpu
-def test_dropout_draws_anew_and_capturing_draws_nothing() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_dropout_draws_anew_and_capturing_draws_nothing(parts) -> None:
     model = make(0.1)
     torch.manual_seed(9)
     expected = torch.rand(3, device="cuda")
     torch.manual_seed(9)
-    model.backbone.capture_blocks(4, use_bf16=True)
+    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
     losses = [gradients(model, seed)[0] for seed in (5, 6, 5)]
     assert losses[0] != losses[1]
@@ -106,6 +108,16 @@ def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) ->
         trainer.run(quiet=True)
         losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
+
+
+def test_parts_of_the_blocks_are_the_blocks() -> None:
+    torch.manual_seed(0)
+    model = randomise(EAR(replace(SMALL, dropout=0.0, attention_dropout=0.0)))
+    hidden = torch.randn(2, 8, SMALL.width)
+    backbone = model.backbone
+    stream, pending = backbone.run_blocks(hidden, part=slice(0, 1))
+    stream, pending = backbone.run_blocks(stream, pending, slice(1, 2))
+    torch.testing.assert_close(backbone.run_blocks(stream, pending, slice(2, None)), backbone.run_blocks(hidden))
 
 
 def test_what_was_never_captured_is_not(monkeypatch) -> None:
