@@ -43,12 +43,12 @@ class FewConfig:
 
 
 # (Rows up to, width up to) -> config for 16-bit weights, and for float32 ones, which need more registers. Tiles are
-# the fastest of 25 on an H200 (results/few_rows_sweep_h200_*.txt); ``parts`` and ``ahead`` came after that sweep.
+# the fastest on an H200 (results/few_rows_sweep_h200_2026-11-22.txt, then sweep_rows_h200_2026-11-24.json).
 TABLE: tuple[tuple[int, int, FewConfig, FewConfig], ...] = (
-    (16, 1024, FewConfig(16, 8, 256, 4, 32, 128, 6, parts=4), FewConfig(16, 8, 128, 3, 32, 128, 2)),
+    (16, 1024, FewConfig(16, 8, 256, 4, 32, 128, 6, parts=4, ahead=0), FewConfig(16, 8, 128, 3, 32, 128, 2)),
     (16, MOST_WIDTH, FewConfig(16, 16, 256, 4, 64, 128, 4, parts=4, ahead=0), FewConfig(16, 16, 128, 3, 32, 128, 2)),
-    (MOST_ROWS, 1024, FewConfig(64, 8, 64, 8, 64, 64, 6), FewConfig(64, 8, 128, 2, 32, 64, 2)),
-    (MOST_ROWS, MOST_WIDTH, FewConfig(64, 16, 128, 4, 64, 128, 4, ahead=0), FewConfig(64, 16, 128, 2, 32, 64, 2)),
+    (MOST_ROWS, 1024, FewConfig(64, 8, 64, 8, 64, 64, 6, ahead=0), FewConfig(64, 8, 128, 2, 32, 64, 2)),
+    (MOST_ROWS, MOST_WIDTH, FewConfig(64, 16, 128, 5, 64, 128, 4, ahead=0), FewConfig(64, 16, 128, 2, 32, 64, 2)),
 )
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

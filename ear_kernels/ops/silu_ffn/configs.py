@@ -69,7 +69,8 @@ _128_128 = GemmConfig(128, 128, 64, 4, 8, flatten=False)
 # Hopper, bf16 and fp16; the last entry whose rows and width are both reached applies. Below 4,096 rows, where nothing
 # is saved, the fastest of benchmarks/sweep_rows.py on an H100 (benchmarks/results/sweep_rows_h100_2026-11-24.json).
 # From there on cuBLAS where something is saved (on an H200 6 x 1024 takes 29.1 ms with it, 30.05 ms with Triton for
-# "silu" and "gate") and for the gate; SiLU alone is faster in the GEMM: 35.1 against 37.2 ms at 12 x 1536 (H100).
+# "silu" and "gate") and for the gate; SiLU alone is faster in the GEMM at 8 x 1280 and 12 x 1536 (H200: 18.0 against
+# 18.3 ms, 35.2 against 36.0), not at 6 x 1024 (9.3 against 9.2).
 HOPPER: dict[str, tuple[Entry, ...]] = {
     "silu": (
         Entry(0, 0, _64_DEEP, _64),
@@ -77,7 +78,8 @@ HOPPER: dict[str, tuple[Entry, ...]] = {
         Entry(512, 0, None, _128_64),
         Entry(768, 1408, _128_128, _128_128),
         Entry(1536, 0, None, _128_128),
-        Entry(4096, 0, CANDIDATES["silu"], None),
+        Entry(4096, 0, None, None),
+        Entry(4096, 1152, CANDIDATES["silu"], None),
     ),
     "gate": (
         Entry(0, 0, None, _64),
