@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.public_ear import PublicEAR, compile_parts
 from ear_model import optim
 from ear_model.config import MODELS, TrainConfig
+from ear_model.distributed import prefer_expandable_segments
 from ear_model.ear import EAR
 from ear_model.estimate import training_flops
 from ear_model.graphs import can_capture
@@ -31,10 +32,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+prefer_expandable_segments()  # as `ear train` does, for all rivals
+
 IMAGES = 64
 TRAIN = TrainConfig()
 PHASES = ("forward", "backward", "clip_and_adamw", "ema")
-WHICH = ("public", "compiled", "ours", "ours_pool4", "ours_chunks4", "ours_uncaptured", "ours_compiled_blocks")
+WHICH = (
+    "public",
+    "compiled",
+    "ours",
+    "ours_pool4",
+    "ours_chunks2",
+    "ours_chunks4",
+    "ours_uncaptured",
+    "ours_compiled_blocks",
+)
 
 
 def check(name: str, which: str) -> float:
@@ -78,8 +90,8 @@ def make(name: str, which: str) -> nn.Module:
         ours = EAR(MODELS[name]).train()
     if which == "ours_pool4":
         ours.score.rows_per_noise = 4
-    if which == "ours_chunks4":
-        ours.score.loss_chunks = 4
+    if which.startswith("ours_chunks"):
+        ours.score.loss_chunks = int(which.removeprefix("ours_chunks"))
     arrange_blocks(ours, which, IMAGES)
     return ours
 

@@ -309,3 +309,16 @@ def test_common_draws_of_every_form(monkeypatch):
             generator = torch.Generator().manual_seed(1)
             assert torch.rand((2, 2), generator=generator).shape == (2, 2)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_expandable_segments_unless_the_environment_says_otherwise(monkeypatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as inner:
+        inner.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+        distributed.prefer_expandable_segments()
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    distributed.prefer_expandable_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
