@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ear_model import plots
 from ear_model.checkpoint import load_into, load_weights, save_weights
@@ -37,6 +38,9 @@ from ear_model.glyphs import CLASS_NAMES, render_batch
 from ear_model.judge import ImageTree, Judge, JudgeConfig, train_judge
 from ear_model.optim import ExponentialMovingAverage, clipped_step, make_optimizer, set_learning_rate
 from ear_model.sample import sample_batches, sample_images, to_bytes
+from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL, Posterior
+from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
+from ear_model.tokenizers.training import TokenizerTraining, initialise, train_step
 
 
 def parse() -> argparse.Namespace:
@@ -54,6 +58,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=model.num_classes)
     parser.add_argument("--size", type=int, default=model.image_size)
     parser.add_argument("--patch", type=int, default=model.patch_size)
+    parser.add_argument(
+        "--downsampling", type=int, default=1, help="pixels a side of a token of a tokenizer trained first; 1: none"
+    )
+    parser.add_argument("--latent-channels", type=int, default=32, help="of that tokenizer")
+    parser.add_argument("--tokenizer-seconds", type=float, default=75.0, help="its training")
+    parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
+    parser.add_argument("--tokenizer-batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=model.width)
     parser.add_argument("--depth", type=int, default=model.depth)
     parser.add_argument("--heads", type=int, default=model.num_heads)
@@ -110,6 +121,62 @@ def render(count: int, options: argparse.Namespace, split: str) -> ImageTree:
     return ImageTree(images, labels, CLASS_NAMES[: options.classes])
 
 
+class Latents:
+    """A tokenizer trained on the spot and the latents of all images, where the model is to read latents."""
+
+    def __init__(self, data: ImageTree, options: argparse.Namespace, device: torch.device, report: Report) -> None:
+        multipliers = (1, 2, 2, 4, 4)[: options.downsampling.bit_length()]
+        shape = AutoencoderConfig(32, multipliers, 1, options.latent_channels, norm_groups=8)
+        training = TokenizerTraining(lr=options.tokenizer_lr, batch_size=options.tokenizer_batch_size)
+        torch.manual_seed(options.seed)
+        model = AutoencoderKL(shape).to(device).train()
+        initialise(model)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), training.lr, (0.9, 0.99), weight_decay=1e-4)
+        step, started = 0, time.perf_counter()
+        while (share := (time.perf_counter() - started) / options.tokenizer_seconds) < 1:
+            lr = training.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
+            chosen = torch.randint(len(data.labels), (training.batch_size,), device=device)
+            _, error = train_step(model, optimizer, pixels(data, chosen), lr, None, training)
+            step += 1
+            if step % 50 == 0:
+                last = error.item()
+            if step % 1000 == 0:
+                report.say(f"tokenizer: step {step}, absolute error {last:.4f}")
+        self.tokenizer = AutoencoderTokenizer(model, 1.0)
+        self.moments = self.encode(data)
+        self.tokenizer.latent_scale = 1 / float(Posterior(self.moments).sample().std())
+        save_autoencoder(options.out / "tokenizer.safetensors", model, self.tokenizer.latent_scale)
+        report.add(tokenizer={"shape": asdict(shape), "steps": step, "latent_scale": self.tokenizer.latent_scale})
+
+    def encode(self, data: ImageTree) -> Tensor:
+        """Moments ``[N, 2 c, h, w]`` of all images."""
+        parts = torch.arange(len(data.labels), device=self.tokenizer.device).split(512)
+        with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=self.tokenizer.device.type == "cuda"):
+            return torch.cat([self.tokenizer.encode(pixels(data, part)).float() for part in parts])
+
+    def draw(self, chosen: Tensor) -> Tensor:
+        """Latents of those images, drawn from their posteriors."""
+        return Posterior(self.moments[chosen]).sample() * self.tokenizer.latent_scale
+
+    def judge_reconstructions(self, real: ImageTree, judge: Judge, report: Report) -> None:
+        """How much of held-out images the tokenizer keeps."""
+        device = self.tokenizer.device
+        held_out = ImageTree(real.images.to(device), real.labels.to(device), real.class_names)
+        latents = Posterior(self.encode(held_out)).mode() * self.tokenizer.latent_scale
+        images = self.tokenizer.decode(latents, 600)
+        whole = pixels(held_out, torch.arange(len(real.labels), device=device))
+        psnr = 10 * math.log10(4 / float((images - whole).square().mean()))
+        right = (judge.look(to_bytes(images).contiguous())[1].cpu() == real.labels).double().mean().item()
+        report.say(f"tokenizer: {psnr:.1f} dB, the judge recognises {right:.4f} of held-out reconstructions")
+        report.add(reconstruction={"psnr": psnr, "judge_accuracy": right})
+
+
+def pixels(data: ImageTree, chosen: Tensor) -> Tensor:
+    """Those images in -1..1."""
+    return data.images[chosen].float() / 127.5 - 1
+
+
 @torch.no_grad()
 def start_positions(model: EAR, deviation: float) -> None:
     """Add a 2-D sinusoid to the learned positions of the tokens: periods of 4 tokens to four times the image.
@@ -147,12 +214,13 @@ def find_judge(
 def train(
     model: EAR,
     data: ImageTree,
+    latents: Latents | None,
     options: argparse.Namespace,
     device: torch.device,
     report: Report,
     draw: Callable[[ExponentialMovingAverage], None],
 ) -> ExponentialMovingAverage:
-    """Train for ``options.seconds``; ``data`` is on the device, so a batch is an index into it."""
+    """Train for ``options.seconds``; ``data`` is on the device, so a batch is an index into it or its latents."""
     seconds = min(options.seconds, options.deadline - time.time() - options.scoring_seconds)
     report.say(f"training for {seconds:.0f} s")
     config = replace(
@@ -176,7 +244,7 @@ def train(
         set_learning_rate(optimizer, options.lr * warm * 0.5 * (1 + math.cos(math.pi * share)))
         model.score.tau = config.finetune_tau if share > 1 - options.finetune_share else config.tau
         chosen = torch.randint(len(data.labels), (options.batch_size,), device=device)
-        images = data.images[chosen].float() / 127.5 - 1
+        images = pixels(data, chosen) if latents is None else latents.draw(chosen)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
             loss = model(images, data.labels[chosen], num_masked=draw_num_masked(options.masks, model.config))
         loss.backward()
@@ -243,10 +311,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(options.out)
     settings = [tuple(map(float, pair.split(":"))) for pair in options.settings.split(",")]
+    in_pixels = options.downsampling == 1
     config = replace(
         RUNS["glyphs64"].model,
-        image_size=options.size,
-        patch_size=options.patch,
+        image_size=options.size // options.downsampling,
+        channels=3 if in_pixels else options.latent_channels,
+        patch_size=options.patch if in_pixels else 1,
         num_classes=options.classes,
         width=options.width,
         depth=options.depth,
@@ -287,6 +357,16 @@ def main() -> None:
     copied = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(options.seed))[:20_000]
     comparison = JudgedComparison(judge, real, options.num, train=data.select(copied), device=device)
 
+    latents = None if in_pixels else Latents(on_device, options, device, report)
+    if latents is not None:
+        latents.judge_reconstructions(real, judge, report)
+
+    def decoded(sampled: Tensor) -> Tensor:
+        if latents is None:
+            return sampled
+        with torch.autocast(device.type, enabled=False):
+            return latents.tokenizer.decode(sampled.to(device).float(), 600)
+
     rows = torch.arange(options.classes).repeat_interleave(10)
 
     recognised: list[float] = []
@@ -294,7 +374,7 @@ def main() -> None:
     def draw(ema: ExponentialMovingAverage) -> None:
         sampled = averaged(model, ema, config, device)
         chosen = dict(zip(("guidance", "temperature"), settings[0], strict=True))
-        images = autocast_sample(sampled, rows, seed=1, steps=options.steps, **chosen)
+        images = decoded(autocast_sample(sampled, rows, seed=1, steps=options.steps, **chosen)).cpu()
         plots.save_grid(images, options.out / "samples.png", columns=10)
         recognised.append((judge.look(to_bytes(images).contiguous())[1] == rows).double().mean().item())
         report.say(f"grid of {len(rows)} samples: the judge recognises {recognised[-1]:.3f}")
@@ -303,7 +383,7 @@ def main() -> None:
     if options.compile:
         for block in model.backbone.decoder_blocks:
             block.compile()
-    ema = train(model, on_device, options, device, report, draw)
+    ema = train(model, on_device, latents, options, device, report, draw)
     if options.save_weights:
         save_weights(options.out / "ema.safetensors", ema.averages, config)
     draw(ema)
@@ -318,7 +398,7 @@ def main() -> None:
         started = time.perf_counter()
         chosen = {"steps": options.steps, "guidance": guidance, "temperature": temperature}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            parts = [images for _, images in sample_batches(sampled, labels, lambda x: x, batch_size=600, **chosen)]
+            parts = [images for _, images in sample_batches(sampled, labels, decoded, batch_size=600, **chosen)]
         sampling = time.perf_counter() - started
         results.append(comparison.score(torch.cat(parts), labels, **chosen))  # type: ignore[arg-type]
         taken = time.perf_counter() - started

@@ -162,7 +162,9 @@ def train_autoencoder(
         Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
     ):
         while step < training.steps:
-            loss, error = _train_step(model, optimizer, next(prefetcher)[0], step, training)
+            draws = _generator(device, training.seed, 1, step)
+            rate = learning_rate(step, training)
+            loss, error = train_step(model, optimizer, next(prefetcher)[0], rate, draws, training)
             step += 1
             if step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
@@ -214,15 +216,29 @@ def learning_rate(step: int, training: TokenizerTraining) -> float:
     return training.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, training.steps - warmup)))
 
 
-def _train_step(
-    model: AutoencoderKL, optimizer: torch.optim.Optimizer, images: Tensor, step: int, training: TokenizerTraining
+def train_step(
+    model: AutoencoderKL,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    lr: float,
+    draws: torch.Generator | None,
+    training: TokenizerTraining,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and absolute error of one optimiser step, on the device."""
+    """Loss and absolute error of one optimiser step at that rate, on the device, which is not waited for.
+
+    Args:
+        model: the autoencoder, in training mode.
+        optimizer: of its parameters.
+        images: ``[B, 3, H, W]`` in -1..1.
+        lr: learning rate.
+        draws: what the posterior's noise is drawn from; None: torch's own generator.
+        training: weight of the KL term and largest gradient norm.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, training)
+        group["lr"] = lr
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
         posterior = Posterior(model.moments(images).float())
-        decoded = model.decode(posterior.sample(_generator(images.device, training.seed, 1, step)))
+        decoded = model.decode(posterior.sample(draws))
     error = F.l1_loss(decoded.float(), images)
     loss = error + training.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
     optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks import glyph_run
 from ear_model.config import RUNS
 from ear_model.ear import EAR
+from ear_model.tokenizers.latent import load_latent_tokenizer
 
 TINY = {
     **{"seconds": 6, "images": 120, "real": 48, "num": 30, "workers": 1, "classes": 3, "size": 16, "width": 16},
@@ -95,3 +96,24 @@ def test_started_positions_know_their_neighbours():
     assert distances.flatten().argsort()[0] == 8 * 16 + 8
     beside = distances[[7, 9, 8, 8], [8, 8, 7, 9]].max()
     assert (distances <= beside).sum() == 5
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_with_a_tokenizer(tmp_path, monkeypatch, capsys):
+    changed = {
+        "downsampling": 4,
+        "latent-channels": 4,
+        "tokenizer-seconds": 3,
+        "tokenizer-batch-size": 8,
+        "seconds": 3,
+    }
+    options = [word for name, value in {**TINY, **changed}.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["glyph_run.py", str(tmp_path / "out"), *options])
+    glyph_run.main()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["model"]["image_size"], scores["model"]["channels"], scores["model"]["patch_size"]) == (4, 4, 1)
+    assert scores["reconstruction"]["psnr"] > 3
+    assert scores["settings"][0]["num_samples"] == 30
+    assert load_latent_tokenizer(tmp_path / "out" / "tokenizer.safetensors").downsampling == 4
+    assert Image.open(tmp_path / "out" / "samples.png").size == (10 * 17 * 2 + 2, 3 * 17 * 2 + 2)
+    assert "held-out reconstructions" in capsys.readouterr().out
