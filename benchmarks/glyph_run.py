@@ -40,7 +40,7 @@ from ear_model.optim import ExponentialMovingAverage, clipped_step, make_optimiz
 from ear_model.sample import sample_batches, sample_images, to_bytes
 from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
-from ear_model.tokenizers.training import TokenizerTraining, initialise, train_step
+from ear_model.tokenizers.training import TokenizerTraining, initialise
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=math.inf, help="when all is to be over, seconds since 1970")
     parser.add_argument("--scoring-seconds", type=float, default=60.0, help="kept before the deadline for the scores")
     parser.add_argument("--images", type=int, default=192_000, help="training renders, held in GPU memory")
+    parser.add_argument("--renders", type=Path, help="read the renders from this file, or keep them there")
     parser.add_argument("--real", type=int, default=9_600, help="held-out renders")
     parser.add_argument("--num", type=int, default=4_800, help="samples scored per setting")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -121,6 +122,39 @@ def render(count: int, options: argparse.Namespace, split: str) -> ImageTree:
     return ImageTree(images, labels, CLASS_NAMES[: options.classes])
 
 
+def find_renders(options: argparse.Namespace) -> tuple[ImageTree, ImageTree]:
+    """Held-out and training images: of ``--renders`` if that file is there, else drawn, and kept there."""
+    names = CLASS_NAMES[: options.classes]
+    if options.renders is not None and options.renders.is_file():
+        stored = torch.load(options.renders, weights_only=True)
+        return ImageTree(*stored["real"], names), ImageTree(*stored["train"], names)
+    # Each starts its processes, which takes some seconds: at the same time.
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [
+            pool.submit(render, *job) for job in ((options.real, options, "test"), (options.images, options, "train"))
+        ]
+    real, data = (job.result() for job in waiting)
+    if options.renders is not None:
+        stored = {"real": (real.images, real.labels), "train": (data.images, data.labels)}
+        write_atomically(options.renders, lambda path: torch.save(stored, path))
+    return real, data
+
+
+class Reconstruction(torch.nn.Module):
+    """The tokenizer's loss of images and noise: on a GPU one CUDA graph, as Python takes longer to launch its seven
+    hundred kernels, forward and backward, than they run."""
+
+    def __init__(self, autoencoder: AutoencoderKL, kl_weight: float) -> None:
+        super().__init__()
+        self.autoencoder, self.kl_weight = autoencoder, kl_weight
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        posterior = Posterior(self.autoencoder.moments(images).float())
+        latents = torch.addcmul(posterior.mean, torch.exp(0.5 * posterior.logvar), noise)
+        error = (self.autoencoder.decode(latents).float() - images).abs().mean()
+        return error + self.kl_weight * posterior.kl().mean() / noise[0].numel()
+
+
 class Latents:
     """A tokenizer trained on the spot and the latents of all images, where the model is to read latents."""
 
@@ -131,18 +165,33 @@ class Latents:
         torch.manual_seed(options.seed)
         model = AutoencoderKL(shape).to(device).train()
         initialise(model)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.AdamW(model.parameters(), training.lr, (0.9, 0.99), weight_decay=1e-4)
-        step, started = 0, time.perf_counter()
-        while (share := (time.perf_counter() - started) / options.tokenizer_seconds) < 1:
-            lr = training.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
-            chosen = torch.randint(len(data.labels), (training.batch_size,), device=device)
-            _, error = train_step(model, optimizer, pixels(data, chosen), lr, None, training)
-            step += 1
-            if step % 50 == 0:
-                last = error.item()
-            if step % 1000 == 0:
-                report.say(f"tokenizer: step {step}, absolute error {last:.4f}")
+        on_gpu, side, batch = device.type == "cuda", options.size // options.downsampling, training.batch_size
+        if on_gpu:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), training.lr, (0.9, 0.99), weight_decay=1e-4, fused=on_gpu)
+        run: Any = Reconstruction(model, training.kl_weight)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            if on_gpu:
+                sizes = (3, options.size, options.size), (options.latent_channels, side, side)
+                run = torch.cuda.make_graphed_callables(
+                    run, tuple(torch.zeros(batch, *size, device=device) for size in sizes)
+                )
+            step, started = 0, time.perf_counter()
+            while (share := (time.perf_counter() - started) / options.tokenizer_seconds) < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = training.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
+                chosen = torch.randint(len(data.labels), (batch,), device=device)
+                noise = torch.randn(batch, options.latent_channels, side, side, device=device)
+                loss = run(pixels(data, chosen), noise)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+                optimizer.step()
+                step += 1
+                if step % 50 == 0:  # the host waits here, which keeps the elapsed time true
+                    last = loss.item()
+                if step % 1000 == 0:
+                    report.say(f"tokenizer: step {step}, loss {last:.4f}")
         self.tokenizer = AutoencoderTokenizer(model, 1.0)
         self.moments = self.encode(data)
         self.tokenizer.latent_scale = 1 / float(Posterior(self.moments).sample().std())
@@ -343,12 +392,7 @@ def main() -> None:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
-    # Each starts its processes, which takes some seconds: at the same time.
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [
-            pool.submit(render, *job) for job in ((options.real, options, "test"), (options.images, options, "train"))
-        ]
-    real, data = (job.result() for job in waiting)
+    real, data = find_renders(options)
     report.say(f"{len(data.labels):,} training and {len(real.labels):,} held-out images rendered")
     on_device = ImageTree(data.images.to(device), data.labels.to(device), data.class_names)
     judge = find_judge(on_device, real, options, device, report)

@@ -87,6 +87,14 @@ class Trainer:
         self.use_bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
         has_dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
         self.randomness = Randomness(self.device, train.seed, has_dropout=has_dropout)
+        # With the weights in their place (FSDP's come and go), and before DDP: its hooks are made on another stream
+        # than a capture's, and a capture that waits for them fails.
+        processes = distributed.world_size()
+        wanted = train.cuda_graphs and not train.compile and (processes == 1 or train.parallel == "ddp")
+        if wanted and self.device.type == "cuda" and graphs.can_capture(config.model, use_bf16=self.use_bf16):
+            parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
+            images = train.batch_size // train.accumulate // processes
+            self.model.backbone.capture_blocks(images, use_bf16=self.use_bf16, parts=parts)
         self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
@@ -105,13 +113,6 @@ class Trainer:
             self._restore(saved)
         if self.is_main:
             self._truncate_metrics()
-        # With the weights in their place: FSDP's come and go.
-        processes = distributed.world_size()
-        wanted = train.cuda_graphs and not train.compile and (processes == 1 or train.parallel == "ddp")
-        if wanted and self.device.type == "cuda" and graphs.can_capture(config.model, use_bf16=self.use_bf16):
-            parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
-            images = self.batches.batch_size // processes
-            self.model.backbone.capture_blocks(images, use_bf16=self.use_bf16, parts=parts)
 
     @property
     def where(self) -> str:
