@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--latent-channels", type=int, default=32, help="of that tokenizer")
     parser.add_argument("--tokenizer-seconds", type=float, default=75.0, help="its training")
+    parser.add_argument("--no-tokenizer-graph", action="store_true", help="launch its kernels one by one")
     parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
     parser.add_argument("--tokenizer-batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=model.width)
@@ -171,7 +172,7 @@ class Latents:
         optimizer = torch.optim.AdamW(model.parameters(), training.lr, (0.9, 0.99), weight_decay=1e-4, fused=on_gpu)
         run: Any = Reconstruction(model, training.kl_weight)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            if on_gpu:
+            if on_gpu and not options.no_tokenizer_graph:
                 sizes = (3, options.size, options.size), (options.latent_channels, side, side)
                 run = torch.cuda.make_graphed_callables(
                     run, tuple(torch.zeros(batch, *size, device=device) for size in sizes)
