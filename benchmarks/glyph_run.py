@@ -40,7 +40,7 @@ from ear_model.optim import ExponentialMovingAverage, clipped_step, make_optimiz
 from ear_model.sample import sample_batches, sample_images, to_bytes
 from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
-from ear_model.tokenizers.training import TokenizerTraining, initialise
+from ear_model.tokenizers.training import Reconstruction, TokenizerTraining, initialise
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +64,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--latent-channels", type=int, default=32, help="of that tokenizer")
     parser.add_argument("--tokenizer-seconds", type=float, default=75.0, help="its training")
-    parser.add_argument("--no-tokenizer-graph", action="store_true", help="launch its kernels one by one")
     parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
     parser.add_argument("--tokenizer-batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=model.width)
@@ -141,21 +140,6 @@ def find_renders(options: argparse.Namespace) -> tuple[ImageTree, ImageTree]:
     return real, data
 
 
-class Reconstruction(torch.nn.Module):
-    """The tokenizer's loss of images and noise: on a GPU one CUDA graph, as Python takes longer to launch its seven
-    hundred kernels, forward and backward, than they run."""
-
-    def __init__(self, autoencoder: AutoencoderKL, kl_weight: float) -> None:
-        super().__init__()
-        self.autoencoder, self.kl_weight = autoencoder, kl_weight
-
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        posterior = Posterior(self.autoencoder.moments(images).float())
-        latents = torch.addcmul(posterior.mean, torch.exp(0.5 * posterior.logvar), noise)
-        error = (self.autoencoder.decode(latents).float() - images).abs().mean()
-        return error + self.kl_weight * posterior.kl().mean() / noise[0].numel()
-
-
 class Latents:
     """A tokenizer trained on the spot and the latents of all images, where the model is to read latents."""
 
@@ -172,7 +156,8 @@ class Latents:
         optimizer = torch.optim.AdamW(model.parameters(), training.lr, (0.9, 0.99), weight_decay=1e-4, fused=on_gpu)
         run: Any = Reconstruction(model, training.kl_weight)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            if on_gpu and not options.no_tokenizer_graph:
+            if on_gpu:
+                # Python needs longer to launch the seven hundred kernels of a step than they run.
                 sizes = (3, options.size, options.size), (options.latent_channels, side, side)
                 run = torch.cuda.make_graphed_callables(
                     run, tuple(torch.zeros(batch, *size, device=device) for size in sizes)

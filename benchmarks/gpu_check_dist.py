@@ -1,7 +1,7 @@
 """Training on 1 and 2 GPUs: equal loss curves, weak scaling of EAR-B, FSDP2 of EAR-H, a resume on fewer GPUs.
 
-    OUT=results python3 benchmarks/gpu_check_dist.py          2 GPUs, 3-4 minutes
-    OUT=results python3 benchmarks/gpu_check_dist.py --tiny   the same logic with tiny models on 2 CPU processes
+    OUT=results python3 benchmarks/gpu_check_dist.py              2 GPUs, 4 minutes; --no-huge: 2.5
+    OUT=results python3 benchmarks/gpu_check_dist.py --tiny       the same logic with tiny models on 2 CPU processes
 
 Starts itself by torchrun, a job a case, and writes $OUT/gpu_check_dist.json. Latents are synthetic and in memory, a
 cluster a class, so that there is something to learn.

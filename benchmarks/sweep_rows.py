@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from benchmarks.timing import environment
 from ear_kernels import FusedMLPGenerator
 from ear_kernels.ops.generator import few_rows, inference
 from ear_kernels.ops.generator.few_rows import FewConfig
@@ -233,9 +234,7 @@ class Case:
                     out = output()
             error = self._error(out[: len(self.exact)])
             if not error <= 2 * self.eager_error:
-                print(
-                    f"WRONG {self.size} {self.rows} {candidate.name}: error {error:.5f}, eager {self.eager_error:.5f}"
-                )
+                raise AssertionError(f"error {error:.5f}, eager {self.eager_error:.5f}")
             self.calls[candidate], self.errors[candidate] = replay, error
         except Exception as problem:  # one candidate that fails must not end the run
             print(f"FAILED {self.size} {self.rows} {candidate.name}: {problem!r:.300}", flush=True)
@@ -360,8 +359,7 @@ def main() -> None:
             process.wait()
     print(f"[{time.perf_counter() - begin:.0f} s] compiled", flush=True)
     records: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"times": records, "profiles": {}, "torch": torch.__version__}
-    result["gpu"] = "none" if DRY else torch.cuda.get_device_name()
+    result: dict[str, Any] = {"environment": environment(), "times": records, "profiles": {}}
     for size in SIZES:
         for rows in (*FEW, *SOME):
             case = Case(size, rows)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ear_model.data import Batches
 from ear_model.files import require_writable, write_atomically
@@ -145,6 +145,7 @@ def train_autoencoder(
     torch.manual_seed(training.seed)
     model = AutoencoderKL(config).to(device).train()
     initialise(model)
+    reconstruction = Reconstruction(model, training.kl_weight)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     partial = out.with_name(out.name + ".partial")
     settings = {
@@ -162,14 +163,12 @@ def train_autoencoder(
         Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
     ):
         while step < training.steps:
-            draws = _generator(device, training.seed, 1, step)
-            rate = learning_rate(step, training)
-            loss, error = train_step(model, optimizer, next(prefetcher)[0], rate, draws, training)
+            loss = _train_step(reconstruction, optimizer, next(prefetcher)[0], step, training)
             step += 1
             if step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
                     raise ValueError(f"step {step}: the loss is {float(loss)}; lower --lr")
-                note = f"absolute error {float(error):.4f}"
+                note = f"loss {float(loss):.4f}"
             progress.update(1, note)
             if step % training.checkpoint_every == 0 and step < training.steps:
                 state = {
@@ -216,36 +215,47 @@ def learning_rate(step: int, training: TokenizerTraining) -> float:
     return training.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, training.steps - warmup)))
 
 
-def train_step(
-    model: AutoencoderKL,
+class Reconstruction(nn.Module):
+    """The loss of images and the noise that their latents are drawn with."""
+
+    def __init__(self, autoencoder: AutoencoderKL, kl_weight: float) -> None:
+        super().__init__()
+        self.autoencoder, self.kl_weight = autoencoder, kl_weight
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Absolute error a pixel plus ``kl_weight`` times the divergence a latent number, a scalar in float32.
+
+        Args:
+            images: ``[B, 3, H, W]`` in -1..1.
+            noise: standard normal ``[B, c, H / f, W / f]``.
+        """
+        posterior = Posterior(self.autoencoder.moments(images).float())
+        latents = torch.addcmul(posterior.mean, torch.exp(0.5 * posterior.logvar), noise)
+        error = F.l1_loss(self.autoencoder.decode(latents).float(), images)
+        return error + self.kl_weight * posterior.kl().mean() / noise[0].numel()
+
+
+def _train_step(
+    reconstruction: Reconstruction,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    lr: float,
-    draws: torch.Generator | None,
+    step: int,
     training: TokenizerTraining,
-) -> tuple[Tensor, Tensor]:
-    """Loss and absolute error of one optimiser step at that rate, on the device, which is not waited for.
-
-    Args:
-        model: the autoencoder, in training mode.
-        optimizer: of its parameters.
-        images: ``[B, 3, H, W]`` in -1..1.
-        lr: learning rate.
-        draws: what the posterior's noise is drawn from; None: torch's own generator.
-        training: weight of the KL term and largest gradient norm.
-    """
+) -> Tensor:
+    """The loss of one optimiser step, on the device."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(step, training)
+    config, (batch, _, height, width) = reconstruction.autoencoder.config, images.shape
+    shape = (batch, config.latent_channels, height // config.downsampling, width // config.downsampling)
+    draws = _generator(images.device, training.seed, 1, step)
+    noise = torch.empty(shape, device=images.device).normal_(generator=draws)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-        posterior = Posterior(model.moments(images).float())
-        decoded = model.decode(posterior.sample(draws))
-    error = F.l1_loss(decoded.float(), images)
-    loss = error + training.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction(images, noise)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+    torch.nn.utils.clip_grad_norm_(reconstruction.parameters(), training.clip)
     optimizer.step()
-    return loss.detach(), error.detach()
+    return loss.detach()
 
 
 def _resume(partial: Path, settings: dict[str, Any], model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> int:

@@ -318,7 +318,7 @@ def test_expandable_segments_unless_the_environment_says_otherwise(monkeypatch) 
         inner.setenv("PYTORCH_ALLOC_CONF", "backend:native")
         distributed.prefer_expandable_segments()
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is taken away again after the test
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     distributed.prefer_expandable_segments()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

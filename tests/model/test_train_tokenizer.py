@@ -50,7 +50,7 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
     straight, resumed = tmp_path / "straight.safetensors", tmp_path / "resumed.safetensors"
     report = train_autoencoder(tree, straight, TINY, settings, quiet=True)
     assert report.held_out == 12
-    step = training.train_step
+    step = training._train_step
 
     done = iter(range(6))
 
@@ -59,13 +59,13 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(training, "train_step", interrupted)
+    monkeypatch.setattr(training, "_train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(tree, resumed, TINY, settings, quiet=True)
     partial = tmp_path / "resumed.safetensors.partial"
     assert partial.is_file()
     assert not resumed.exists()
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "_train_step", step)
     other = TokenizerTraining(image_size=8, steps=7, batch_size=4)
     with pytest.raises(ValueError, match="begun with another training; remove it"):
         train_autoencoder(tree, resumed, TINY, other, quiet=True)
