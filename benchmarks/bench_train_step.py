@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.public_ear import PublicEAR, compile_parts
-from ear_model import optim
+from ear_model import masking, optim
 from ear_model.config import MODELS, TrainConfig
 from ear_model.distributed import prefer_expandable_segments
 from ear_model.ear import EAR
@@ -34,7 +34,7 @@ pytestmark = [
 
 prefer_expandable_segments()  # as `ear train` does, for all rivals
 
-IMAGES = 64
+IMAGES, STEPS, SEED = 64, 8, 7
 TRAIN = TrainConfig()
 PHASES = ("forward", "backward", "clip_and_adamw", "ema")
 WHICH = (
@@ -62,7 +62,7 @@ def check(name: str, which: str) -> float:
         os.environ["EAR_KERNELS_BACKEND"] = backend
         model.zero_grad()
         if run == "ours":
-            arrange_blocks(model, which, len(labels))
+            arrange(model, which, len(labels), [200])
         torch.manual_seed(1)
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
             loss = model(images, labels, num_masked=200)
@@ -76,6 +76,13 @@ def check(name: str, which: str) -> float:
         worst = max(worst, float((ours - exact).norm() / ((eager - exact).norm() + 1e-3 * exact.norm())))
     assert worst < 2, f"a gradient is {worst:.2f} times as far off as in eager bf16"
     return worst
+
+
+def masked_tokens(name: str) -> list[int]:
+    """Masked tokens of the measured steps, the same for all rivals."""
+    torch.manual_seed(SEED)
+    config = MODELS[name]
+    return [masking.draw_num_masked(config.num_tokens, config.min_mask_ratio) for _ in range(STEPS)]
 
 
 def make(name: str, which: str) -> nn.Module:
@@ -92,23 +99,23 @@ def make(name: str, which: str) -> nn.Module:
         ours.score.rows_per_noise = 4
     if which.startswith("ours_chunks"):
         ours.score.loss_chunks = int(which.removeprefix("ours_chunks"))
-    arrange_blocks(ours, which, IMAGES)
+    arrange(ours, which, IMAGES, masked_tokens(name))
     return ours
 
 
-def arrange_blocks(model: EAR, which: str, images: int) -> None:
-    """The blocks as the trainer would have them: CUDA graphs, unless ``which`` says otherwise."""
+def arrange(model: EAR, which: str, images: int, masked: list[int]) -> None:
+    """The model as the trainer would have it: CUDA graphs, unless ``which`` says otherwise."""
     if which == "ours_compiled_blocks":
         model.backbone.compile_blocks()
     elif which != "ours_uncaptured" and can_capture(model.config, use_bf16=True):
-        model.backbone.capture_blocks(images, use_bf16=True)
+        model.capture(images, use_bf16=True, num_masked=masked)
 
 
 def groups(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(TRAIN.beta1, TRAIN.beta2), fused=True)
 
 
-def measure(name: str, which: str, steps: int = 8) -> dict[str, float]:
+def measure(name: str, which: str) -> dict[str, float]:
     """Times in ms, and rates."""
     model = make(name, which)
     optimizer = groups(model)
@@ -139,6 +146,7 @@ def measure(name: str, which: str, steps: int = 8) -> dict[str, float]:
         mark()
         return loss
 
+    torch.manual_seed(SEED)
     for _ in range(4):
         loss = step()
     torch.cuda.synchronize()
@@ -149,12 +157,12 @@ def measure(name: str, which: str, steps: int = 8) -> dict[str, float]:
     recorded: list[list[torch.cuda.Event]] = []
     begun = time.perf_counter()
     # The mask ratio is drawn for every step, as in training; its seed is the same for all rivals.
-    torch.manual_seed(7)
-    for _ in range(steps):
+    torch.manual_seed(SEED)
+    for _ in range(STEPS):
         recorded.append([])
         step(recorded[-1])
     torch.cuda.synchronize()
-    wall = (time.perf_counter() - begun) / steps * 1e3
+    wall = (time.perf_counter() - begun) / STEPS * 1e3
     times = {
         phase: statistics.median(marks[number].elapsed_time(marks[number + 1]) for marks in recorded)
         for number, phase in enumerate(PHASES)

@@ -58,7 +58,7 @@ class Step:
             self.model = EAR(config).train()
         self.model.score.loss_chunks = chunks
         if device.type == "cuda" and can_capture(config, use_bf16=True):
-            self.model.backbone.capture_blocks(images, use_bf16=True)
+            self.model.capture(images, use_bf16=True, num_masked=[masked])
         # The defaults of the benchmark: the groups' rates make no difference in time.
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(TRAIN.beta1, TRAIN.beta2), fused=True

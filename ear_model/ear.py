@@ -68,6 +68,30 @@ class EAR(nn.Module):
 
         return load_model(Path(run_dir), ema=ema).to(device).eval()
 
+    def capture(self, batch: int, *, use_bf16: bool, parts: int = 1, num_masked: Iterable[int] | None = None) -> None:
+        """From now on training steps of ``batch`` images replay CUDA graphs (:mod:`ear_model.graphs`).
+
+        To be called in training mode, on a GPU, with the parameters where they will stay. Steps of other sizes go on
+        without. Gradients lie in memory that the next step overwrites: call :meth:`keep_gradients` after a backward
+        that another is to be added to.
+
+        Args:
+            batch: images of a step.
+            use_bf16: whether steps run under bfloat16 autocast.
+            parts: graphs that the backbone is divided into, each way; several are for DDP.
+            num_masked: numbers of masked tokens an image that will occur; all that can if None.
+        """
+        self.backbone.capture_blocks(batch, use_bf16=use_bf16, parts=parts)
+        if num_masked is None:
+            num_masked = masking.possible_num_masked(self.config.num_tokens, self.config.min_mask_ratio)
+        self.score.capture_loss([batch * number for number in num_masked], use_bf16=use_bf16)
+
+    def keep_gradients(self) -> None:
+        """Copy gradients out of the memory of graphs, so that a second backward adds to them."""
+        for captured in (self.backbone.captured, self.score.captured):
+            if captured is not None:
+                captured.keep_gradients()
+
     def forward(self, images: Tensor, labels: Tensor, *, num_masked: int | None = None) -> Tensor:
         """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.
 

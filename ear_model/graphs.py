@@ -1,22 +1,25 @@
-"""The backbone's blocks as CUDA graphs, forward and backward: two launches where there are a thousand.
+"""The training step as CUDA graphs: a few launches where there are 1,500.
 
-A step of EAR-B has 1,500 kernels of 77 ms; Python takes longer than that to launch them one by one. The blocks are
-most of them, and their shapes are the same in every step (the generator's follow the number of masked tokens).
+A step of EAR-B has 1,500 kernels of 77 ms; Python takes longer than that to launch them one by one. The backbone's
+blocks have the same shapes in every step: a graph for forward, one for backward. Those of the generator and its loss
+follow the number of masked tokens: a graph for each number, forward and backward in one: a loss is the end.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
 from ear_model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from ear_model.scores.energy import EnergyScore
     from ear_model.transformer import Backbone
 
 
@@ -97,5 +100,126 @@ class CapturedBlocks:
     def keep_gradients(self) -> None:
         """Copy the gradients out of the graphs' memory, so that a second backward adds to them."""
         for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+
+
+class _ReplayedLoss(torch.autograd.Function):
+    """The loss of a replay; backward hands out the gradients that the same replay computed."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: CapturedLoss, hidden_RC: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.captured, ctx.replays, ctx.count = captured, captured.replays, hidden_RC.shape[0]
+        ctx.trained = [parameter.requires_grad for parameter in parameters]
+        return captured.loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        captured: CapturedLoss = ctx.captured
+        if captured.replays != ctx.replays:
+            raise RuntimeError(
+                "the gradients of this loss are gone: they lie in a CUDA graph's memory, which another loss or "
+                "another backward has used since; call backward once, right after each loss"
+            )
+        captured.replays += 1
+        gradients = captured.gradients
+        if gradients:
+            torch._foreach_mul_(gradients, grad)
+        # Views: what is handed out must have no other owner, or autograd copies it.
+        shared = iter(gradient.detach() for gradient in gradients)
+        given = [next(shared) if trained else None for trained in ctx.trained]
+        return None, captured.grad_hidden[: ctx.count] * grad, *given
+
+
+class CapturedLoss:
+    """Graphs of an energy score's loss and its gradients, one for each number of tokens, sharing their memory.
+
+    The graphs read the parameters where they lie. Gradients of the generator's parameters are handed out in memory
+    that the next replay overwrites: call :meth:`keep_gradients` before another backward is to be added to them.
+
+    Args:
+        score: on a GPU, in training mode.
+        counts: tokens of a step, all values that occur.
+        use_bf16: whether steps run under bfloat16 autocast.
+    """
+
+    def __init__(self, score: EnergyScore, counts: Iterable[int], *, use_bf16: bool) -> None:
+        generator = score.generator
+        self.score, self.use_bf16 = score, use_bf16
+        self._counts = sorted(set(counts), reverse=True)
+        device, most = next(generator.parameters()).device, self._counts[0]
+        self._hidden = torch.zeros(most, generator.input_dim, device=device)
+        self._targets = torch.zeros(most, generator.output_dim, device=device)
+        self._noise = torch.zeros(most, score.num_samples, generator.noise_dim, device=device)
+        self._trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+        self.loss = torch.zeros((), device=device)
+        self.grad_hidden = torch.zeros_like(self._hidden)
+        self.gradients = [torch.zeros_like(parameter) for parameter in self._trained]
+        self.replays = 0
+        self._options: tuple = ()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._capture()
+
+    def _present_options(self) -> tuple:
+        return self.score.tau, self.score.rows_per_noise, self.score.loss_chunks
+
+    def _run(self, count: int) -> None:
+        inputs = (buffer[:count] for buffer in (self._hidden, self._targets, self._noise))
+        # Autocast must not keep a cast weight from one replay to the next.
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.use_bf16, cache_enabled=False):
+            loss, grad_hidden, *gradients = self.score.loss_and_gradients(*inputs)
+        # Copies, so that nothing of a graph's own memory is alive when the next one is captured.
+        self.loss.copy_(loss)
+        self.grad_hidden[:count].copy_(grad_hidden)
+        if gradients:
+            torch._foreach_copy_(self.gradients, gradients)
+
+    def _capture(self) -> None:
+        """A graph for each number of tokens, the largest first: the smaller ones fit in its memory."""
+        self._graphs.clear()
+        self._options = self._present_options()
+        torch.cuda.empty_cache()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            # Every shape once without a graph: kernels are compiled and loaded, which a capture does not allow.
+            for count in self._counts:
+                self._run(count)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        pool = torch.cuda.graph_pool_handle()
+        for count in self._counts:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (the reader of batches, NCCL's watchdog) may go on.
+            with (
+                torch.no_grad(),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._run(count)
+            self._graphs[count] = graph
+
+    def takes(self, hidden_RC: Tensor) -> bool:
+        """Whether there is a graph for these hidden states."""
+        return hidden_RC.shape[0] in self._graphs and hidden_RC.dtype == torch.float32
+
+    def replay(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> Tensor:
+        """:meth:`EnergyScore.loss_of` of these, a scalar in float32; its backward takes no time."""
+        if self._options != self._present_options():
+            self._capture()
+        count = hidden_RC.shape[0]
+        for buffer, given in ((self._hidden, hidden_RC), (self._targets, targets_RD), (self._noise, noise_RnE)):
+            buffer[:count].copy_(given.detach())
+        self._graphs[count].replay()
+        self.replays += 1
+        return _ReplayedLoss.apply(self, hidden_RC, *self.score.generator.parameters())
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has no graphs: these are of this model's parameters."""
+        return None
+
+    def keep_gradients(self) -> None:
+        """Copy the gradients out of the graphs' memory, so that a second backward adds to them."""
+        for parameter in self._trained:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()

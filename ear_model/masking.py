@@ -30,6 +30,11 @@ def draw_num_masked(num_tokens: int, minimum: float) -> int:
     return math.ceil(num_tokens * mask_ratio(float(torch.rand((), dtype=torch.float64)), minimum))
 
 
+def possible_num_masked(num_tokens: int, minimum: float) -> range:
+    """All that :func:`draw_num_masked` can return."""
+    return range(max(1, math.ceil(num_tokens * minimum)), num_tokens + 1)
+
+
 def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
     """How many tokens are masked before and after each decoding step (spec 4).
 

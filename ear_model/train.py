@@ -94,7 +94,7 @@ class Trainer:
         if wanted and self.device.type == "cuda" and graphs.can_capture(config.model, use_bf16=self.use_bf16):
             parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
             images = train.batch_size // train.accumulate // processes
-            self.model.backbone.capture_blocks(images, use_bf16=self.use_bf16, parts=parts)
+            self.model.capture(images, use_bf16=self.use_bf16, parts=parts)
         self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
@@ -262,8 +262,8 @@ class Trainer:
                 with autocast, self.randomness.of_images():
                     loss = self.replica(images, labels, num_masked=num_masked) / train.accumulate
                 loss.backward()
-            if part == 0 and train.accumulate > 1 and self.model.backbone.captured is not None:
-                self.model.backbone.captured.keep_gradients()
+            if part == 0 and train.accumulate > 1:
+                self.model.keep_gradients()
             total += loss.detach()
         norm = optim.clipped_step(self.optimizer, train.clip)
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from ear_model.config import ModelConfig
+from ear_model.graphs import CapturedLoss
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -28,25 +30,8 @@ class ChunkedLoss(torch.autograd.Function):
         noise_RnE: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        count = hidden_RC.shape[0]
-        size = -(-count // score.loss_chunks)
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        grad_hidden = torch.empty_like(hidden_RC)
-        sums: list[Tensor] = []
-        total = torch.zeros((), device=hidden_RC.device)
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            with torch.enable_grad():
-                hidden = hidden_RC[part].detach().requires_grad_()
-                loss = score.loss_of(hidden, targets_RD[part], noise_RnE[part])
-                loss = loss * (hidden.shape[0] / count)
-            grad_hidden[part], *gradients = torch.autograd.grad(loss, [hidden, *wanted])
-            total += loss.detach()
-            if sums:
-                torch._foreach_add_(sums, gradients)
-            else:
-                sums = list(gradients)
-        ctx.save_for_backward(grad_hidden, *sums)
+        total, *gradients = score.loss_and_gradients(hidden_RC, targets_RD, noise_RnE)
+        ctx.save_for_backward(*gradients)
         ctx.trained = [parameter.requires_grad for parameter in parameters]
         return total
 
@@ -78,6 +63,7 @@ class EnergyScore(nn.Module):
         """Rows that share a noise vector in training (docs/noise_pool.md); 1 is independent noise."""
         self.loss_chunks = 1
         """Parts of the tokens that the generator takes one after another in training, backward included."""
+        self.captured: CapturedLoss | None = None
 
     @property
     def tau(self) -> float:
@@ -100,9 +86,49 @@ class EnergyScore(nn.Module):
     def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
         """The energy loss of paper Eq. 10 over all pairs of samples, a scalar in float32."""
         noise_RnE = self.draw_noise(hidden_RC.shape[0], self.num_samples, like=hidden_RC)
-        if self.loss_chunks > 1 and torch.is_grad_enabled() and hidden_RC.shape[0]:
-            return ChunkedLoss.apply(self, hidden_RC, targets_RD, noise_RnE, *self.generator.parameters())
+        if torch.is_grad_enabled() and hidden_RC.shape[0]:
+            if self.captured is not None and self.training and self.captured.takes(hidden_RC):
+                return self.captured.replay(hidden_RC, targets_RD, noise_RnE)
+            if self.loss_chunks > 1:
+                return ChunkedLoss.apply(self, hidden_RC, targets_RD, noise_RnE, *self.generator.parameters())
         return self.loss_of(hidden_RC, targets_RD, noise_RnE)
+
+    def capture_loss(self, counts: Iterable[int], *, use_bf16: bool) -> None:
+        """From now on training replays loss and gradients as a CUDA graph for each of these numbers of tokens.
+
+        To be called in training mode, on a GPU, with the parameters where they will stay. Other numbers of tokens go
+        on without (:mod:`ear_model.graphs`).
+        """
+        self.captured = CapturedLoss(self, counts, use_bf16=use_bf16)
+
+    def loss_and_gradients(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> list[Tensor]:
+        """The loss with these noise vectors, and at once its gradients, ``loss_chunks`` parts of the tokens in turn.
+
+        Returns:
+            The loss, a float32 scalar; the gradient of ``hidden_RC``; those of the generator's parameters that are
+            trained, in the order of ``generator.parameters()``.
+        """
+        count = hidden_RC.shape[0]
+        size = -(-count // self.loss_chunks)
+        wanted = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
+        parts: list[Tensor] = []
+        sums: list[Tensor] = []
+        total = torch.zeros((), device=hidden_RC.device)
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            with torch.enable_grad():
+                hidden = hidden_RC[part].detach().requires_grad_()
+                loss = self.loss_of(hidden, targets_RD[part], noise_RnE[part])
+                if size < count:
+                    loss = loss * (hidden.shape[0] / count)
+            grad_hidden, *gradients = torch.autograd.grad(loss, [hidden, *wanted])
+            parts.append(grad_hidden)
+            total += loss.detach()
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            else:
+                sums = list(gradients)
+        return [total, parts[0] if len(parts) == 1 else torch.cat(parts), *sums]
 
     def loss_of(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> Tensor:
         """The loss with these noise vectors ``[R, num_samples, noise_dim]``."""

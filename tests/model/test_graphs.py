@@ -1,14 +1,20 @@
-"""Blocks as CUDA graphs: the same losses and gradients as without, on a GPU; nothing is captured elsewhere."""
+"""Steps as CUDA graphs: the same losses and gradients as without, on a GPU; nothing is captured elsewhere.
+
+What surrounds the loss's graphs is tested on a CPU too, with calls in the place of graphs.
+"""
 
 import copy
+import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ear_model import masking
 from ear_model.config import EAR_BASE, MODELS, RUNS
 from ear_model.ear import EAR
-from ear_model.graphs import can_capture
+from ear_model.graphs import CapturedLoss, can_capture
 from ear_model.train import Trainer, read_metrics
 from tests.model.conftest import randomise, tiny_run
 
@@ -105,6 +111,7 @@ def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) ->
         config = tiny_run(steps=12, accumulate=accumulate, cuda_graphs=graphs, checkpoint_every=6)
         trainer = Trainer(config, tmp_path / name, device="cuda")
         assert (trainer.model.backbone.captured is not None) == graphs
+        assert (trainer.model.score.captured is not None) == graphs
         trainer.run(quiet=True)
         losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
@@ -133,3 +140,140 @@ def test_nothing_is_captured_on_a_cpu(tmp_path) -> None:
     assert RUNS["imagenet256"].train.cuda_graphs
     trainer = Trainer(tiny_run(), tmp_path / "run", device="cpu")
     assert trainer.model.backbone.captured is None
+    assert trainer.model.score.captured is None
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch) -> None:
+    """Calls in the place of graphs, so that all but the capture runs without a GPU."""
+
+    def capture(self: CapturedLoss) -> None:
+        self._options = self._present_options()
+        self._graphs = {count: SimpleNamespace(replay=functools.partial(self._run, count)) for count in self._counts}
+        self.captures = getattr(self, "captures", 0) + 1
+
+    monkeypatch.setattr(CapturedLoss, "_capture", capture)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def small(device: str) -> EAR:
+    torch.manual_seed(0)
+    return randomise(EAR(replace(SMALL, dropout=0.0, attention_dropout=0.0, depth=1))).to(device).train()
+
+
+def loss_and_gradients(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> list[torch.Tensor]:
+    device = next(model.parameters()).device
+    torch.manual_seed(masked)
+    images, labels = torch.randn(2, 16, 16, 16, device=device), torch.arange(2, device=device)
+    if not add:
+        model.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        loss = model(images, labels, num_masked=masked) * weight
+    loss.backward()
+    return [loss.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def prepare(request, device: str) -> None:
+    if device == "cpu":
+        request.getfixturevalue("on_a_cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("chunks", "per_noise"), [(1, 1), (3, 1), (1, 4)])
+def test_the_loss_of_a_graph_and_its_gradients(request, device, chunks, per_noise) -> None:
+    prepare(request, device)
+    model = small(device)
+    model.score.loss_chunks, model.score.rows_per_noise = chunks, per_noise
+    cases = ((180, 1.0), (256, 0.5), (201, 1.0), (180, 2.0))
+    plain = [loss_and_gradients(model, *case) for case in cases]
+    random_state = torch.get_rng_state()
+    model.score.capture_loss([2 * number for number in (180, 201, 256)], use_bf16=device == "cuda")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not model.score.captured.takes(torch.zeros(2 * 190, SMALL.width))
+    for case, expected in zip(cases, plain, strict=True):
+        replays = model.score.captured.replays
+        assert_alike(loss_and_gradients(model, *case), expected)
+        assert model.score.captured.replays == replays + 2
+    # A number of tokens without a graph, and a parameter that changes in its place.
+    loss_and_gradients(model, 190)
+    with torch.no_grad():
+        model.score.generator.input_proj.weight.mul_(3)
+    replayed = loss_and_gradients(model, 201)
+    model.score.captured = None
+    assert_alike(replayed, loss_and_gradients(model, 201))
+    assert (replayed[0] - plain[2][0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_tau_is_captured_anew(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    model.score.capture_loss([360], use_bf16=device == "cuda")
+    first = loss_and_gradients(model, 180)
+    model.score.tau = 0.9
+    second = loss_and_gradients(model, 180)
+    model.score.captured = None
+    assert_alike(second, loss_and_gradients(model, 180))
+    assert (first[0] - second[0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kept_gradients_of_losses_add_up(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    single = [loss_and_gradients(model, number) for number in (180, 201)]
+    model.score.capture_loss([360, 402], use_bf16=device == "cuda")
+    loss_and_gradients(model, 180)
+    model.keep_gradients()
+    total = loss_and_gradients(model, 201, add=True)
+    assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_frozen_parameters_of_the_generator_get_no_gradient(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    model.score.generator.requires_grad_(False)
+    model.score.generator.input_proj.requires_grad_(True)
+    model.score.capture_loss([360], use_bf16=device == "cuda")
+    torch.manual_seed(1)
+    hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
+    model.score.loss(hidden, targets).backward()
+    given = {name for name, parameter in model.score.generator.named_parameters() if parameter.grad is not None}
+    assert given == {"input_proj.weight", "input_proj.bias"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_that_were_overwritten_are_refused(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    model.score.capture_loss([360], use_bf16=device == "cuda")
+    hidden = torch.randn(360, SMALL.width, device=device)
+    targets = torch.randn(360, 16, device=device)
+    first, second = model.score.loss(hidden, targets), model.score.loss(hidden, targets)
+    with pytest.raises(RuntimeError, match="gradients of this loss are gone"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of this loss are gone"):
+        second.backward()
+
+
+def test_no_graph_in_eval_mode_or_of_a_copy(on_a_cpu) -> None:
+    model = small("cpu")
+    model.score.capture_loss([360], use_bf16=False)
+    assert copy.deepcopy(model).score.captured is None
+    images, labels = torch.randn(2, 16, 16, 16), torch.arange(2)
+    with torch.no_grad():
+        model(images, labels, num_masked=180)
+    model.eval()(images, labels, num_masked=180).backward()
+    assert model.score.captured.replays == 0
+
+
+def test_every_number_of_masked_tokens_is_known() -> None:
+    for tokens, minimum in ((256, 0.7), (16, 0.7), (64, 0.0), (7, 1.0)):
+        possible = masking.possible_num_masked(tokens, minimum)
+        drawn = {masking.draw_num_masked(tokens, minimum) for _ in range(3000)}
+        assert drawn <= set(possible)
+        assert max(drawn) == possible[-1] or tokens == 256
