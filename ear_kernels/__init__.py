@@ -3,7 +3,9 @@
 from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
 from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
+from ear_kernels.low_copies import LowCopies
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
+from ear_kernels.optimizer import FusedAdamW
 from ear_kernels.patch import accelerate
 from ear_kernels.targets import GaussianTarget
 
@@ -11,9 +13,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedAdaLNBlock",
+    "FusedAdamW",
     "FusedEnergyLoss",
     "FusedMLPGenerator",
     "GaussianTarget",
+    "LowCopies",
     "accelerate",
     "adaln_modulate",
     "dropout_add_layer_norm",

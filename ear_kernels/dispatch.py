@@ -17,6 +17,7 @@ BACKENDS = ("auto", "triton", "eager")
 TRITON_OPERATIONS: frozenset[str] = frozenset(
     {
         "adaln_modulate",
+        "adamw",
         "dropout_add_layer_norm",
         "energy_distance",
         "energy_loss",

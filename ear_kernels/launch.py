@@ -209,6 +209,7 @@ class ShippedKernel:
 
 # Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
 SHIPPED_MODULES = (
+    "ear_kernels.ops.adamw.shipped",
     "ear_kernels.ops.column_sums.shipped",
     "ear_kernels.ops.attention.shipped",
     "ear_kernels.ops.energy_loss.shipped",

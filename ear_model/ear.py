@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ear_kernels import LowCopies
 from ear_model import masking
 from ear_model.config import ModelConfig, check_sampling_options, model_config
 from ear_model.sampler import decode_tokens
@@ -46,6 +47,7 @@ class EAR(nn.Module):
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
         self.backbone = Backbone(config)
         self.score = EnergyScore(config)
+        self.low_copies: LowCopies | None = None
 
     @classmethod
     def from_preset(cls, name: str) -> EAR:
@@ -81,6 +83,9 @@ class EAR(nn.Module):
             parts: graphs that the backbone is divided into, each way; several are for DDP.
             num_masked: numbers of masked tokens an image that will occur; all that can if None.
         """
+        if use_bf16:
+            cast = [*self.backbone.decoder_blocks.parameters(), *self.score.generator.parameters()]
+            self.low_copies = LowCopies(cast)
         self.backbone.capture_blocks(batch, use_bf16=use_bf16, parts=parts)
         if num_masked is None:
             num_masked = masking.possible_num_masked(self.config.num_tokens, self.config.min_mask_ratio)
@@ -106,6 +111,8 @@ class EAR(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images have dtype {images.dtype}; they must be floating point")
         self._check_labels(labels, images.shape[0])
+        if self.low_copies is not None:
+            self.low_copies.refresh()  # does nothing after a step of FusedAdamW
         tokens_BLD = self.tokenizer.encode(images)
         batch, num_tokens, token_dim = tokens_BLD.shape
         if num_masked is None:

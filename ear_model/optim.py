@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ear_kernels import FusedAdamW
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
 
@@ -34,14 +35,9 @@ def parameter_groups(model: EAR, config: TrainConfig) -> list[dict]:
     ]
 
 
-def make_optimizer(model: EAR, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`, in its fused form, which a CPU has too."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+def make_optimizer(model: EAR, config: TrainConfig) -> FusedAdamW:
+    """AdamW over :func:`parameter_groups`."""
+    return FusedAdamW(parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def is_finetuning(step: int, config: TrainConfig) -> bool:
@@ -81,6 +77,11 @@ class ExponentialMovingAverage:
         self.averages: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters()
         }
+        self._parameters = dict(model.named_parameters())
+
+    def by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """The averages under the model's own parameters."""
+        return {self._parameters[name]: average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -100,12 +101,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 @torch.no_grad()
-def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
-    """:func:`clip_gradients` and ``optimizer.step()``; returns the norm before, as a tensor (no wait).
+def clipped_step(
+    optimizer: torch.optim.Optimizer, limit: float, ema: ExponentialMovingAverage | None = None
+) -> Tensor:
+    """:func:`clip_gradients`, ``optimizer.step()`` and ``ema.update``; returns the norm before as a tensor (no wait).
 
-    A fused optimiser divides the gradients itself, as it would for a GradScaler: no pass over them for the clipping
-    alone. They are clipped afterwards, too. Other optimisers, and gradients spread over processes (FSDP), get that
-    pass, with the same results bit for bit.
+    :class:`FusedAdamW` does all of it in one pass and leaves the gradients as they are. Other optimisers, and
+    gradients spread over processes (FSDP), get a pass for each.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -113,15 +115,15 @@ def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     norm = total.full_tensor() if isinstance(total, DTensor) else total
     # The inverse of clip_grad_norm_'s factor; NaN stays NaN.
     divisor = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
-    if not optimizer.defaults.get("fused") or total is not norm:
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        if local:
-            torch._foreach_div_(local, divisor)
-        optimizer.step()
+    averages = ema.by_parameter() if ema is not None else {}
+    decay = ema.decay if ema is not None else 0.0
+    if isinstance(optimizer, FusedAdamW) and total is norm:
+        optimizer.update(divisor, averages, decay)
         return norm
-    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale  # type: ignore[attr-defined]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    if local:
+        torch._foreach_div_(local, divisor)
+    optimizer.step()
+    if averages:
+        torch._foreach_lerp_(list(averages.values()), list(averages), 1 - decay)
     return norm

@@ -265,9 +265,8 @@ class Trainer:
             if part == 0 and train.accumulate > 1:
                 self.model.keep_gradients()
             total += loss.detach()
-        norm = optim.clipped_step(self.optimizer, train.clip)
+        norm = optim.clipped_step(self.optimizer, train.clip, self.ema)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
         self.step += 1
         return total, norm
 

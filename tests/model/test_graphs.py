@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ear_kernels import FusedAdamW
 from ear_model import masking
 from ear_model.config import EAR_BASE, MODELS, RUNS
 from ear_model.ear import EAR
@@ -64,6 +65,28 @@ def test_parameters_that_an_optimiser_changed_are_read() -> None:
     assert (after[0] - before[0]).abs() > 1e-3
     model.backbone.captured = None
     assert_alike(after, gradients(model, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)])
+def test_steps_of_a_whole_captured_model(kind) -> None:
+    """Graphs read 16-bit copies, which our optimiser brings along and which are refreshed after another one's step."""
+    losses = []
+    for captured in (True, False):
+        model = make(0.0)
+        if captured:
+            model.capture(4, use_bf16=True, num_masked=[200])
+        optimizer = kind(model.parameters(), lr=0.02)
+        losses.append([])
+        for seed in range(4):
+            losses[-1].append(gradients(model, seed)[0])
+            optimizer.update() if isinstance(optimizer, FusedAdamW) else optimizer.step()
+        with torch.no_grad():
+            model.backbone.decoder_blocks[0].attn.qkv.weight.zero_()
+        losses[-1].append(gradients(model, 9)[0])
+    one, other = torch.stack(losses[0]), torch.stack(losses[1])
+    torch.testing.assert_close(one, other, rtol=5e-3, atol=0)
+    assert one.std() > 1e-2
 
 
 @pytest.mark.gpu

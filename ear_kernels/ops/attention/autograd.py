@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_kernels.low_copies import low as low_copy
 from ear_kernels.ops.adaln.autograd import block_of, refuse_double_backward
 from ear_kernels.ops.attention import kernels
 from ear_kernels.ops.column_sums.launchers import column_sums
@@ -153,9 +154,11 @@ class SelfAttention(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, save: bool
     ) -> Tensor:
         batch, length, columns = x.shape
-        low = weight.to(x.dtype)
+        low = low_copy(weight, x.dtype)
         rows = x.reshape(-1, columns)
-        qkv = linear(rows, low, None if bias is None else bias.to(x.dtype)).view(batch, length, weight.shape[0])
+        qkv = linear(rows, low, None if bias is None else low_copy(bias, x.dtype)).view(
+            batch, length, weight.shape[0]
+        )
         draws = draw(batch, heads, length, x.device) if dropout else None
         out, lse = forward(qkv, heads, draws, dropout)
         if save:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_kernels.low_copies import low as low_copy
 from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator import inference, passes
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
@@ -150,7 +151,7 @@ class GeneratorBlocks(torch.autograd.Function):
         compute = conditioning.dtype
         # Cast once a step and keep: casting again in backward would read the float32 weights again.
         cast = [
-            parameter if _is_norm(position, len(parameters)) else parameter.to(compute)
+            parameter if _is_norm(position, len(parameters)) else low_copy(parameter, compute)
             for position, parameter in enumerate(parameters)
         ]
         out, *saved = run(hidden, conditioning, cast, index, group, temperature, eps, save)

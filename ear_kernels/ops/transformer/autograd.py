@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_kernels.low_copies import low as low_copy
 from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
 from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.passes import weight_gradient
@@ -184,9 +185,9 @@ class QKVHeads(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, width = x.shape
-        low = weight.to(x.dtype)
+        low = low_copy(weight, x.dtype)
         rows = x.reshape(-1, width)
-        packed = linear(rows, low, None if bias is None else bias.to(x.dtype))
+        packed = linear(rows, low, None if bias is None else low_copy(bias, x.dtype))
         ctx.save_for_backward(rows, low)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         query, key, value = (
@@ -290,7 +291,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        low = weight.to(x.dtype)
+        low = low_copy(weight, x.dtype)
         ctx.save_for_backward(x, low)
         ctx.dtype = weight.dtype
         return linear(x, low, None)
@@ -319,10 +320,12 @@ class GeluMLP(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         dtype = x.dtype
-        first, second = weight_in.to(dtype), weight_out.to(dtype)
-        pre = linear(x, first, None if bias_in is None else bias_in.to(dtype))
+        first, second = low_copy(weight_in, dtype), low_copy(weight_out, dtype)
+        pre = linear(x, first, None if bias_in is None else low_copy(bias_in, dtype))
         out = linear(
-            _gelu_dropout(pre, seed, threshold, scale), second, None if bias_out is None else bias_out.to(dtype)
+            _gelu_dropout(pre, seed, threshold, scale),
+            second,
+            None if bias_out is None else low_copy(bias_out, dtype),
         )
         ctx.save_for_backward(x, pre, first, second, seed)
         ctx.threshold, ctx.scale = threshold, scale

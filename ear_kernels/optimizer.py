@@ -1,0 +1,162 @@
+"""AdamW with clipping, moving average and 16-bit copies in one pass over the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ear_kernels.dispatch import choose_backend
+from ear_kernels.low_copies import copy_dtypes, updating
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, and :meth:`update`, which also divides the gradients and keeps a moving average.
+
+    State, state dicts and hyperparameters are torch's, so either goes on where the other stopped.
+
+    Args:
+        params: parameters or groups of them, as for any optimiser.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def update(
+        self,
+        divisor: Tensor | None = None,
+        averages: Mapping[nn.Parameter, Tensor] | None = None,
+        decay: float = 0.999,
+    ) -> None:
+        """One step with the gradients over ``divisor``, then ``average = decay average + (1 - decay) weight``.
+
+        On a GPU this is one pass (docs/optimizer.md); elsewhere, and for parameters that are not dense float32, it is
+        torch's step and a pass for the averages. Copies of :class:`ear_kernels.LowCopies` are brought along by the
+        one pass. Whether the gradients are divided afterwards is not said.
+
+        Args:
+            divisor: float32 scalar on the parameters' device, such as ``max(norm / limit, 1)`` to clip; None is 1.
+            averages: the moving average of each parameter that has one, alike in shape and dtype.
+            decay: of the averages, in [0, 1].
+
+        Raises:
+            ValueError: a decay outside [0, 1], an average of another shape, a sparse gradient.
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}; it must be in [0, 1]")
+        averages = averages or {}
+        for parameter, average in averages.items():
+            if average.shape != parameter.shape:
+                raise ValueError(
+                    f"an average has shape {tuple(average.shape)}; its parameter has {tuple(parameter.shape)}"
+                )
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        updated = [parameter for parameter in parameters if parameter.grad is not None]
+        self._make_state(updated)
+        refusal = self._refusal(updated, averages)
+        if updated and choose_backend("adamw", updated[0], refusal) == "triton":
+            self._one_pass(divisor, averages, decay)
+            self._opt_called = True  # for learning-rate schedulers
+            left = [parameter for parameter in averages if parameter.grad is None]
+        else:
+            self._plain_step(divisor)
+            left = list(averages)
+        if left:
+            weights: list[Tensor] = [parameter.detach() for parameter in left]
+            torch._foreach_lerp_([averages[parameter] for parameter in left], weights, 1 - decay)
+
+    def _make_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """What torch's first step would make."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _plain_step(self, divisor: Tensor | None) -> None:
+        if divisor is None:
+            self.step()
+            return
+        self.grad_scale = divisor
+        try:
+            self.step()
+        finally:
+            del self.grad_scale
+
+    def _refusal(self, parameters: list[nn.Parameter], averages: Mapping[nn.Parameter, Tensor]) -> str:
+        """Why the kernel does not take these; nothing if it does."""
+        for group in self.param_groups:
+            for option in ("amsgrad", "maximize", "capturable", "differentiable"):
+                if group[option]:
+                    return f"the optimiser has {option}"
+        if len(copy_dtypes(parameters)) > 1:
+            return "copies are kept in several dtypes"
+        for parameter in parameters:
+            state = self.state[parameter]
+            tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+            if parameter in averages:
+                tensors.append(averages[parameter])
+            for tensor in tensors:
+                # Exactly: a DTensor is one, too, with its memory elsewhere.
+                if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32:
+                    return f"a tensor is a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32)"
+                if tensor.device != parameters[0].device or state["step"].device != parameter.device:
+                    return "the tensors are on several devices"
+                if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                    return "a tensor is not contiguous or not aligned to 16 bytes"
+        return ""
+
+    def _one_pass(self, divisor: Tensor | None, averages: Mapping[nn.Parameter, Tensor], decay: float) -> None:
+        from ear_kernels.ops.adamw import launchers
+
+        # Not made in __init__: a pickled optimiser comes back without.
+        cached: dict[int, launchers.Tables] = self.__dict__.setdefault("_tables", {})
+        low = (
+            copy_dtypes(parameter for group in self.param_groups for parameter in group["params"]) or {torch.bfloat16}
+        ).pop()
+        for number, group in enumerate(self.param_groups):
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            device = parameters[0].device
+            by = torch.ones(1, device=device) if divisor is None else divisor.float().reshape(1)
+            with updating(parameters) as copies:
+                addresses: list[int] = []
+                for parameter, copy in zip(parameters, copies, strict=True):
+                    assert parameter.grad is not None
+                    state, average = self.state[parameter], averages.get(parameter)
+                    addresses += [
+                        parameter.data_ptr(),
+                        parameter.grad.data_ptr(),
+                        state["exp_avg"].data_ptr(),
+                        state["exp_avg_sq"].data_ptr(),
+                        state["step"].data_ptr(),
+                        0 if average is None else average.data_ptr(),
+                        0 if copy is None else copy.data_ptr(),
+                        parameter.numel(),
+                    ]
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+                tables = cached.setdefault(number, launchers.Tables())
+                tables.update(addresses, [parameter.numel() for parameter in parameters], device)
+                launchers.adamw(
+                    tables,
+                    by,
+                    lr=float(group["lr"]),
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    average_rest=1 - decay,
+                    low=low,
+                )

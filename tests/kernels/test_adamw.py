@@ -1,0 +1,253 @@
+"""AdamW, average and 16-bit copies in one pass: against float64 and torch's fused AdamW; copies that go stale."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ear_kernels import FusedAdamW, LowCopies
+from ear_kernels.functional_transformer import project
+from ear_kernels.low_copies import low
+from ear_kernels.testing import assert_close_to_eager
+from tests.kernels.generator_fixtures import DEVICE
+
+LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter gets bf16 wrong
+SHAPES = st.lists(
+    st.sampled_from([(), (1,), (3,), (0,), (5, 7), (64, 64), (2049,), (3, 2048)]), min_size=1, max_size=4
+)
+
+
+def draw(shapes: list[tuple], scale: float = 1.0) -> list[Tensor]:
+    return [scale * torch.randn(shape, device=DEVICE) for shape in shapes]
+
+
+def parameters_of(values: list[Tensor], dtype: torch.dtype) -> list[nn.Parameter]:
+    return [nn.Parameter(value.detach().to(dtype).clone()) for value in values]
+
+
+def groups_of(parameters: list[nn.Parameter]) -> list[dict]:
+    """Two groups with their own rates."""
+    half = len(parameters) // 2
+    return [
+        {"params": parameters[:half], "lr": 0.02, "weight_decay": 0.1},
+        {"params": parameters[half:], "lr": 3e-4, "weight_decay": 0.0},
+    ]
+
+
+def run(
+    kind: str,
+    values: list[Tensor],
+    steps: list[list[Tensor | None]],
+    divisor: float,
+    decay: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Weights, moments and averages after ``steps`` of gradients."""
+    parameters = parameters_of(values, dtype)
+    averages = {parameter: parameter.detach().clone() for parameter in parameters}
+    options = {"betas": (0.9, 0.95)}
+    if kind == "ours":
+        optimizer: torch.optim.AdamW = FusedAdamW(groups_of(parameters), **options)
+    else:
+        optimizer = torch.optim.AdamW(groups_of(parameters), **options, foreach=False)
+    for gradients in steps:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(dtype).clone()
+        if kind == "ours":
+            optimizer.update(torch.tensor(divisor, device=DEVICE), averages, decay)
+            continue
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(divisor)
+        optimizer.step()
+        for parameter, average in averages.items():
+            average.lerp_(parameter.detach(), 1 - decay)
+    moments = [
+        optimizer.state[parameter][name]
+        for parameter in parameters
+        if parameter in optimizer.state
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    return [*(parameter.detach() for parameter in parameters), *moments, *averages.values()]
+
+
+@given(SHAPES, st.sampled_from([1e-12, 1e-3, 1.0, 1e4]), st.sampled_from([1.0, 7.3]), st.integers(0, 999))
+@settings(max_examples=100 if DEVICE == "cuda" else 15)
+def test_one_pass_is_adamw_and_average(shapes, scale, divisor, seed) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        torch.manual_seed(seed)
+        values = draw(shapes)
+        steps: list[list[Tensor | None]] = [draw(shapes, scale) for _ in range(3)]
+        steps[1][0] = None  # a parameter that a step does not reach
+        found = [
+            run(kind, values, steps, divisor, 0.9, dtype)
+            for kind, dtype in (("ours", torch.float32), ("torch", torch.float32), ("torch", torch.float64))
+        ]
+        for number, (ours, eager, exact) in enumerate(zip(*found, strict=True)):
+            assert_close_to_eager(f"result {number} of {shapes}", ours, eager, exact)
+
+
+def test_extreme_gradients(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    values = [torch.ones(6, device=DEVICE)]
+    steps = [[torch.tensor([0.0, -0.0, 1e-30, 3e38, 1e-45, -1.0], device=DEVICE)] for _ in range(3)]
+    ours, eager = (run(kind, values, steps, 1.0, 0.9, torch.float32) for kind in ("ours", "torch"))
+    for one, other in zip(ours, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=3e-6, atol=1e-30)
+
+
+def test_nan_goes_through_and_stays_where_it_is(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    values = [torch.ones(5000, device=DEVICE)]
+    gradient = torch.ones(5000, device=DEVICE)
+    gradient[4321] = float("nan")
+    weight, *_ = run("ours", values, [[gradient]], 1.0, 0.9, torch.float32)
+    assert torch.equal(weight.isnan().nonzero().flatten(), torch.tensor([4321], device=DEVICE))
+
+
+def test_neighbours_are_not_written(monkeypatch) -> None:
+    """Parameters, moments and averages that lie in the middle of poisoned memory."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    pools = [torch.full((4096 + 64,), float("inf"), device=DEVICE) for _ in range(4)]
+    inner = [pool[32 : 32 + 2051] for pool in pools]
+    for tensor in inner:
+        tensor.normal_()
+    parameter = nn.Parameter(inner[0])
+    parameter.grad = torch.randn(2051, device=DEVICE)
+    optimizer = FusedAdamW([parameter])
+    inner[2].abs_()
+    optimizer.state[parameter] = {
+        "step": torch.ones((), device=DEVICE),
+        "exp_avg": inner[1],
+        "exp_avg_sq": inner[2],
+    }
+    before = inner[0].clone()
+    optimizer.update(None, {parameter: inner[3]}, 0.5)
+    assert not torch.equal(inner[0], before)
+    for pool in pools:
+        assert pool[:32].isinf().all()
+        assert pool[32 + 2051 :].isinf().all()
+        assert pool[32 : 32 + 2051].isfinite().all()
+
+
+def test_copies_are_brought_along(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    parameters = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((3, 5), (2048,), (2050,))]
+    copies = LowCopies(parameters[:2], LOW)
+    optimizer = FusedAdamW(parameters, lr=0.1)
+    kept = [low(parameter, LOW) for parameter in parameters[:2]]
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        versions = [parameter._version for parameter in parameters]
+        optimizer.update()
+        assert all(parameter._version > version for parameter, version in zip(parameters, versions, strict=True))
+        for parameter, tensor in zip(parameters, kept, strict=False):
+            assert low(parameter, LOW) is tensor
+            assert torch.equal(tensor, parameter.detach().to(LOW))
+    assert low(parameters[2], LOW) is not low(parameters[2], LOW)
+    copies.drop()
+    assert low(parameters[0], LOW) is not kept[0]
+
+
+def test_a_stale_copy_is_not_taken() -> None:
+    parameter = nn.Parameter(torch.randn(4, 4, device=DEVICE))
+    copies = LowCopies([parameter, nn.Parameter(torch.zeros(2, dtype=torch.float64))], LOW)
+    kept = low(parameter, LOW)
+    assert low(parameter, LOW) is kept
+    assert low(parameter, torch.float32) is parameter
+    with torch.no_grad():
+        parameter.add_(1)
+    assert torch.equal(low(parameter, LOW), parameter.detach().to(LOW))
+    assert low(parameter, LOW) is not kept
+    copies.refresh()
+    assert low(parameter, LOW) is kept
+    parameter.data = torch.ones(4, 4, device=DEVICE)  # of which autograd's counter knows nothing
+    assert torch.equal(low(parameter, LOW), torch.ones(4, 4, device=DEVICE, dtype=LOW))
+    assert copy.deepcopy(parameter).__dict__ == {}
+    with pytest.raises(ValueError, match=r"dtype is torch\.float32"):
+        LowCopies([parameter], torch.float32)
+
+
+def test_operations_take_the_copy(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    weight = nn.Parameter(torch.randn(8, 8, device=DEVICE))
+    copies = LowCopies([weight], LOW)
+    low(weight, LOW).zero_()  # nobody may do this, but it tells whether the copy is read
+    x = torch.randn(4, 8, device=DEVICE, dtype=LOW)
+    with torch.autocast(DEVICE, LOW):
+        assert (project(x, weight) == 0).all()
+        copies.drop()
+        assert (project(x, weight) != 0).any()
+
+
+def test_what_the_kernel_does_not_take_is_torchs(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "auto")
+    torch.manual_seed(0)
+    results = []
+    for kind in (FusedAdamW, torch.optim.AdamW):
+        torch.manual_seed(1)
+        parameters = [
+            nn.Parameter(torch.randn(6, 4, device=DEVICE).t()),
+            nn.Parameter(torch.randn(3, device=DEVICE, dtype=torch.float64)),
+        ]
+        averages = {parameter: parameter.detach().clone() for parameter in parameters}
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.01)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if kind is FusedAdamW:
+                optimizer.update(torch.tensor(2.0, device=DEVICE), averages, 0.9)
+            else:
+                for parameter in parameters:
+                    parameter.grad /= 2
+                optimizer.step()
+                for parameter, average in averages.items():
+                    average.lerp_(parameter.detach(), 0.1)
+        results.append([*parameters, *averages.values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    optimizer = FusedAdamW([parameter := nn.Parameter(torch.zeros(3, device=DEVICE, dtype=torch.float64))])
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(NotImplementedError, match="float64"):
+        optimizer.update()
+
+
+def test_state_goes_on_in_torchs_optimiser_and_back(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    torch.manual_seed(2)
+    gradients = [torch.randn(9, device=DEVICE) for _ in range(4)]
+    ends = []
+    for kinds in ((FusedAdamW, torch.optim.AdamW), (torch.optim.AdamW, FusedAdamW), (torch.optim.AdamW,) * 2):
+        parameter = nn.Parameter(torch.ones(9, device=DEVICE))
+        state = None
+        for half, kind in enumerate(kinds):
+            optimizer = kind([parameter], lr=0.1, **({} if kind is FusedAdamW else {"fused": True}))
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for gradient in gradients[2 * half : 2 * half + 2]:
+                parameter.grad = gradient.clone()
+                optimizer.update() if kind is FusedAdamW else optimizer.step()
+            state = copy.deepcopy(optimizer.state_dict())
+        ends.append((parameter.detach(), state["state"][0]["step"]))
+    for weight, step in ends:
+        torch.testing.assert_close(weight, ends[-1][0], rtol=2e-6, atol=1e-7)
+        assert step == 4
+    copied = copy.deepcopy(optimizer)
+    assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_bad_input_is_named() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = FusedAdamW([parameter])
+    parameter.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"decay is 1\.5; it must be in \[0, 1\]"):
+        optimizer.update(decay=1.5)
+    with pytest.raises(ValueError, match=r"an average has shape \(2,\); its parameter has \(3,\)"):
+        optimizer.update(averages={parameter: torch.zeros(2)})
+    assert torch.equal(parameter.detach(), torch.zeros(3))
