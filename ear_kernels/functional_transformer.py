@@ -48,21 +48,7 @@ def dropout_add_layer_norm(
     Raises:
         ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
     """
-    for name, tensor in (("branch", branch), ("residual", residual)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, residual, "residual")
-    _check_dropout(dropout)
-    if branch.shape != residual.shape or residual.ndim < 1:
-        raise ValueError(
-            f"branch has shape {tuple(branch.shape)} and residual {tuple(residual.shape)}; "
-            "they must be alike, [..., W]"
-        )
-    for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
-        if parameter is None:
-            continue
-        _check_device(name, parameter, residual, "residual")
-        if tuple(parameter.shape) != (residual.shape[-1],):
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
+    _check_add_norm(branch, residual, weight, bias, branch_bias, dropout)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         reason = _refusal(residual, branch, weight, bias, branch_bias)
         if _applies("dropout_add_layer_norm", residual, reason):
@@ -100,30 +86,15 @@ def gelu_mlp(
     Raises:
         ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
     """
-    tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
-    _check_floating("x", x)
+    _check_mlp(x, weight_in, bias_in, weight_out, bias_out)
     _check_dropout(dropout)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_floating(name, tensor)
-            _check_device(name, tensor, x, "x")
-    inner, outer = weight_in.shape[0], weight_out.shape[0]
-    expected = {
-        "weight_in": (inner, x.shape[-1]),
-        "bias_in": (inner,),
-        "weight_out": (outer, inner),
-        "bias_out": (outer,),
-    }
-    for name, shape in expected.items():
-        given = tensors[name]
-        if given is not None and tuple(given.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {list(shape)}")
+    tensors = (weight_in, bias_in, weight_out, bias_out)
     if not torch.compiler.is_compiling():
-        reason = _refusal(x, *tensors.values())
+        reason = _refusal(x, *tensors)
         if _applies("gelu_mlp", x, reason):
             from ear_kernels.ops.transformer import autograd
 
-            present = [tensor for tensor in tensors.values() if tensor is not None]
+            present = [tensor for tensor in tensors if tensor is not None]
             dtype = _compute_dtype(x, *present)
             return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
     return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
@@ -207,6 +178,112 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     return mixed.transpose(1, 2).flatten(2)
 
 
+def norm_self_attention(
+    branch: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    *,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    eps: float = 1e-6,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dropout_add_layer_norm` and :func:`self_attention` of what it gives: the first half of a pre-norm block.
+
+    Joined they keep less for backward: the normed rows in the compute dtype, not the residual stream and ``LN(x)``.
+
+    Args:
+        branch, residual: ``[B, L, W]``.
+        norm_weight, norm_bias, branch_bias, dropout, eps, seed: as ``weight`` and so on of
+            :func:`dropout_add_layer_norm`.
+        weight, bias, heads, attention_dropout: as for :func:`self_attention`.
+
+    Returns:
+        ``x = residual + dropout(branch + branch_bias)`` and the heads' results ``[B, L, heads D]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
+    """
+    _check_add_norm(branch, residual, norm_weight, norm_bias, branch_bias, dropout)
+    _check_dropout(attention_dropout)
+    _check_qkv(residual, weight, bias, heads)
+    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
+        dtype = _compute_dtype(branch, *(tensor for tensor in (weight, bias) if tensor is not None))
+        reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, weight, bias)
+        fits = _attention_fits(residual, weight.shape[0] // (3 * heads), heads, dtype)
+        if fits and _applies("self_attention", residual, reason):
+            from ear_kernels.ops.transformer import halves
+
+            return halves.norm_self_attention(
+                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, weight, bias, heads,
+                dropout, attention_dropout, eps, seed, dtype,
+            )  # fmt: skip
+    x, normed = dropout_add_layer_norm(
+        branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seed
+    )
+    return x, self_attention(normed, weight, bias, heads, dropout=attention_dropout)
+
+
+def norm_gelu_mlp(
+    branch: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    branch_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    seeds: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """:func:`dropout_add_layer_norm` and :func:`gelu_mlp` of what it gives: the second half of a pre-norm block.
+
+    Joined they keep less for backward: the normed rows in the compute dtype, not the residual stream and ``LN(x)``.
+
+    Args:
+        branch, residual: ``[..., W]``.
+        norm_weight, norm_bias, branch_bias, eps: as ``weight`` and so on of :func:`dropout_add_layer_norm`.
+        weight_in, bias_in, weight_out, bias_out: as for :func:`gelu_mlp`.
+        dropout: of both.
+        seeds: the norm's and the MLP's.
+
+    Returns:
+        ``x = residual + dropout(branch + branch_bias)``, ``[..., W]``, and the MLP's output ``[..., U]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
+    """
+    _check_add_norm(branch, residual, norm_weight, norm_bias, branch_bias, dropout)
+    _check_mlp(residual, weight_in, bias_in, weight_out, bias_out)
+    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
+        linears = (weight_in, bias_in, weight_out, bias_out)
+        reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, *linears)
+        if _applies("gelu_mlp", residual, reason):
+            from ear_kernels.ops.transformer import halves
+
+            dtype = _compute_dtype(branch, *(tensor for tensor in linears if tensor is not None))
+            return halves.norm_gelu_mlp(
+                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, *linears, dropout, eps,
+                seeds, dtype,
+            )  # fmt: skip
+    x, normed = dropout_add_layer_norm(
+        branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seeds[0]
+    )
+    return x, gelu_mlp(normed, weight_in, bias_in, weight_out, bias_out, dropout=dropout, seed=seeds[1])
+
+
+def _promoted(residual: Tensor, branch: Tensor) -> Tensor:
+    return residual.to(torch.promote_types(branch.dtype, residual.dtype))
+
+
 def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
     """Whether our kernels take this attention; PyTorch's own are no worse than ours where they don't."""
     return dtype in (torch.float16, torch.bfloat16) and dim <= 64 and x.shape[0] * heads <= 65535
@@ -245,3 +322,45 @@ def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> No
 def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+
+
+def _check_add_norm(
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None, dropout: float
+) -> None:
+    for name, tensor in (("branch", branch), ("residual", residual)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor, residual, "residual")
+    _check_dropout(dropout)
+    if branch.shape != residual.shape or residual.ndim < 1:
+        raise ValueError(
+            f"branch has shape {tuple(branch.shape)} and residual {tuple(residual.shape)}; "
+            "they must be alike, [..., W]"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
+        if parameter is None:
+            continue
+        _check_device(name, parameter, residual, "residual")
+        if tuple(parameter.shape) != (residual.shape[-1],):
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
+
+
+def _check_mlp(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> None:
+    tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
+    _check_floating("x", x)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_floating(name, tensor)
+            _check_device(name, tensor, x, "x")
+    inner, outer = weight_in.shape[0], weight_out.shape[0]
+    expected = {
+        "weight_in": (inner, x.shape[-1]),
+        "bias_in": (inner,),
+        "weight_out": (outer, inner),
+        "bias_out": (outer,),
+    }
+    for name, shape in expected.items():
+        given = tensors[name]
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {list(shape)}")

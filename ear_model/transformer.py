@@ -11,7 +11,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, project, self_attention
+from ear_kernels.functional_transformer import (
+    dropout_add_layer_norm,
+    norm_gelu_mlp,
+    norm_self_attention,
+    project,
+    self_attention,
+)
 from ear_model.config import ModelConfig
 from ear_model.graphs import CapturedBlocks
 
@@ -46,50 +52,43 @@ class TransformerBlock(Block):
         seed = seeds.unbind() if seeds is not None else (None, None, None)
         attention: Any = self.attn
         mlp: Any = self.mlp
-        dropout = mlp.drop1.p if self.training else 0.0
-        if pending is None:
-            normed = self.norm1(hidden)
-        else:
-            hidden, normed = _add(pending, hidden, self.norm1, dropout, seed[0])
-        mixed = self_attention(
-            normed,
-            attention.qkv.weight,
-            attention.qkv.bias,
-            attention.num_heads,
-            dropout=attention.attn_drop.p if self.training else 0.0,
-        )
-        attended = project(mixed, attention.proj.weight)
-        # The stream that attention's output is added to is kept by the norm before: the branch is less than the sum.
-        pending = (attended, attention.proj.bias)
-        hidden, normed = _add(pending, hidden, self.norm2, dropout, seed[1], keep_branch=True)
         first, second = mlp.fc1, mlp.fc2
-        out = gelu_mlp(normed, first.weight, first.bias, second.weight, None, dropout=dropout, seed=seed[2])
+        norm1: Any = self.norm1
+        norm2: Any = self.norm2
+        dropout = mlp.drop1.p if self.training else 0.0
+        attention_dropout = attention.attn_drop.p if self.training else 0.0
+        qkv = (attention.qkv.weight, attention.qkv.bias, attention.num_heads)
+        if pending is None:
+            mixed = self_attention(norm1(hidden), *qkv, dropout=attention_dropout)
+        else:
+            hidden, mixed = norm_self_attention(
+                pending[0],
+                hidden,
+                norm1.weight,
+                norm1.bias,
+                pending[1],
+                *qkv,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                eps=norm1.eps,
+                seed=seed[0],
+            )
+        hidden, out = norm_gelu_mlp(
+            project(mixed, attention.proj.weight),
+            hidden,
+            norm2.weight,
+            norm2.bias,
+            attention.proj.bias,
+            first.weight,
+            first.bias,
+            second.weight,
+            None,
+            dropout=dropout,
+            eps=norm2.eps,
+            seeds=(seed[1], seed[2]),
+        )
         # A copy: FSDP frees a block's gathered parameters when it returns.
         return hidden, (out, second.bias.clone())
-
-
-def _add(
-    pending: Pending,
-    hidden: Tensor,
-    norm: Any,
-    dropout: float,
-    seed: Tensor | None,
-    dtype: torch.dtype | None = None,
-    *,
-    keep_branch: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return dropout_add_layer_norm(
-        pending[0],
-        hidden,
-        norm.weight,
-        norm.bias,
-        pending[1],
-        dropout=dropout,
-        eps=norm.eps,
-        seed=seed,
-        dtype=dtype,
-        keep_branch=keep_branch,
-    )
 
 
 class Backbone(nn.Module):
@@ -204,5 +203,17 @@ class Backbone(nn.Module):
         last = None if seeds is None else seeds[-1]
         # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
-        _, normed = _add(pending, hidden, self.decoder_norm, dropout, last, dtype)  # type: ignore[arg-type]
+        norm: Any = self.decoder_norm
+        assert pending is not None
+        _, normed = dropout_add_layer_norm(
+            pending[0],
+            hidden,
+            norm.weight,
+            norm.bias,
+            pending[1],
+            dropout=dropout,
+            eps=norm.eps,
+            seed=last,
+            dtype=dtype,
+        )
         return normed

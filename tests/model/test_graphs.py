@@ -70,7 +70,7 @@ def test_parameters_that_an_optimiser_changed_are_read() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)])
 def test_steps_of_a_whole_captured_model(kind) -> None:
-    """Graphs read 16-bit copies, which our optimiser brings along and which are refreshed after another one's step."""
+    """Graphs read 16-bit copies, which our optimiser brings along; after another one's step they are refreshed."""
     losses = []
     for captured in (True, False):
         model = make(0.0)

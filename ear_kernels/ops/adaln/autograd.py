@@ -401,6 +401,12 @@ def refuse_double_backward(name: str) -> None:
         )
 
 
+def graph_is_kept() -> bool:
+    """Whether the running backward may run again (``retain_graph=True``); yes where torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask() if ask is not None else True
+
+
 class AdaLNModulate(torch.autograd.Function):
     """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated rows ``[R, W]`` in ``dtype``."""
 

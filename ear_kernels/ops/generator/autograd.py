@@ -121,12 +121,6 @@ torch.library.register_fake("ear_kernels::generator_blocks_fwd", _forward_fake, 
 torch.library.register_fake("ear_kernels::generator_blocks_bwd", _backward_fake, lib=LIBRARY)
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward may run again (``retain_graph=True``); yes where torch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask() if ask is not None else True
-
-
 def _is_norm(position: int, count: int) -> bool:
     return position % BLOCK_PARAMETERS < 2 and position < count - count % BLOCK_PARAMETERS
 
@@ -184,7 +178,7 @@ class GeneratorBlocks(torch.autograd.Function):
                     "mlp_generator: backward ran before and has overwritten what it saved; "
                     "give the first call retain_graph=True"
                 )
-            ctx.spent = not _graph_is_kept()
+            ctx.spent = not adaln.graph_is_kept()
             grad_hidden, grad_conditioning, *gradients = _backward(*arguments, reuse=ctx.spent)
         return (grad_hidden, grad_conditioning, None, None, None, None, None, None, *gradients)
 

@@ -49,8 +49,12 @@ def _add_norm(
     scale: float,
     eps: float,
     dtype: torch.dtype,
+    normed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, LN(x) in ``dtype``, mean, rstd) for contiguous ``branch, residual [R, W]``."""
+    """(x, LN(x) in ``dtype``, mean, rstd) for contiguous ``branch, residual [R, W]``.
+
+    With ``normed [R, W]`` that gets ``(x - mean) rstd``, and the mean is left out.
+    """
     rows, width = residual.shape
     x, out = residual.new_empty((rows, width)), residual.new_empty((rows, width), dtype=dtype)
     mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -66,6 +70,7 @@ def _add_norm(
             out,
             mean,
             rstd,
+            normed if normed is not None else out,
             threshold,
             scale,
             eps,
@@ -73,6 +78,7 @@ def _add_norm(
             BLOCK=max(8, block_of(width)),
             DROPOUT=threshold > 0,
             HAS_BRANCH_BIAS=branch_bias is not None,
+            SAVE_NORMED=normed is not None,
             num_warps=warps_of(width),
         )
     return x, out, mean, rstd
@@ -90,13 +96,17 @@ def _add_norm_backward(
     scale: float,
     dtype: torch.dtype,
     added: tuple[Tensor, Tensor | None] | None = None,
+    again: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
 
-    With ``added = (branch, branch_bias)`` ``x`` is forward's residual, from which the kernel computes x again.
+    With ``added = (branch, branch_bias)`` ``x`` is forward's residual, from which the kernel computes x again. With
+    ``again = (bias, out)`` ``x`` is ``(x - mean) rstd``, and out, which may be its memory, gets LN(x).
     """
     rows, width = x.shape
-    grad_branch, grad_residual = x.new_empty((rows, width), dtype=dtype), x.new_empty((rows, width))
+    grad_branch = x.new_empty((rows, width), dtype=dtype)
+    # Alike in dtype to x, of which there may be no more than its normed rows.
+    grad_residual = x.new_empty((rows, width)) if grad_x is None or again is None else torch.empty_like(grad_x)
     if rows == 0:
         return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
     programs, rows_per_program = backward_grid(rows, PROGRAMS)
@@ -108,11 +118,13 @@ def _add_norm_backward(
         added[0] if added is not None else x,
         added[1] if added is not None and added[1] is not None else weight,
         weight,
+        again[0] if again is not None else weight,
         mean,
         rstd,
         seed,
         grad_residual,
         grad_branch,
+        again[1] if again is not None else x,
         partials,
         rows,
         rows_per_program,
@@ -123,6 +135,7 @@ def _add_norm_backward(
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
         REBUILD=added is not None,
+        NORMED=again is not None,
         HAS_BRANCH_BIAS=added is not None and added[1] is not None,
         STAGES=3,
         num_warps=warps_of(width),

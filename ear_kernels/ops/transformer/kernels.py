@@ -57,8 +57,9 @@ def dropout_add_layer_norm_fwd_kernel(
     seed,  # [1] int64
     x,  # [R, W], out: residual + dropout(branch + branch_bias)
     out,  # [R, W], out: LN(x)
-    mean,  # [R] float32, out
+    mean,  # [R] float32, out; not written with SAVE_NORMED
     rstd,  # [R] float32, out
+    normed,  # [R, W], out with SAVE_NORMED: (x - mean) rstd
     threshold,
     scale,
     eps,
@@ -66,6 +67,7 @@ def dropout_add_layer_norm_fwd_kernel(
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
+    SAVE_NORMED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -84,8 +86,11 @@ def dropout_add_layer_norm_fwd_kernel(
     mu = tl.sum(x_W, 0) / WIDTH
     centred_W = tl.where(live, x_W - mu, 0.0)
     rs = 1.0 / tl.sqrt(tl.sum(centred_W * centred_W, 0) / WIDTH + eps)
-    tl.store(mean + row, mu)
     tl.store(rstd + row, rs)
+    if SAVE_NORMED:
+        tl.store(normed + place, (centred_W * rs).to(normed.dtype.element_ty), mask=live)
+    else:
+        tl.store(mean + row, mu)
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
     b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
     tl.store(out + place, (centred_W * rs * w_W + b_W).to(out.dtype.element_ty), mask=live)
@@ -95,15 +100,17 @@ def dropout_add_layer_norm_fwd_kernel(
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm
-    x,  # [R, W], or with REBUILD forward's residual
+    x,  # [R, W], or with REBUILD forward's residual, or with NORMED (x - mean) rstd
     branch,  # [R, W], read with REBUILD
     branch_bias,  # [W], read with REBUILD
     weight,  # [W]
-    mean,  # [R] float32
+    bias,  # [W], read with NORMED
+    mean,  # [R] float32, not read with NORMED
     rstd,  # [R] float32
     seed,  # [1] int64
     grad_residual,  # [R, W], out (may be grad_x's memory)
     grad_branch,  # [R, W], out
+    again,  # [R, W], out with NORMED: LN(x) again, for the weight gradient of what reads it (may be x's memory)
     partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias
     rows,
     rows_per_program,
@@ -114,6 +121,7 @@ def dropout_add_layer_norm_bwd_kernel(
     DROPOUT: tl.constexpr,
     HAS_GRAD_X: tl.constexpr,
     REBUILD: tl.constexpr,
+    NORMED: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -122,6 +130,8 @@ def dropout_add_layer_norm_bwd_kernel(
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
+    if NORMED:
+        b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         drawn_from = tl.load(seed)
     if REBUILD and HAS_BRANCH_BIAS:
@@ -144,8 +154,12 @@ def dropout_add_layer_norm_bwd_kernel(
                 y_W *= kept_W
             x_W = (x_W + y_W).to(x.dtype.element_ty).to(tl.float32)
         rs = tl.load(rstd + row)
-        # Not 0 past the end of the row, but what it is multiplied by there is.
-        n_W = (x_W - tl.load(mean + row)) * rs
+        if NORMED:
+            n_W = x_W
+            tl.store(again + place, (n_W * w_W + b_W).to(again.dtype.element_ty), mask=live)
+        else:
+            # Not 0 past the end of the row, but what it is multiplied by there is.
+            n_W = (x_W - tl.load(mean + row)) * rs
         sum_weight_W += g_W * n_W
         sum_bias_W += g_W
         g_W *= w_W

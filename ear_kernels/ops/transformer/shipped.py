@@ -15,17 +15,21 @@ TYPES = {
 def shipped() -> list[ShippedKernel]:
     """Every kernel with dropout, float32 residual stream and bf16 branches."""
     found = []
+    forward = {"DROPOUT": True, "HAS_BRANCH_BIAS": True}
     backward = {"DROPOUT": True, "HAS_GRAD_X": True, "HAS_BRANCH_BIAS": True, "STAGES": 3}
     for width, targets in ((768, EVERYWHERE), (1024, HOPPER), (1280, EVERYWHERE)):
         size = {"WIDTH": width, "BLOCK": block_of(width)}
         warps = warps_of(width)
         for name, kernel, constants in (
-            ("fwd", kernels.dropout_add_layer_norm_fwd_kernel, {"DROPOUT": True, "HAS_BRANCH_BIAS": True}),
-            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False}),
-            ("bwd_rebuild", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": True}),
+            ("fwd", kernels.dropout_add_layer_norm_fwd_kernel, forward | {"SAVE_NORMED": False}),
+            ("fwd_normed", kernels.dropout_add_layer_norm_fwd_kernel, forward | {"SAVE_NORMED": True}),
+            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False, "NORMED": False}),
+            ("bwd_rebuild", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": True, "NORMED": False}),
+            ("bwd_normed", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False, "NORMED": True}),
         ):
+            types = TYPES | ({"x": "*bf16"} if name == "bwd_normed" else {})
             found.append(
-                describe(f"dropout_add_layer_norm_{name}[{width}]", kernel, size | constants, TYPES, targets, warps)
+                describe(f"dropout_add_layer_norm_{name}[{width}]", kernel, size | constants, types, targets, warps)
             )
         heads = {"DIM": 80 if width == 1280 else 64, "STAGES": 2}
         found.append(describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps))
