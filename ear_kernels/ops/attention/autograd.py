@@ -23,6 +23,7 @@ class AttentionConfig:
     stages: int
     warps: int
     shared: bool
+    rest: int = 16
 
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md).
@@ -44,14 +45,17 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
     """Constexprs and launch options for heads of ``dim`` features."""
-    block_d = max(16, block_of(dim))
+    block_d = min(64, max(16, block_of(dim)))
+    block_e = max(config.rest, block_of(dim - 64)) if dim > 64 else 0
     return {
         "DIM": dim,
         "BLOCK_D": block_d,
+        "BLOCK_E": block_e,
         "BM": config.bm,
         "BN": config.bn,
         "DROPOUT": dropout,
-        "EVEN": block_d == dim and length % config.bm == 0 and length % config.bn == 0,
+        "EVEN": block_d <= dim and length % config.bm == 0 and length % config.bn == 0,
+        "FULL": block_d + block_e == dim,
         "SHARED": config.shared,
         "STAGES": config.stages,
         "num_warps": config.warps,
