@@ -23,7 +23,7 @@ class AttentionConfig:
     stages: int
     warps: int
     shared: bool
-    rest: int = 16
+    split: bool = False
 
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md).
@@ -45,8 +45,10 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
     """Constexprs and launch options for heads of ``dim`` features."""
-    block_d = min(64, max(16, block_of(dim)))
-    block_e = max(config.rest, block_of(dim - 64)) if dim > 64 else 0
+    split = config.split and 64 < dim <= 96
+    block_d = 64 if split else max(16, block_of(dim))
+    block_e = max(16, block_of(dim - 64)) if split else 0
+    full = block_d + block_e == dim
     return {
         "DIM": dim,
         "BLOCK_D": block_d,
@@ -54,8 +56,8 @@ def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> 
         "BM": config.bm,
         "BN": config.bn,
         "DROPOUT": dropout,
-        "EVEN": block_d <= dim and length % config.bm == 0 and length % config.bn == 0,
-        "FULL": block_d + block_e == dim,
+        "EVEN": (full or dim > 64) and length % config.bm == 0 and length % config.bn == 0,
+        "FULL": full,
         "SHARED": config.shared,
         "STAGES": config.stages,
         "num_warps": config.warps,

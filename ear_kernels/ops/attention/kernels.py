@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr = True):
+def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
     """``[len(rows), len(cols)]`` of a matrix with ``length`` rows of ``DIM`` columns, zero outside."""
     place = base + rows[:, None] * stride + cols[None, :]
     if EVEN and FULL:
@@ -35,14 +35,32 @@ def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexp
 
 
 @triton.jit
-def _store_rest(place, values, rows, cols, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
-    values = values.to(place.dtype.element_ty)
+def _rows_transposed(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """``_rows(...).T`` by its addresses: what goes to mma.sync alone is loaded ahead through shared memory only so."""
+    place = base + rows[None, :] * stride + cols[:, None]
+    if EVEN and FULL:
+        return tl.load(place)
+    if EVEN:
+        return tl.load(place, mask=cols[:, None] < DIM, other=0.0)
+    return tl.load(place, mask=(rows[None, :] < length) & (cols[:, None] < DIM), other=0.0)
+
+
+@triton.jit
+def _store(place, values, rows, cols, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
     if EVEN and FULL:
         tl.store(place, values)
     elif EVEN:
         tl.store(place, values, mask=cols[None, :] < DIM)
     else:
         tl.store(place, values, mask=(rows[:, None] < length) & (cols[None, :] < DIM))
+
+
+@triton.jit
+def _store_sums(place, sums, cols, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    if EVEN and FULL:
+        tl.store(place, sums)
+    else:
+        tl.store(place, sums, mask=cols < DIM)
 
 
 @triton.jit
@@ -94,7 +112,7 @@ def attention_fwd_kernel(
         REST: tl.constexpr = DIM - BLOCK_D
         cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
     if BLOCK_E:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
         acc_E = tl.zeros([BLOCK_E, BM] if SHARED else [BM, BLOCK_E], tl.float32)
@@ -106,7 +124,7 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
-        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
         if BLOCK_E:
             k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
@@ -122,12 +140,14 @@ def attention_fwd_kernel(
         if DROPOUT:
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             p = tl.where(bits >= threshold, p, 0.0)
-        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         if BLOCK_E:
-            v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
+            value_E = base + 2 * width + BLOCK_D
             if SHARED:
-                acc_E = tl.dot(v_E.T, p.to(v.dtype).T, acc_E * shrink[None, :])
+                v_E = _rows_transposed(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
+                acc_E = tl.dot(v_E, p.to(v.dtype).T, acc_E * shrink[None, :])
             else:
+                v_E = _rows(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
                 acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
         if SHARED:
             acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
@@ -139,13 +159,11 @@ def attention_fwd_kernel(
     if BLOCK_E:
         place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
         result_E = (acc_E * factor[None, :]).T if SHARED else acc_E * factor[:, None]
-        _store_rest(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+        _store(place_E, result_E.to(out.dtype.element_ty), rows, cols_E, length, REST, EVEN, FULL)
+    _store(place, result.to(out.dtype.element_ty), rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
-        tl.store(place, result.to(out.dtype.element_ty))
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
     else:
-        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm), mask=rows < length)
 
 
@@ -189,9 +207,9 @@ def attention_bwd_query_kernel(
         REST: tl.constexpr = DIM - BLOCK_D
         cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
-    g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
-    y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
+    g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
+    y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
     d = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
     if BLOCK_E:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
@@ -211,7 +229,7 @@ def attention_bwd_query_kernel(
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
-        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
         if BLOCK_E:
             k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
@@ -220,7 +238,7 @@ def attention_bwd_query_kernel(
         if not EVEN:
             p = tl.where(cols[None, :] < length, p, 0.0)
         # Here, not beside k: there sm_80 spills 8 B. sm_90 gets the same code either way.
-        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         dp = tl.dot(g, v.T)
         if BLOCK_E:
             v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
@@ -243,16 +261,12 @@ def attention_bwd_query_kernel(
     if BLOCK_E:
         acc_E *= scale_log2 * 0.6931471805599453
         place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
-        _store_rest(place_E, acc_E.T if SHARED else acc_E, rows, cols_E, length, REST, EVEN, FULL)
+        result_E = acc_E.T if SHARED else acc_E
+        _store(place_E, result_E.to(grad_qkv.dtype.element_ty), rows, cols_E, length, REST, EVEN, FULL)
         sums_E = partials + block * width + offset + BLOCK_D + cols_E
-        tl.store(sums_E, tl.sum(acc_E, 1 if SHARED else 0), mask=cols_E < REST)
-    if EVEN:
-        tl.store(place, result.to(grad_qkv.dtype.element_ty))
-        tl.store(partials + block * width + offset + cols_d, total_D)
-    else:
-        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
-        tl.store(place, result.to(grad_qkv.dtype.element_ty), mask=inside)
-        tl.store(partials + block * width + offset + cols_d, total_D, mask=cols_d < DIM)
+        _store_sums(sums_E, tl.sum(acc_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+    _store(place, result.to(grad_qkv.dtype.element_ty), rows, cols_d, length, DIM, EVEN, FULL)
+    _store_sums(partials + block * width + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -295,8 +309,8 @@ def attention_bwd_key_kernel(
         REST: tl.constexpr = DIM - BLOCK_D
         cols_E = tl.arange(0, BLOCK_E)
     keys = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN)
-    v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN)
+    k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN, FULL)
+    v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN, FULL)
     if BLOCK_E:
         k_E = _rows(base + width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
         v_E = _rows(base + 2 * width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
@@ -308,8 +322,8 @@ def attention_bwd_key_kernel(
     grad_v = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM)
-        q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
-        g = _rows(grads, rows, cols_d, width, length, DIM, EVEN)
+        q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
+        g = _rows(grads, rows, cols_d, width, length, DIM, EVEN, FULL)
         if BLOCK_E:
             q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
             g_E = _rows(grads + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
@@ -376,27 +390,20 @@ def attention_bwd_key_kernel(
     place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
     result_k = grad_k.T if SHARED else grad_k
     result_v = grad_v.T if SHARED else grad_v
-    if EVEN:
-        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty))
-        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty))
-        tl.store(sums, sum_k)
-        tl.store(sums + width, sum_v)
-    else:
-        written = inside[:, None] & (cols_d[None, :] < DIM)
-        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty), mask=written)
-        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty), mask=written)
-        tl.store(sums, sum_k, mask=cols_d < DIM)
-        tl.store(sums + width, sum_v, mask=cols_d < DIM)
+    _store(place + width, result_k.to(grad_qkv.dtype.element_ty), keys, cols_d, length, DIM, EVEN, FULL)
+    _store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty), keys, cols_d, length, DIM, EVEN, FULL)
+    _store_sums(sums, sum_k, cols_d, DIM, EVEN, FULL)
+    _store_sums(sums + width, sum_v, cols_d, DIM, EVEN, FULL)
     if BLOCK_E:
         grad_k_E *= scale_log2 * 0.6931471805599453
         if not EVEN:
             grad_k_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_k_E, 0.0)
             grad_v_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_v_E, 0.0)
         sums_E = partials + block * (2 * width) + offset + BLOCK_D + cols_E
-        tl.store(sums_E, tl.sum(grad_k_E, 1 if SHARED else 0), mask=cols_E < REST)
-        tl.store(sums_E + width, tl.sum(grad_v_E, 1 if SHARED else 0), mask=cols_E < REST)
+        _store_sums(sums_E, tl.sum(grad_k_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+        _store_sums(sums_E + width, tl.sum(grad_v_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
         place_E = grad_qkv + (start + keys[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
-        result_k_E = grad_k_E.T if SHARED else grad_k_E
-        result_v_E = grad_v_E.T if SHARED else grad_v_E
-        _store_rest(place_E + width, result_k_E, keys, cols_E, length, REST, EVEN, FULL)
-        _store_rest(place_E + 2 * width, result_v_E, keys, cols_E, length, REST, EVEN, FULL)
+        result_k_E = (grad_k_E.T if SHARED else grad_k_E).to(grad_qkv.dtype.element_ty)
+        result_v_E = (grad_v_E.T if SHARED else grad_v_E).to(grad_qkv.dtype.element_ty)
+        _store(place_E + width, result_k_E, keys, cols_E, length, REST, EVEN, FULL)
+        _store(place_E + 2 * width, result_v_E, keys, cols_E, length, REST, EVEN, FULL)
