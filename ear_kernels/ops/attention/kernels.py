@@ -14,9 +14,10 @@ registers (False: for mma.sync, with one or two warps), or transposed as the rig
 memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is
 miscompiled by ptxas 12.8 (docs/performance_generator.md).
 
-Heads of more than 64 features are taken as a block of 64 and a rest of BLOCK_E (names ending in _E): a power of two
-as large as 80 or 96 needs would be 128. BLOCK_E is 0 for the others. EVEN: neither the rows nor the first block need
-masks; FULL: nor does the rest.
+BLOCK_D holds a head's features, or the first 64 of them where BLOCK_E is not 0: then the other DIM - 64 are in a
+block of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the tensor cores;
+16 more go into 16. WGMMA computes no 16 rows, so the products of SHARED that have them are mma.sync's, which take
+their operands through shared memory too. EVEN: no masks of rows; FULL: none of features either.
 """
 
 import triton
@@ -141,7 +142,12 @@ def attention_fwd_kernel(
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             p = tl.where(bits >= threshold, p, 0.0)
         v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
+        if SHARED:
+            acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         if BLOCK_E:
+            # After the block of 64: before it, sm_90 takes 34 registers more.
             value_E = base + 2 * width + BLOCK_D
             if SHARED:
                 v_E = _rows_transposed(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
@@ -149,10 +155,6 @@ def attention_fwd_kernel(
             else:
                 v_E = _rows(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
                 acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
-        if SHARED:
-            acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
     factor = keep_scale / norm
     place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
     result = (acc * factor[None, :]).T if SHARED else acc * factor[:, None]
