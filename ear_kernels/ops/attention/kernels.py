@@ -49,11 +49,12 @@ def _rows_transposed(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: 
 @triton.jit
 def _store(place, values, rows, cols, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
     if EVEN and FULL:
-        tl.store(place, values)
+        tl.store(place, values.to(place.dtype.element_ty))
     elif EVEN:
-        tl.store(place, values, mask=cols[None, :] < DIM)
+        tl.store(place, values.to(place.dtype.element_ty), mask=cols[None, :] < DIM)
     else:
-        tl.store(place, values, mask=(rows[:, None] < length) & (cols[None, :] < DIM))
+        inside = (rows[:, None] < length) & (cols[None, :] < DIM)
+        tl.store(place, values.to(place.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -161,8 +162,8 @@ def attention_fwd_kernel(
     if BLOCK_E:
         place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
         result_E = (acc_E * factor[None, :]).T if SHARED else acc_E * factor[:, None]
-        _store(place_E, result_E.to(out.dtype.element_ty), rows, cols_E, length, REST, EVEN, FULL)
-    _store(place, result.to(out.dtype.element_ty), rows, cols_d, length, DIM, EVEN, FULL)
+        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+    _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
     else:
@@ -264,10 +265,10 @@ def attention_bwd_query_kernel(
         acc_E *= scale_log2 * 0.6931471805599453
         place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
         result_E = acc_E.T if SHARED else acc_E
-        _store(place_E, result_E.to(grad_qkv.dtype.element_ty), rows, cols_E, length, REST, EVEN, FULL)
+        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
         sums_E = partials + block * width + offset + BLOCK_D + cols_E
         _store_sums(sums_E, tl.sum(acc_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
-    _store(place, result.to(grad_qkv.dtype.element_ty), rows, cols_d, length, DIM, EVEN, FULL)
+    _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     _store_sums(partials + block * width + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
 
 
@@ -392,8 +393,8 @@ def attention_bwd_key_kernel(
     place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
     result_k = grad_k.T if SHARED else grad_k
     result_v = grad_v.T if SHARED else grad_v
-    _store(place + width, result_k.to(grad_qkv.dtype.element_ty), keys, cols_d, length, DIM, EVEN, FULL)
-    _store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty), keys, cols_d, length, DIM, EVEN, FULL)
+    _store(place + width, result_k, keys, cols_d, length, DIM, EVEN, FULL)
+    _store(place + 2 * width, result_v, keys, cols_d, length, DIM, EVEN, FULL)
     _store_sums(sums, sum_k, cols_d, DIM, EVEN, FULL)
     _store_sums(sums + width, sum_v, cols_d, DIM, EVEN, FULL)
     if BLOCK_E:
@@ -405,7 +406,7 @@ def attention_bwd_key_kernel(
         _store_sums(sums_E, tl.sum(grad_k_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
         _store_sums(sums_E + width, tl.sum(grad_v_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
         place_E = grad_qkv + (start + keys[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
-        result_k_E = (grad_k_E.T if SHARED else grad_k_E).to(grad_qkv.dtype.element_ty)
-        result_v_E = (grad_v_E.T if SHARED else grad_v_E).to(grad_qkv.dtype.element_ty)
+        result_k_E = grad_k_E.T if SHARED else grad_k_E
+        result_v_E = grad_v_E.T if SHARED else grad_v_E
         _store(place_E + width, result_k_E, keys, cols_E, length, REST, EVEN, FULL)
         _store(place_E + 2 * width, result_v_E, keys, cols_E, length, REST, EVEN, FULL)
