@@ -209,7 +209,7 @@ def test_bad_input_is_named() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads,dim", [(12, 64), (16, 80)])
+@pytest.mark.parametrize(("heads", "dim"), [(12, 64), (16, 80)])
 @pytest.mark.parametrize("length", [320, 300, 1088])
 def test_paper_sizes(length, heads, dim) -> None:
     check(2, length, heads, dim, torch.bfloat16, True, 0.1)

@@ -29,8 +29,7 @@ class AttentionConfig:
     split: bool = False
 
 
-# The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): of the forward kernel, the
-# query's and the key's.
+# The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): forward, query, key.
 CONFIGS = (AttentionConfig(64, 64, 3, 4, shared=True),) * 3
 # For heads of 65 to 80 features, and of 81 to 128: without spills on sm_90, two or three programs on an SM.
 SPLIT_CONFIGS = (

@@ -37,7 +37,7 @@ def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexp
 
 @triton.jit
 def _rows_transposed(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
-    """``_rows(...).T`` by its addresses: what goes to mma.sync alone is loaded ahead through shared memory only so."""
+    """``_rows(...).T`` by its addresses: only so is what mma.sync alone reads copied to shared memory ahead."""
     place = base + rows[None, :] * stride + cols[:, None]
     if EVEN and FULL:
         return tl.load(place)
