@@ -37,13 +37,13 @@ class _Blocks(nn.Module):
 
 
 def can_capture(config: ModelConfig, *, use_bf16: bool) -> bool:
-    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 64.
+    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 128.
 
-    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, EAR-H, the eager backend)
-    is left out until it was tried.
+    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, wider heads, the eager
+    backend) is left out until it was tried.
     """
     ours = TRITON_IS_INSTALLED and requested_backend() != "eager"
-    return ours and use_bf16 and config.width // config.num_heads <= 64
+    return ours and use_bf16 and config.width // config.num_heads <= 128
 
 
 class CapturedBlocks:

@@ -17,19 +17,36 @@ from ear_kernels.ops.silu_ffn.autograd import linear
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Queries and keys of a tile, the loop's stages, warps; ``shared`` as in the kernels' docstring."""
+    """Queries and keys of a tile, the loop's stages, warps; ``shared`` as in the kernels' docstring.
+
+    ``split``: heads of 65 to 80 features are a block of 64 and one of 16, not one of 128.
+    """
 
     bm: int
     bn: int
     stages: int
     warps: int
     shared: bool
+    split: bool = False
 
 
-# The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md).
-FORWARD = AttentionConfig(64, 64, 3, 4, shared=True)
-BACKWARD_QUERY = AttentionConfig(64, 64, 3, 4, shared=True)
-BACKWARD_KEY = AttentionConfig(64, 64, 3, 4, shared=True)
+# The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): forward, query, key.
+CONFIGS = (AttentionConfig(64, 64, 3, 4, shared=True),) * 3
+# For heads of 65 to 80 features, and of 81 to 128: without spills on sm_90, two or three programs on an SM.
+SPLIT_CONFIGS = (
+    AttentionConfig(64, 64, 2, 4, shared=True, split=True),
+    AttentionConfig(64, 64, 2, 4, shared=True, split=True),
+    AttentionConfig(64, 32, 2, 4, shared=True, split=True),
+)
+WIDE_CONFIGS = (AttentionConfig(64, 32, 2, 4, shared=True),) * 3
+MAX_SPLIT_DIM = 80
+
+
+def configs(dim: int) -> tuple[AttentionConfig, AttentionConfig, AttentionConfig]:
+    """Launches of the forward kernel and of the backward kernels of query and key, for heads of ``dim`` features."""
+    if dim <= 64:
+        return CONFIGS
+    return SPLIT_CONFIGS if dim <= MAX_SPLIT_DIM else WIDE_CONFIGS
 
 
 def threshold_of(dropout: float) -> tuple[int, float]:
@@ -44,15 +61,20 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 
 
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
-    """Constexprs and launch options for heads of ``dim`` features."""
-    block_d = max(16, block_of(dim))
+    """Constexprs and launch options for heads of ``dim`` features, at most 128."""
+    # The key's kernel with a rest of 32, for 96 features, spills on sm_90; with a block of 128 it does not.
+    split = config.split and 64 < dim <= MAX_SPLIT_DIM
+    block_d, block_e = (64, 16) if split else (max(16, block_of(dim)), 0)
+    full = block_d + block_e == dim
     return {
         "DIM": dim,
         "BLOCK_D": block_d,
+        "BLOCK_E": block_e,
         "BM": config.bm,
         "BN": config.bn,
         "DROPOUT": dropout,
-        "EVEN": block_d == dim and length % config.bm == 0 and length % config.bn == 0,
+        "EVEN": (full or dim > 64) and length % config.bm == 0 and length % config.bn == 0,
+        "FULL": full,
         "SHARED": config.shared,
         "STAGES": config.stages,
         "num_warps": config.warps,
@@ -63,10 +85,10 @@ def forward(
     qkv: Tensor, heads: int, draws: Tensor | None, dropout: float, config: AttentionConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Contiguous ``qkv [B, L, 3W]`` -> (``[B, L, W]``, float32 ``[B H, L]``: log2 of the softmax's sums)."""
-    config = config or FORWARD
     batch, length, triple = qkv.shape
     width = triple // 3
     dim = width // heads
+    config = config or configs(dim)[0]
     out = qkv.new_empty((batch, length, width))
     lse = qkv.new_empty((batch * heads, length), dtype=torch.float32)
     if out.numel():
@@ -98,10 +120,10 @@ def backward(
     key_config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of ``qkv``, its column sums ``[3W]`` in float32); ``grad_out [B, L, W]`` is contiguous."""
-    query_config, key_config = query_config or BACKWARD_QUERY, key_config or BACKWARD_KEY
     batch, length, triple = qkv.shape
     width = triple // 3
     dim = width // heads
+    query_config, key_config = query_config or configs(dim)[1], key_config or configs(dim)[2]
     grad = torch.empty_like(qkv)
     if not grad.numel():
         return grad, qkv.new_zeros(triple, dtype=torch.float32)

@@ -13,6 +13,11 @@ SHARED says how the second product of a chain takes the matrix the kernel has co
 registers (False: for mma.sync, with one or two warps), or transposed as the right operand, which goes through shared
 memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is
 miscompiled by ptxas 12.8 (docs/performance_generator.md).
+
+BLOCK_D holds a head's features, or the first 64 of them where BLOCK_E is not 0: then the other DIM - 64 are in a
+block of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the tensor cores;
+16 more go into 16. WGMMA computes no 16 rows, so the products of SHARED that have them are mma.sync's, which take
+their operands through shared memory too. EVEN: no masks of rows; FULL: none of features either.
 """
 
 import triton
@@ -20,12 +25,44 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr):
+def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
     """``[len(rows), len(cols)]`` of a matrix with ``length`` rows of ``DIM`` columns, zero outside."""
     place = base + rows[:, None] * stride + cols[None, :]
-    if EVEN:
+    if EVEN and FULL:
         return tl.load(place)
+    if EVEN:
+        return tl.load(place, mask=cols[None, :] < DIM, other=0.0)
     return tl.load(place, mask=(rows[:, None] < length) & (cols[None, :] < DIM), other=0.0)
+
+
+@triton.jit
+def _rows_transposed(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """``_rows(...).T`` by its addresses: only so is what mma.sync alone reads copied to shared memory ahead."""
+    place = base + rows[None, :] * stride + cols[:, None]
+    if EVEN and FULL:
+        return tl.load(place)
+    if EVEN:
+        return tl.load(place, mask=cols[:, None] < DIM, other=0.0)
+    return tl.load(place, mask=(rows[None, :] < length) & (cols[:, None] < DIM), other=0.0)
+
+
+@triton.jit
+def _store(place, values, rows, cols, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    if EVEN and FULL:
+        tl.store(place, values.to(place.dtype.element_ty))
+    elif EVEN:
+        tl.store(place, values.to(place.dtype.element_ty), mask=cols[None, :] < DIM)
+    else:
+        inside = (rows[:, None] < length) & (cols[None, :] < DIM)
+        tl.store(place, values.to(place.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_sums(place, sums, cols, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    if EVEN and FULL:
+        tl.store(place, sums)
+    else:
+        tl.store(place, sums, mask=cols < DIM)
 
 
 @triton.jit
@@ -56,10 +93,12 @@ def attention_fwd_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -71,8 +110,14 @@ def attention_fwd_kernel(
     column = draws + tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
+    if BLOCK_E:
+        REST: tl.constexpr = DIM - BLOCK_D
+        cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
+    if BLOCK_E:
+        q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
+        acc_E = tl.zeros([BLOCK_E, BM] if SHARED else [BM, BLOCK_E], tl.float32)
     if DROPOUT:
         r = _keys(column, rows, length, EVEN)
         s = _keys(column + total, rows, length, EVEN)
@@ -81,8 +126,12 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
-        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
-        logits = tl.dot(q, k.T) * scale_log2
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
+        logits = tl.dot(q, k.T)
+        if BLOCK_E:
+            k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
+            logits = tl.dot(q_E, k_E.T, logits)
+        logits *= scale_log2
         if not EVEN:
             logits = tl.where(cols[None, :] < length, logits, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -93,20 +142,31 @@ def attention_fwd_kernel(
         if DROPOUT:
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             p = tl.where(bits >= threshold, p, 0.0)
-        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         if SHARED:
             acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
         else:
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        if BLOCK_E:
+            # After the block of 64: before it, sm_90 takes 34 registers more.
+            value_E = base + 2 * width + BLOCK_D
+            if SHARED:
+                v_E = _rows_transposed(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
+                acc_E = tl.dot(v_E, p.to(v.dtype).T, acc_E * shrink[None, :])
+            else:
+                v_E = _rows(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
+                acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
     factor = keep_scale / norm
     place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
     result = (acc * factor[None, :]).T if SHARED else acc * factor[:, None]
+    if BLOCK_E:
+        place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
+        result_E = (acc_E * factor[None, :]).T if SHARED else acc_E * factor[:, None]
+        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+    _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
-        tl.store(place, result.to(out.dtype.element_ty))
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
     else:
-        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm), mask=rows < length)
 
 
@@ -127,10 +187,12 @@ def attention_bwd_query_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -144,11 +206,20 @@ def attention_bwd_query_kernel(
     vector = tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
+    if BLOCK_E:
+        REST: tl.constexpr = DIM - BLOCK_D
+        cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
-    g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
-    y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN)
+    q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
+    g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
+    y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
     d = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
+    if BLOCK_E:
+        q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
+        g_E = _rows(grad_out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
+        y_E = _rows(out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
+        d += tl.sum(g_E.to(tl.float32) * y_E.to(tl.float32), 1)
+        acc_E = tl.zeros([BLOCK_E, BM] if SHARED else [BM, BLOCK_E], tl.float32)
     if EVEN:
         tl.store(delta + vector + rows, d)
         log_sum = tl.load(lse + vector + rows)
@@ -161,17 +232,26 @@ def attention_bwd_query_kernel(
     acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
-        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN)
-        p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
+        k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
+        logits = tl.dot(q, k.T)
+        if BLOCK_E:
+            k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
+            logits = tl.dot(q_E, k_E.T, logits)
+        p = tl.exp2(logits * scale_log2 - log_sum[:, None])
         if not EVEN:
             p = tl.where(cols[None, :] < length, p, 0.0)
         # Here, not beside k: there sm_80 spills 8 B. sm_90 gets the same code either way.
-        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN)
+        v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         dp = tl.dot(g, v.T)
+        if BLOCK_E:
+            v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
+            dp = tl.dot(g_E, v_E.T, dp)
         if DROPOUT:
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             dp = tl.where(bits >= threshold, dp * keep_scale, 0.0)
         ds = (p * (dp - d[:, None])).to(k.dtype)
+        if BLOCK_E:
+            acc_E = tl.dot(k_E.T, ds.T, acc_E) if SHARED else tl.dot(ds, k_E, acc_E)
         if SHARED:
             acc = tl.dot(k.T, ds.T, acc)
         else:
@@ -181,13 +261,15 @@ def attention_bwd_query_kernel(
     total_D = tl.sum(acc, 1 if SHARED else 0)
     place = grad_qkv + (start + rows[:, None]) * stride + offset + cols_d[None, :]
     result = acc.T if SHARED else acc
-    if EVEN:
-        tl.store(place, result.to(grad_qkv.dtype.element_ty))
-        tl.store(partials + block * width + offset + cols_d, total_D)
-    else:
-        inside = (rows[:, None] < length) & (cols_d[None, :] < DIM)
-        tl.store(place, result.to(grad_qkv.dtype.element_ty), mask=inside)
-        tl.store(partials + block * width + offset + cols_d, total_D, mask=cols_d < DIM)
+    if BLOCK_E:
+        acc_E *= scale_log2 * 0.6931471805599453
+        place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
+        result_E = acc_E.T if SHARED else acc_E
+        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+        sums_E = partials + block * width + offset + BLOCK_D + cols_E
+        _store_sums(sums_E, tl.sum(acc_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+    _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
+    _store_sums(partials + block * width + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -206,10 +288,12 @@ def attention_bwd_key_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -224,17 +308,28 @@ def attention_bwd_key_kernel(
     vector = tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
+    if BLOCK_E:
+        REST: tl.constexpr = DIM - BLOCK_D
+        cols_E = tl.arange(0, BLOCK_E)
     keys = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN)
-    v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN)
+    k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN, FULL)
+    v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN, FULL)
+    if BLOCK_E:
+        k_E = _rows(base + width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
+        v_E = _rows(base + 2 * width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
+        grad_k_E = tl.zeros([BLOCK_E, BN] if SHARED else [BN, BLOCK_E], tl.float32)
+        grad_v_E = tl.zeros([BLOCK_E, BN] if SHARED else [BN, BLOCK_E], tl.float32)
     if DROPOUT:
         c = _column(keys)
     grad_k = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
     for first in tl.range(0, length, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM)
-        q = _rows(base, rows, cols_d, stride, length, DIM, EVEN)
-        g = _rows(grads, rows, cols_d, width, length, DIM, EVEN)
+        q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
+        g = _rows(grads, rows, cols_d, width, length, DIM, EVEN, FULL)
+        if BLOCK_E:
+            q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
+            g_E = _rows(grads + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
         if EVEN:
             log_sum = tl.load(lse + vector + rows)
             d = tl.load(delta + vector + rows)
@@ -246,26 +341,44 @@ def attention_bwd_key_kernel(
             r = _keys(draws + vector, rows, length, EVEN)
             s = _keys(draws + total + vector, rows, length, EVEN)
         if SHARED:
-            p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
+            logits = tl.dot(q, k.T)
+            if BLOCK_E:
+                logits = tl.dot(q_E, k_E.T, logits)
+            p = tl.exp2(logits * scale_log2 - log_sum[:, None])
             dp = tl.dot(g, v.T)
+            if BLOCK_E:
+                dp = tl.dot(g_E, v_E.T, dp)
             dropped = p
             if DROPOUT:
                 kept = r[:, None] * c[None, :] + s[:, None] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
+            if BLOCK_E:
+                grad_v_E = tl.dot(g_E.T, dropped.to(g.dtype), grad_v_E)
             grad_v = tl.dot(g.T, dropped.to(g.dtype), grad_v)
             ds = p * (dp - d[:, None])
+            if BLOCK_E:
+                grad_k_E = tl.dot(q_E.T, ds.to(q.dtype), grad_k_E)
             grad_k = tl.dot(q.T, ds.to(q.dtype), grad_k)
         else:
-            p = tl.exp2(tl.dot(k, q.T) * scale_log2 - log_sum[None, :])
+            logits = tl.dot(k, q.T)
+            if BLOCK_E:
+                logits = tl.dot(k_E, q_E.T, logits)
+            p = tl.exp2(logits * scale_log2 - log_sum[None, :])
             dp = tl.dot(v, g.T)
+            if BLOCK_E:
+                dp = tl.dot(v_E, g_E.T, dp)
             dropped = p
             if DROPOUT:
                 kept = r[None, :] * c[:, None] + s[None, :] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
+            if BLOCK_E:
+                grad_v_E = tl.dot(dropped.to(g.dtype), g_E, grad_v_E)
             grad_v = tl.dot(dropped.to(g.dtype), g, grad_v)
             ds = p * (dp - d[None, :])
+            if BLOCK_E:
+                grad_k_E = tl.dot(ds.to(q.dtype), q_E, grad_k_E)
             grad_k = tl.dot(ds.to(q.dtype), q, grad_k)
     grad_k *= scale_log2 * 0.6931471805599453
     if not EVEN:
@@ -280,14 +393,20 @@ def attention_bwd_key_kernel(
     place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
     result_k = grad_k.T if SHARED else grad_k
     result_v = grad_v.T if SHARED else grad_v
-    if EVEN:
-        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty))
-        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty))
-        tl.store(sums, sum_k)
-        tl.store(sums + width, sum_v)
-    else:
-        written = inside[:, None] & (cols_d[None, :] < DIM)
-        tl.store(place + width, result_k.to(grad_qkv.dtype.element_ty), mask=written)
-        tl.store(place + 2 * width, result_v.to(grad_qkv.dtype.element_ty), mask=written)
-        tl.store(sums, sum_k, mask=cols_d < DIM)
-        tl.store(sums + width, sum_v, mask=cols_d < DIM)
+    _store(place + width, result_k, keys, cols_d, length, DIM, EVEN, FULL)
+    _store(place + 2 * width, result_v, keys, cols_d, length, DIM, EVEN, FULL)
+    _store_sums(sums, sum_k, cols_d, DIM, EVEN, FULL)
+    _store_sums(sums + width, sum_v, cols_d, DIM, EVEN, FULL)
+    if BLOCK_E:
+        grad_k_E *= scale_log2 * 0.6931471805599453
+        if not EVEN:
+            grad_k_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_k_E, 0.0)
+            grad_v_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_v_E, 0.0)
+        sums_E = partials + block * (2 * width) + offset + BLOCK_D + cols_E
+        _store_sums(sums_E, tl.sum(grad_k_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+        _store_sums(sums_E + width, tl.sum(grad_v_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+        place_E = grad_qkv + (start + keys[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
+        result_k_E = grad_k_E.T if SHARED else grad_k_E
+        result_v_E = grad_v_E.T if SHARED else grad_v_E
+        _store(place_E + width, result_k_E, keys, cols_E, length, REST, EVEN, FULL)
+        _store(place_E + 2 * width, result_v_E, keys, cols_E, length, REST, EVEN, FULL)
