@@ -85,7 +85,7 @@ class EAR(nn.Module):
         tokens_BLD = self.tokenizer.encode(images)
         batch, num_tokens, token_dim = tokens_BLD.shape
         if num_masked is None:
-            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio)
+            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking)
         if not 1 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked is {num_masked}; it must be in 1..{num_tokens}")
         orders_BL = masking.random_orders(batch, num_tokens, images.device)

@@ -22,12 +22,21 @@ def mask_ratio(uniform: float, minimum: float) -> float:
     return min(1.0, max(minimum, normal.inv_cdf(quantile)))
 
 
-def draw_num_masked(num_tokens: int, minimum: float) -> int:
+def draw_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_normal") -> int:
     """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn from torch's CPU generator.
 
     A count on the host, so the shapes of the step are known without waiting for the device.
+
+    Args:
+        num_tokens: L.
+        minimum: smallest ratio of "truncated_normal".
+        masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
+            share that :func:`unmasking_schedule` has left at a random moment: 2/pi on average, down to one token.
     """
-    return math.ceil(num_tokens * mask_ratio(float(torch.rand((), dtype=torch.float64)), minimum))
+    uniform = float(torch.rand((), dtype=torch.float64))
+    if masking == "cosine":
+        return max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * uniform)))
+    return math.ceil(num_tokens * mask_ratio(uniform, minimum))
 
 
 def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
