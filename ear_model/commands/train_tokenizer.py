@@ -12,10 +12,7 @@ from typing import Annotated
 import tyro
 
 from ear_model.tokenizers.kl16 import AutoencoderConfig
-from ear_model.tokenizers.training import TokenizerTraining, train_autoencoder
-
-# 64 tokens of 8 numbers for an image of 64 pixels, which is what the recipe glyphs64 trains on.
-SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 4), residual_blocks=1, latent_channels=8, norm_groups=8)
+from ear_model.tokenizers.training import SMALL, TokenizerTraining, train_autoencoder
 
 
 @dataclass(frozen=True)

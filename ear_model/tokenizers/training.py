@@ -29,6 +29,8 @@ from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
+# 64 tokens of 8 numbers for an image of 64 pixels, which is what the recipe glyphs64 trains on.
+SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 4), residual_blocks=1, latent_channels=8, norm_groups=8)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,8 @@ def test_another_model_keeps_the_data():
 
 
 def test_glyph_recipe_has_the_glyphs_classes_and_the_tokenizer_s_latents():
-    from ear_model.commands.train_tokenizer import SMALL
     from ear_model.glyphs import CHARACTERS
-    from ear_model.tokenizers.training import TokenizerTraining
+    from ear_model.tokenizers.training import SMALL, TokenizerTraining
 
     model = RUNS["glyphs64"].model
     assert model.num_classes == len(CHARACTERS)
