@@ -31,7 +31,8 @@ def draw_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_n
         num_tokens: L.
         minimum: smallest ratio of "truncated_normal".
         masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
-            share that :func:`unmasking_schedule` has left at a random moment: 2/pi on average, down to one token.
+            share that :func:`unmasking_schedule` has left at a random moment when there are far fewer steps than
+            tokens: 2/pi on average, down to one token.
     """
     uniform = float(torch.rand((), dtype=torch.float64))
     if masking == "cosine":
