@@ -66,7 +66,7 @@ class ModelConfig:
     min_mask_ratio: float = 0.7
     """Smallest share of masked tokens in training, with truncated_normal."""
     masking: Literal["truncated_normal", "cosine"] = "truncated_normal"
-    """Share of masked tokens in training: the paper's, or (cosine) what a random moment of decoding has left."""
+    """Share of masked tokens in training: the paper's, or that of a random moment of decoding in few steps."""
     position_init: Literal["normal", "sinusoid"] = "normal"
     """Start of the learned positions: normal 0.02 as in the paper, or with a 2-D sinusoid added to the tokens'."""
     label_dropout: float = 0.1
