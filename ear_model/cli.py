@@ -228,7 +228,9 @@ def run_training(
         is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
         where = distributed.local_device(resolve_device(device))
         decoder = Decoder(config, where) if is_drawn else None
-        scoring = Scoring(config, judge=judge, real=real, device=str(where)) if is_scored else None
+        scoring = None
+        if is_scored:
+            scoring = Scoring(config, decoder=decoder, judge=judge, real=real, device=str(where))
     trainer = Trainer(config, out, resume=resume, device=device)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if trainer.is_main:
@@ -266,7 +268,7 @@ def _leave_pictures(
     if decoder is None:
         return f"{left}   (no samples: latents need --tokenizer)"
     num_classes = config.model.num_classes
-    rows = 10 if config.tokenizer else 64  # decoded images are large; of more classes, evenly spaced ones are shown
+    rows = 10 if decoder.image_size > 64 else 64  # of more classes, evenly spaced ones are shown
     shown = range(0, num_classes, -(-num_classes // rows))
     labels = class_labels(shown, 10 * len(shown), num_classes)
     images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))

@@ -12,6 +12,10 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
+# Fields that stored configurations may lack, by class: added later, with the value for what was done before.
+_ADDED_FIELDS: dict[str, dict[str, Any]] = {
+    "ModelConfig": {"masking": "truncated_normal", "position_init": "normal"},
+}
 
 Config = TypeVar("Config")
 
@@ -60,7 +64,11 @@ class ModelConfig:
     num_samples: int = 4
     """Samples per masked token in training; all pairs are used."""
     min_mask_ratio: float = 0.7
-    """Smallest share of masked tokens in training."""
+    """Smallest share of masked tokens in training, with truncated_normal."""
+    masking: Literal["truncated_normal", "cosine"] = "truncated_normal"
+    """Share of masked tokens in training: the paper's, or that of a random moment of decoding in few steps."""
+    position_init: Literal["normal", "sinusoid"] = "normal"
+    """Start of the learned positions: normal 0.02 as in the paper, or with a 2-D sinusoid added to the tokens'."""
     label_dropout: float = 0.1
     """Share of images whose class is replaced by the null class in training (for guidance)."""
 
@@ -96,6 +104,14 @@ class ModelConfig:
             f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'",
         )
         _require(0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]")
+        _require(
+            self.masking in ("truncated_normal", "cosine"),
+            f"masking is {self.masking!r}; it must be 'truncated_normal' or 'cosine'",
+        )
+        _require(
+            self.position_init in ("normal", "sinusoid"),
+            f"position_init is {self.position_init!r}; it must be 'normal' or 'sinusoid'",
+        )
         for name in ("dropout", "attention_dropout", "label_dropout"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
@@ -260,10 +276,10 @@ DIGITS = ModelConfig(
     generator_depth=3,
 )
 
+# Latents of 64-pixel images under the tokenizer that `ear train-tokenizer` makes by default (docs/recipes.md).
 GLYPHS = ModelConfig(
-    image_size=64,
-    channels=3,
-    patch_size=4,
+    image_size=8,
+    channels=8,
     num_classes=48,
     width=384,
     depth=10,
@@ -274,6 +290,8 @@ GLYPHS = ModelConfig(
     generator_width=512,
     generator_depth=3,
     num_samples=2,
+    masking="cosine",
+    position_init="sinusoid",
 )
 
 MODELS: dict[str, ModelConfig] = {
@@ -314,9 +332,10 @@ RUNS: dict[str, RunConfig] = {
         data="cache",
         model=GLYPHS,
         train=TrainConfig(
-            steps=25_000,
-            batch_size=128,
+            steps=20_000,
+            batch_size=512,
             lr=1e-3,
+            generator_lr_scale=0.5,
             schedule="cosine",
             warmup_steps=500,
             ema=0.999,
@@ -333,7 +352,7 @@ RUNS: dict[str, RunConfig] = {
 }
 
 # Images of an epoch of those runs' data; the glyphs are those of docs/recipes.md.
-EPOCH_IMAGES = {"digits": 1347, "glyphs64": 96_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
+EPOCH_IMAGES = {"digits": 1347, "glyphs64": 192_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
 
 
 def model_config(name: str) -> ModelConfig:
@@ -368,7 +387,8 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
         where: the file it came from, for messages.
 
     Raises:
-        ValueError: another version's configuration, missing or unknown fields, values out of range.
+        ValueError: another version's configuration, missing or unknown fields, values out of range. A field that is
+            younger than the file may be missing; it then has the value that stands for what was done before it.
     """
     values = dict(values) if isinstance(values, dict) else {}
     version = values.pop("format_version", None)
@@ -382,6 +402,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {values!r} is no configuration of {cls.__name__}")
+    values = {**_ADDED_FIELDS.get(cls.__name__, {}), **values}
     known = {entry.name for entry in dataclasses.fields(cls)}
     if set(values) != known:
         unknown, missing = sorted(set(values) - known), sorted(known - set(values))

@@ -88,7 +88,8 @@ class EAR(nn.Module):
             self.low_copies = LowCopies(cast)
         self.backbone.capture_blocks(batch, use_bf16=use_bf16, parts=parts)
         if num_masked is None:
-            num_masked = masking.possible_num_masked(self.config.num_tokens, self.config.min_mask_ratio)
+            config = self.config
+            num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
         self.score.capture_loss([batch * number for number in num_masked], use_bf16=use_bf16)
 
     def keep_gradients(self) -> None:
@@ -116,7 +117,7 @@ class EAR(nn.Module):
         tokens_BLD = self.tokenizer.encode(images)
         batch, num_tokens, token_dim = tokens_BLD.shape
         if num_masked is None:
-            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio)
+            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking)
         if not 1 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked is {num_masked}; it must be in 1..{num_tokens}")
         orders_BL = masking.random_orders(batch, num_tokens, images.device)

@@ -22,17 +22,28 @@ def mask_ratio(uniform: float, minimum: float) -> float:
     return min(1.0, max(minimum, normal.inv_cdf(quantile)))
 
 
-def draw_num_masked(num_tokens: int, minimum: float) -> int:
+def draw_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_normal") -> int:
     """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn from torch's CPU generator.
 
     A count on the host, so the shapes of the step are known without waiting for the device.
+
+    Args:
+        num_tokens: L.
+        minimum: smallest ratio of "truncated_normal".
+        masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
+            share that :func:`unmasking_schedule` has left at a random moment when there are far fewer steps than
+            tokens: 2/pi on average, down to one token.
     """
-    return math.ceil(num_tokens * mask_ratio(float(torch.rand((), dtype=torch.float64)), minimum))
+    uniform = float(torch.rand((), dtype=torch.float64))
+    if masking == "cosine":
+        return max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * uniform)))
+    return math.ceil(num_tokens * mask_ratio(uniform, minimum))
 
 
-def possible_num_masked(num_tokens: int, minimum: float) -> range:
+def possible_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_normal") -> range:
     """All that :func:`draw_num_masked` can return."""
-    return range(max(1, math.ceil(num_tokens * minimum)), num_tokens + 1)
+    fewest = 1 if masking == "cosine" else max(1, math.ceil(num_tokens * minimum))
+    return range(fewest, num_tokens + 1)
 
 
 def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:

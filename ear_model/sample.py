@@ -69,12 +69,15 @@ class Decoder:
 
     def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
         self.device, self._tokenizer = torch.device(device), None
+        self.image_size = config.model.image_size
+        """Height and width of the images."""
         if config.tokenizer:
             if not Path(config.tokenizer).is_file():
                 raise ValueError(
                     f"the run's tokenizer {config.tokenizer} is not there; give another with --tokenizer"
                 )
             self._tokenizer = _load_tokenizer(config.tokenizer, self.device)
+            self.image_size *= self._tokenizer.downsampling
         elif config.model.channels not in (1, 3):
             raise ValueError(
                 f"this model makes latents of {config.model.channels} channels and its run names no tokenizer; "

@@ -256,7 +256,7 @@ class Trainer:
         for part in range(train.accumulate):
             images, labels = self._next_batch(self.step * train.accumulate + part)
             with self.randomness.same_everywhere():
-                num_masked = masking.draw_num_masked(model.num_tokens, model.min_mask_ratio)
+                num_masked = masking.draw_num_masked(model.num_tokens, model.min_mask_ratio, model.masking)
             with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
                 autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16)
                 with autocast, self.randomness.of_images():

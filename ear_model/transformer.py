@@ -3,6 +3,7 @@
 Parameters have the names of the public EAR checkpoint. Shapes: B images, L tokens, D token size, C width.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,9 @@ from ear_model.graphs import CapturedBlocks
 # Where our kernels don't take the attention (float32, heads wider than 128): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+
+# Deviation of the sinusoid that positions start from; a known token is projected to about that much.
+SINUSOID_STD = 0.25
 
 # What is still to be added to the residual stream: a linear's output without its bias, and that bias.
 Pending = tuple[Tensor, Tensor]
@@ -91,6 +95,21 @@ class TransformerBlock(Block):
         return hidden, (out, second.bias.clone())
 
 
+def sinusoid_2d(num_tokens: int, width: int) -> Tensor:
+    """Positions of a square grid of tokens, row by row, as float32 ``[num_tokens, width]``.
+
+    The first half of a position depends on the row, the second on the column: sine, then cosine, at ``width // 4``
+    frequencies whose periods go from 4 tokens to 4 times the grid. Mean square 1, but for the ``width % 4`` last
+    columns, which are 0.
+    """
+    side = math.isqrt(num_tokens)
+    frequencies = math.pi / 2 * torch.logspace(0, -math.log2(side), width // 4, base=2)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
+    return nn.functional.pad(torch.cat([rows, columns], dim=2).flatten(0, 1), (0, width % 4))
+
+
 class Backbone(nn.Module):
     """Maps known and masked tokens and a class to a hidden state per token."""
 
@@ -119,11 +138,12 @@ class Backbone(nn.Module):
         )
         self.decoder_norm = norm(width)
         self.dropout = config.dropout
+        self.position_init = config.position_init
         self.captured: CapturedBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal 0.02 for the embeddings, xavier-uniform linears, zero biases (spec 3)."""
+        """Normal 0.02 for the embeddings, xavier-uniform linears, zero biases (spec 3); ``position_init``."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -138,6 +158,11 @@ class Backbone(nn.Module):
         )
         for parameter in embeddings:
             nn.init.normal_(parameter, std=0.02)
+        if self.position_init == "sinusoid":
+            # At 0.02 positions are a tenth of what a known token is projected to, and are learned late.
+            with torch.no_grad():
+                positions = self.decoder_pos_embed_learned[0, self.class_tokens :]
+                positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
 
     def compile_blocks(self) -> None:
         """torch.compile every block in place: names, state dicts and copies of the model stay what they are.

@@ -65,8 +65,10 @@ def run(arguments: list[str]) -> int:
     config = checkpoint.load_config(command.run)
     if command.tokenizer:
         config = dataclasses.replace(config, tokenizer=command.tokenizer)
+    decoder = Decoder(config, device)
     scoring = Scoring(
         config,
+        decoder=decoder,
         judge=command.judge,
         real=command.real,
         train_images=command.train_images,
@@ -79,7 +81,6 @@ def run(arguments: list[str]) -> int:
         device=command.device,
     )
     require_writable(command.run / EVALUATION_FILE)
-    decoder = Decoder(config, device)
     model = EAR.from_pretrained(command.run, device=device)
     print(scoring.score(model, decoder, command.run, seed=command.seed))
     print(f"scores: {command.run / EVALUATION_FILE}")
@@ -91,6 +92,7 @@ class Scoring:
 
     Args:
         config: the run.
+        decoder: what will turn samples into images; their size is checked.
         judge: judge file; needs ``real``.
         real: image tree of held-out images.
         train_images: image tree of training images; the run's own data, if it is pixels, where None.
@@ -108,6 +110,7 @@ class Scoring:
         self,
         config: RunConfig,
         *,
+        decoder: Decoder | None = None,
         judge: Path | None = None,
         real: Path | None = None,
         train_images: Path | None = None,
@@ -147,10 +150,9 @@ class Scoring:
         self.fidelity_file = fidelity
         if judge is not None and real is not None:
             self.judge = Judge.load(judge, self.device)
-            if not config.tokenizer and config.model.image_size != self.judge.image_size:
+            if decoder is not None and decoder.image_size != self.judge.image_size:
                 raise ValueError(
-                    f"the model makes images of {config.model.image_size} pixels; {judge} reads "
-                    f"{self.judge.image_size}"
+                    f"the model makes images of {decoder.image_size} pixels; {judge} reads {self.judge.image_size}"
                 )
             if len(self.judge.class_names) > config.model.num_classes:
                 raise ValueError(

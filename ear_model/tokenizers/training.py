@@ -29,6 +29,8 @@ from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
+# 64 tokens of 8 numbers for an image of 64 pixels, which is what the recipe glyphs64 trains on.
+SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 4), residual_blocks=1, latent_channels=8, norm_groups=8)
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class TokenizerTraining:
     """Height and width that images are scaled and cropped to."""
     steps: int = 3000
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: int = 128
     """Images a step."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Peak learning rate of AdamW, after a linear warm-up of 5 % of the steps; then a cosine to zero."""
     kl_weight: float = 1e-4
     """Weight of the KL divergence, in nats per latent number, beside the absolute error per pixel in -1..1."""
@@ -51,6 +53,8 @@ class TokenizerTraining:
     """Of weights, held-out images, order, flips and posterior draws."""
     checkpoint_every: int = 500
     """Steps between writes of OUT.partial, from which the same command goes on."""
+    cuda_graph: bool = True
+    """On a GPU, replay forward and backward as one CUDA graph: launching their kernels takes longer than they run."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch_size", "checkpoint_every"):
@@ -142,11 +146,8 @@ def train_autoencoder(
     held_out = min(len(everything) // 10, MAX_HELD_OUT)
     train, test = _Part(everything, order[held_out:]), order[: held_out or MAX_HELD_OUT]
 
-    torch.manual_seed(training.seed)
-    model = AutoencoderKL(config).to(device).train()
-    initialise(model)
-    reconstruction = Reconstruction(model, training.kl_weight)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    steps = AutoencoderSteps(config, training, device)
+    model, optimizer = steps.model, steps.optimizer
     partial = out.with_name(out.name + ".partial")
     settings = {
         "model": {**asdict(config), "multipliers": list(config.multipliers)},
@@ -155,6 +156,8 @@ def train_autoencoder(
     }
     step = _resume(partial, settings, model, optimizer)
     require_writable(out, needed_bytes=sum(parameter.numel() * 16 for parameter in model.parameters()))
+    # Before the prefetcher: what its threads do on the GPU would break a capture.
+    steps.capture()
 
     note = ""
     batches = Batches(train, training.batch_size, training.seed)
@@ -163,7 +166,7 @@ def train_autoencoder(
         Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
     ):
         while step < training.steps:
-            loss = _train_step(reconstruction, optimizer, next(prefetcher)[0], step, training)
+            loss = steps.step(next(prefetcher)[0], step, learning_rate(step, training))
             step += 1
             if step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
@@ -207,8 +210,11 @@ def initialise(model: AutoencoderKL) -> None:
     bias[model.config.latent_channels :] = -6.0
 
 
-def learning_rate(step: int, training: TokenizerTraining) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up over 5 % of the steps, then half a cosine to zero."""
+def learning_rate(step: float, training: TokenizerTraining) -> float:
+    """Rate of step ``step`` (from 0): linear warm-up over 5 % of the steps, then half a cosine to zero.
+
+    A training that ends with the clock gives its elapsed share of ``training.steps``, no whole number.
+    """
     warmup = max(1, training.steps // 20)
     if step < warmup:
         return training.lr * (step + 1) / warmup
@@ -235,27 +241,85 @@ class Reconstruction(nn.Module):
         return error + self.kl_weight * posterior.kl().mean() / noise[0].numel()
 
 
-def _train_step(
-    reconstruction: Reconstruction,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    step: int,
-    training: TokenizerTraining,
-) -> Tensor:
-    """The loss of one optimiser step, on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, training)
-    config, (batch, _, height, width) = reconstruction.autoencoder.config, images.shape
-    shape = (batch, config.latent_channels, height // config.downsampling, width // config.downsampling)
-    draws = _generator(images.device, training.seed, 1, step)
-    noise = torch.empty(shape, device=images.device).normal_(generator=draws)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-        loss = reconstruction(images, noise)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(reconstruction.parameters(), training.clip)
-    optimizer.step()
-    return loss.detach()
+class AutoencoderSteps:
+    """An autoencoder in training: its weights, its optimiser, and one optimiser step after another.
+
+    Args:
+        config: shape of the autoencoder.
+        training: learning rates, batch and sizes; the seed gives the weights and the noise of every step.
+        device: where.
+    """
+
+    def __init__(self, config: AutoencoderConfig, training: TokenizerTraining, device: torch.device) -> None:
+        self.training, self.device = training, device
+        on_gpu = device.type == "cuda"
+        torch.manual_seed(training.seed)
+        self.model = AutoencoderKL(config).to(device).train()
+        initialise(self.model)
+        if on_gpu:  # as cuDNN's convolutions in bfloat16 want it
+            self.model.to(memory_format=torch.channels_last)
+        self._plain = Reconstruction(self.model, training.kl_weight)
+        self._captured: Any = None
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=on_gpu
+        )
+
+    def noise_shape(self, images: Tensor) -> tuple[int, int, int, int]:
+        """``[B, c, H / f, W / f]`` of images ``[B, 3, H, W]``."""
+        config, (batch, _, height, width) = self.model.config, images.shape
+        return batch, config.latent_channels, height // config.downsampling, width // config.downsampling
+
+    def capture(self) -> None:
+        """On a GPU, unless ``cuda_graph`` is off: from now on whole batches replay forward and backward as one graph.
+
+        With the weights where they will stay, and while no other thread uses the GPU.
+        """
+        if self.device.type == "cuda" and self.training.cuda_graph:
+            self._capture()
+
+    def _capture(self) -> None:
+        size = self.training.image_size
+        images = torch.zeros(self.training.batch_size, self.model.config.image_channels, size, size)
+        samples = tuple(part.to(self.device) for part in (images, torch.zeros(self.noise_shape(images))))
+        # The graph's gradients come from the stream of the capture; autograd waits for it, and would warn of that.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        # A module of its own over the same weights: capturing replaces its forward.
+        own = Reconstruction(self.model, self.training.kl_weight)
+        with self._autocast():
+            self._captured = torch.cuda.make_graphed_callables(own, samples)
+        self._captured_shape = images.shape
+
+    def _autocast(self) -> torch.autocast:
+        # A cast weight must not be kept from one replay to the next.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
+        )
+
+    def step(self, images: Tensor, step: int, lr: float) -> Tensor:
+        """One optimiser step, its noise drawn by the seed and ``step``. A batch of another size than the captured one
+        is computed without the graph.
+
+        Args:
+            images: ``[B, 3, H, W]`` in -1..1, float32, on the device.
+            step: number of the step, from 0.
+            lr: learning rate.
+
+        Returns:
+            The loss before the step, a scalar in float32 on the device, without waiting for it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        draws = _generator(self.device, self.training.seed, 1, step)
+        noise = torch.empty(self.noise_shape(images), device=self.device).normal_(generator=draws)
+        replayed = self._captured is not None and images.shape == self._captured_shape
+        with self._autocast():
+            loss = (self._captured if replayed else self._plain)(images, noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.optimizer.step()
+        # The next replay writes its loss over this one.
+        return loss.detach().clone()
 
 
 def _resume(partial: Path, settings: dict[str, Any], model: AutoencoderKL, optimizer: torch.optim.Optimizer) -> int:

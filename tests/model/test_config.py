@@ -32,6 +32,17 @@ def test_foreign_configurations_are_refused(change, named):
         from_dict(RunConfig, stored, "config.json")
 
 
+def test_a_run_from_before_a_field_is_what_it_was():
+    stored = to_dict(RUNS["glyphs64"])
+    assert stored["model"].pop("masking") == "cosine"
+    assert stored["model"].pop("position_init") == "sinusoid"
+    model = replace(RUNS["glyphs64"].model, masking="truncated_normal", position_init="normal")
+    assert from_dict(RunConfig, stored, "config.json") == replace(RUNS["glyphs64"], model=model)
+    del stored["model"]["min_mask_ratio"]
+    with pytest.raises(ValueError, match=r"config.json: ModelConfig.*missing fields \['min_mask_ratio'\]"):
+        from_dict(RunConfig, stored, "config.json")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -44,6 +55,8 @@ def test_foreign_configurations_are_refused(change, named):
         ("min_mask_ratio", 0.0),
         ("noise", "cauchy"),
         ("image_size", 0),
+        ("masking", "uniform"),
+        ("position_init", "zeros"),
     ],
 )
 def test_bad_model_values_are_named(field, value):
@@ -91,15 +104,19 @@ def test_another_model_keeps_the_data():
     run = with_model(RUNS["imagenet512"], "ear_huge")
     assert run.model == replace(MODELS["ear_huge"], image_size=32)
     assert run.train == RUNS["imagenet512"].train
-    assert with_model(RUNS["glyphs64"], "ear_base").model.token_dim == 48
+    assert with_model(RUNS["glyphs64"], "ear_base").model.token_dim == 8
     with pytest.raises(ValueError, match="unknown preset 'ear_tiny'"):
         with_model(run, "ear_tiny")
 
 
-def test_glyph_recipe_has_the_glyphs_classes():
+def test_glyph_recipe_has_the_glyphs_classes_and_the_tokenizer_s_latents():
     from ear_model.glyphs import CHARACTERS
+    from ear_model.tokenizers.training import SMALL, TokenizerTraining
 
-    assert RUNS["glyphs64"].model.num_classes == len(CHARACTERS)
+    model = RUNS["glyphs64"].model
+    assert model.num_classes == len(CHARACTERS)
+    assert model.channels == SMALL.latent_channels
+    assert model.image_size * SMALL.downsampling == TokenizerTraining().image_size
 
 
 def test_every_field_is_documented():

@@ -63,6 +63,10 @@ def test_mean_mask_ratio_is_that_of_training():
     assert mean_mask_ratio(1.0) == 1.0
     drawn = [draw_num_masked(1000, 0.4) / 1000 for _ in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(mean_mask_ratio(0.4), abs=0.012)
+    drawn = [draw_num_masked(1000, 0.4, "cosine") / 1000 for _ in range(4000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(mean_mask_ratio(0.4, "cosine"), abs=0.02)
+    ratio = training_flops(replace(EAR_BASE, masking="cosine")) / training_flops(EAR_BASE)
+    assert 2 / 3.1416 / 0.867 < ratio < 1
 
 
 def test_the_measured_model_is_given_its_measurement():

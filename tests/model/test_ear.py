@@ -89,6 +89,42 @@ def test_initial_values():
     assert block.attn.qkv.bias is not None
 
 
+def test_positions_start_from_a_sinusoid_that_knows_neighbours(tiny_config):
+    config = replace(tiny_config, image_size=16, channels=2, patch_size=1, width=62, num_heads=2)
+    torch.manual_seed(0)
+    plain = EAR(config).backbone.decoder_pos_embed_learned[0]
+    torch.manual_seed(0)
+    positions = EAR(replace(config, position_init="sinusoid")).backbone.decoder_pos_embed_learned[0]
+    classes = config.class_tokens
+    assert positions[:classes].equal(plain[:classes])
+    assert positions[:, 60:].equal(plain[:, 60:])  # 62 = 4 * 15 + 2
+    added = (positions - plain)[classes:]
+    assert added[:, :60].square().mean().sqrt().item() == pytest.approx(0.25, rel=0.02)
+    for half in (slice(0, 30), slice(30, 60)):  # rows, then columns
+        varies = added[:, half].unflatten(0, (16, 16))
+        along = [varies.diff(dim=dim).abs().max().item() for dim in (0, 1)]
+        assert min(along) < 1e-6 < 0.1 < max(along)
+    distances = (positions[classes:] - positions[classes + 8 * 16 + 8]).norm(dim=1).unflatten(0, (16, 16))
+    # Nearest to the token in row 8, column 8: itself, then those beside, above and below it.
+    assert distances.flatten().argsort()[0] == 8 * 16 + 8
+    assert (distances <= distances[[7, 9, 8, 8], [8, 8, 7, 9]].max()).sum() == 5
+
+
+def test_masks_are_drawn_as_configured(tiny_config, monkeypatch):
+    monkeypatch.setattr(
+        masking.torch,
+        "rand",
+        lambda *sizes, real=torch.rand, **options: torch.tensor(0.9) if sizes == ((),) else real(*sizes, **options),
+    )
+    images, labels = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
+    for name, expected in (("truncated_normal", 16), ("cosine", 3)):  # 16 cos(0.9 pi/2) = 2.5
+        model = EAR(replace(tiny_config, masking=name))
+        seen = []
+        monkeypatch.setattr(model.score, "loss", lambda hidden, target, seen=seen: seen.append(len(target)))
+        model(images, labels)
+        assert seen == [2 * expected]
+
+
 def test_dropout_is_where_the_paper_has_it():
     block = EAR(replace(TINY, dropout=0.1, attention_dropout=0.2)).backbone.decoder_blocks[0]
     assert block.attn.proj_drop.p == block.mlp.drop1.p == block.mlp.drop2.p == 0.1

@@ -296,8 +296,9 @@ def test_no_graph_in_eval_mode_or_of_a_copy(on_a_cpu) -> None:
 
 
 def test_every_number_of_masked_tokens_is_known() -> None:
-    for tokens, minimum in ((256, 0.7), (16, 0.7), (64, 0.0), (7, 1.0)):
-        possible = masking.possible_num_masked(tokens, minimum)
-        drawn = {masking.draw_num_masked(tokens, minimum) for _ in range(3000)}
+    cases = ((256, 0.7, "truncated_normal"), (16, 0.7, "truncated_normal"), (64, 0.0, "cosine"), (7, 1.0, "cosine"))
+    for tokens, *rest in cases:
+        possible = masking.possible_num_masked(tokens, *rest)
+        drawn = {masking.draw_num_masked(tokens, *rest) for _ in range(3000)}
         assert drawn <= set(possible)
         assert max(drawn) == possible[-1] or tokens == 256

@@ -81,6 +81,19 @@ def test_number_of_masked_tokens():
     assert masking.draw_num_masked(16, 1.0) == 16
 
 
+def test_cosine_masks_are_what_decoding_has_left():
+    counts = torch.tensor([masking.draw_num_masked(256, 0.7, "cosine") for _ in range(4000)])
+    assert (counts.min() >= 1).item()
+    assert counts.max() == 256
+    assert counts.double().mean() == pytest.approx(256 * 2 / math.pi, rel=0.03)
+    left = torch.tensor([left for left, _ in masking.unmasking_schedule(256, 32)])
+    for share in (0.25, 0.5, 0.75):
+        assert (counts < 256 * share).double().mean() == pytest.approx(
+            (left < 256 * share).double().mean().item(), abs=0.04
+        )
+    assert {masking.draw_num_masked(1, 0.7, "cosine") for _ in range(20)} == {1}
+
+
 def test_guidance_grows_linearly_or_not_at_all():
     assert masking.guidance_scale(3.0, "constant", 16, 14) == 3.0
     assert masking.guidance_scale(3.0, "linear", 16, 14) == pytest.approx(1 + 2 * 2 / 16)

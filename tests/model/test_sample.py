@@ -101,6 +101,8 @@ def test_latents_are_decoded_by_the_runs_tokenizer(latent_run, tmp_path, monkeyp
     class Doubling:
         """In the place of an autoencoder."""
 
+        downsampling = 2
+
         def decode(self, latents):
             assert latents.shape[0] <= 32
             return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -114,7 +116,9 @@ def test_latents_are_decoded_by_the_runs_tokenizer(latent_run, tmp_path, monkeyp
     checkpoint.save_config(run, config)
     checkpoint.save_checkpoint(run, 1, model, dict(model.named_parameters()), {})
     latents = torch.randn(40, 16, 8, 8)
-    images = Decoder(config)(latents)
+    decoder = Decoder(config)
+    assert decoder.image_size == 16
+    images = decoder(latents)
     assert images.shape == (40, 3, 16, 16)
     torch.testing.assert_close(images[:, :, ::2, 1::2], latents[:, :3])
     assert cli.main(["sample", str(run), "--num", "10", "--images-out", str(tmp_path / "out"), "--steps", "2"]) == 0

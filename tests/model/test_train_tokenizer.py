@@ -9,7 +9,7 @@ from ear_model.images import ImageFolderData
 from ear_model.tokenizers import training
 from ear_model.tokenizers.kl16 import AutoencoderConfig
 from ear_model.tokenizers.latent import load_latent_tokenizer
-from ear_model.tokenizers.training import TokenizerTraining, train_autoencoder
+from ear_model.tokenizers.training import AutoencoderSteps, TokenizerTraining, train_autoencoder
 from tests.model.conftest import write_tree
 
 TINY = AutoencoderConfig(
@@ -50,7 +50,7 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
     straight, resumed = tmp_path / "straight.safetensors", tmp_path / "resumed.safetensors"
     report = train_autoencoder(tree, straight, TINY, settings, quiet=True)
     assert report.held_out == 12
-    step = training._train_step
+    step = training.AutoencoderSteps.step
 
     done = iter(range(6))
 
@@ -59,13 +59,13 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(training, "_train_step", interrupted)
+    monkeypatch.setattr(training.AutoencoderSteps, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(tree, resumed, TINY, settings, quiet=True)
     partial = tmp_path / "resumed.safetensors.partial"
     assert partial.is_file()
     assert not resumed.exists()
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training.AutoencoderSteps, "step", step)
     other = TokenizerTraining(image_size=8, steps=7, batch_size=4)
     with pytest.raises(ValueError, match="begun with another training; remove it"):
         train_autoencoder(tree, resumed, TINY, other, quiet=True)
@@ -77,12 +77,57 @@ def test_same_seed_same_file_also_after_an_interruption(tree, tmp_path, monkeypa
     assert seeded.read_bytes() != straight.read_bytes()
 
 
+def test_whole_batches_are_replayed_and_others_are_not(monkeypatch):
+    """Capturing itself needs a GPU; what is captured, when it is used, and that both ways train alike do not."""
+    settings = TokenizerTraining(image_size=8, steps=4, batch_size=4)
+    cpu = torch.device("cpu")
+    plain, replaying = AutoencoderSteps(TINY, settings, cpu), AutoencoderSteps(TINY, settings, cpu)
+    replays = []
+
+    def graphed(callable_, samples):
+        assert isinstance(callable_, torch.nn.Module)
+        assert [tuple(sample.shape) for sample in samples] == [(4, 3, 8, 8), (4, 4, 4, 4)]
+
+        def replay(images, noise):
+            assert (images.shape, noise.shape) == tuple(sample.shape for sample in samples)
+            replays.append(len(images))
+            return callable_(images, noise)
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    replaying.capture()
+    assert replaying._captured is None  # nothing to capture on a CPU
+    replaying._capture()
+    for step, batch in enumerate((4, 4, 3, 1, 4)):
+        images = torch.rand(batch, 3, 8, 8) * 2 - 1
+        losses = [steps.step(images, step, 1e-3) for steps in (plain, replaying)]
+        assert losses[0].equal(losses[1])
+        assert not losses[0].requires_grad
+    assert replays == [4, 4, 4]
+    for one, other in zip(plain.model.parameters(), replaying.model.parameters(), strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.gpu
+def test_the_graph_trains_as_without():
+    cuda = torch.device("cuda")
+    settings = TokenizerTraining(image_size=8, steps=20, batch_size=4)
+    plain, replaying = (AutoencoderSteps(TINY, settings, cuda) for _ in range(2))
+    replaying.capture()
+    batches = torch.rand(20, 4, 3, 8, 8, device="cuda") * 2 - 1
+    for step, batch in enumerate(batches):
+        images = batch if step % 5 else batch[:3]  # a smaller one goes without the graph
+        losses = [steps.step(images, step, 1e-3).item() for steps in (plain, replaying)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--steps", "0"], "steps is 0"),
         (["--lr", "-1"], "lr is -1.0"),
-        (["--image-size", "30"], "image size is 30; it must be a multiple of 4"),
+        (["--image-size", "30"], "image size is 30; it must be a multiple of 8"),
         (["--model.channels", "44"], "channels is 44"),
         (["--model.image-channels", "1"], "image_channels is 1"),
         (["--out", "weights.ckpt"], "must end in .safetensors"),
