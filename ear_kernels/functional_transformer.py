@@ -22,7 +22,6 @@ def dropout_add_layer_norm(
     eps: float = 1e-6,
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    keep_branch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``x = residual + dropout(branch + branch_bias)`` and ``LN(x)``: between the halves of pre-norm blocks.
 
@@ -39,8 +38,6 @@ def dropout_add_layer_norm(
             generator. The reference always draws from torch's generator.
         dtype: of ``LN(x)``; None is the autocast dtype where autocast is on and that of ``branch`` otherwise.
             The reference returns what ``F.layer_norm`` does.
-        keep_branch: keep branch and residual for backward, which computes x again, and not x: less memory where
-            the branch is narrower than x and another operation keeps the residual anyway.
 
     Returns:
         ``x`` in the promoted dtype of branch and residual, and ``LN(x)``, both ``[..., W]``.
@@ -57,7 +54,7 @@ def dropout_add_layer_norm(
             promoted = torch.promote_types(branch.dtype, residual.dtype)
             norm_dtype = dtype or _compute_dtype(branch)
             return autograd.dropout_add_layer_norm(
-                branch, residual.to(promoted), weight, bias, branch_bias, dropout, eps, seed, norm_dtype, keep_branch
+                branch, residual.to(promoted), weight, bias, branch_bias, dropout, eps, seed, norm_dtype
             )
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _COPY = "_ear_kernels_low_copy"
 
@@ -32,12 +34,22 @@ class _Copy:
         self.version, self.address = parameter._version, parameter.data_ptr()
 
 
+def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Tell that an optimiser has changed its parameters: torch's fused ones leave the version counters alone."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    copied = [parameter for parameter in parameters if hasattr(parameter, _COPY)]
+    if copied:
+        torch.autograd.graph.increment_version(copied)
+
+
 class LowCopies:
     """Copies of float32 parameters, which the operations of this package read in the place of casting.
 
     An operation takes a copy only if its parameter has not changed since the copy was made (or was changed by
-    :class:`ear_kernels.FusedAdamW`, which brings the copy along). A CUDA graph reads the copy without asking: call
-    :meth:`refresh` before each replay; it does nothing but look where nothing has changed.
+    :class:`ear_kernels.FusedAdamW`, which brings the copy along). A change is seen if autograd's version counter or
+    an optimiser's ``step`` tells of it; after a write through ``parameter.data`` call ``refresh(everything=True)``.
+    A CUDA graph reads the copy without asking: call :meth:`refresh` before each replay; it does nothing but look
+    where nothing has changed.
 
     Args:
         parameters: those to keep copies of; those that are not float32 are passed over.
@@ -47,21 +59,25 @@ class LowCopies:
         ValueError: another dtype.
     """
 
+    _hook: ClassVar[list] = []
+
     def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype = torch.bfloat16) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; copies are torch.bfloat16 or torch.float16")
         self._parameters = [parameter for parameter in parameters if parameter.dtype == torch.float32]
         for parameter in self._parameters:
             setattr(parameter, _COPY, _Copy(parameter, dtype))
+        if not LowCopies._hook:
+            LowCopies._hook.append(register_optimizer_step_post_hook(_after_any_step))
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the copies of changed parameters up to date, all in one pass, in the memory where they lie."""
+    def refresh(self, *, everything: bool = False) -> None:
+        """Bring the copies of changed parameters, or all, up to date in one pass, where they lie in memory."""
         changed = [
             (parameter, copy)
             for parameter in self._parameters
-            if (copy := getattr(parameter, _COPY, None)) is not None and not copy.is_of(parameter)
+            if (copy := getattr(parameter, _COPY, None)) is not None and (everything or not copy.is_of(parameter))
         ]
         if not changed:
             return

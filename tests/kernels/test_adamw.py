@@ -173,6 +173,24 @@ def test_a_stale_copy_is_not_taken() -> None:
         LowCopies([parameter], torch.float32)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_step_of_torchs_optimiser_makes_copies_stale(options) -> None:
+    """Its fused form changes parameters without telling autograd."""
+    parameter = nn.Parameter(torch.randn(4, 4, device=DEVICE))
+    copies = LowCopies([parameter], LOW)
+    kept = low(parameter, LOW)
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.1, **options).step()
+    assert low(parameter, LOW) is not kept
+    copies.refresh()
+    assert low(parameter, LOW) is kept
+    assert torch.equal(kept, parameter.detach().to(LOW))
+    parameter.data.zero_()  # which nothing tells
+    assert (low(parameter, LOW) != 0).all()
+    copies.refresh(everything=True)
+    assert (low(parameter, LOW) == 0).all()
+
+
 def test_operations_take_the_copy(monkeypatch) -> None:
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
     weight = nn.Parameter(torch.randn(8, 8, device=DEVICE))

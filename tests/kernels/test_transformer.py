@@ -72,41 +72,6 @@ def test_dropout_add_layer_norm(rows, width, dropout, dtype, seed_number) -> Non
         compare(monkeypatch, ours, oracle, tensors, grads, dtype, max(2, rows))
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_kept_branch_gives_the_same_gradients(monkeypatch, has_bias, dropout) -> None:
-    """The sum that backward computes again is forward's; kept are the branch and the residual themselves."""
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    rows, width = 37, 48
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
-    low = DTYPES[-1]
-    given = [draw(rows, width).to(low), draw(rows, width), draw(width), draw(width), *([draw(width)] * has_bias)]
-    grads = [draw(rows, width), draw(rows, width)]
-    seed = torch.tensor([11], device=DEVICE)
-    found, kept = {}, {}
-    for keep_branch in (False, True):
-        tensors = [tensor.clone().requires_grad_() for tensor in given]
-        saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            outs = dropout_add_layer_norm(*tensors, dropout=dropout, seed=seed, keep_branch=keep_branch)
-        found[keep_branch] = torch.autograd.grad(
-            outs, tensors, [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
-        )
-        kept[keep_branch] = {tensor.data_ptr() for tensor in saved if tensor.shape == (rows, width)}
-        assert kept[keep_branch] == ({t.data_ptr() for t in tensors[:2]} if keep_branch else {outs[0].data_ptr()})
-    for one, other in zip(found[True], found[False], strict=True):
-        assert_no_worse_than_eager("gradient", one, other, other.double(), terms=rows)
-
-
-def test_a_branch_as_wide_as_the_sum_is_not_kept(monkeypatch) -> None:
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    x, parameter = torch.randn(5, 16, device=DEVICE), torch.ones(16, device=DEVICE)
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out, _ = dropout_add_layer_norm(x.requires_grad_(), x, parameter, parameter, keep_branch=True)
-    assert [tensor.data_ptr() for tensor in saved if tensor.shape == x.shape] == [out.data_ptr()]
-
-
 @given(
     st.integers(0, 40),
     st.integers(2, 40),

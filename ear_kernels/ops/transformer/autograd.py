@@ -6,11 +6,24 @@ import torch
 from torch import Tensor
 
 from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
+from ear_kernels.ops.adaln.autograd import RowConfig, backward_grid, block_of, refuse_double_backward, warps_of
 from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
+
+
+def norm_forward_warps(width: int) -> int:
+    """The fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/results/norm_h200_2026-11-24.json)."""
+    return 4 if 1024 < width <= 2048 else warps_of(width)
+
+
+def norm_backward_config(width: int) -> RowConfig:
+    """The fastest there of 12 to 40 launches each."""
+    if 1024 < width <= 2048:
+        return RowConfig(4, 4, 528)
+    return RowConfig(warps_of(width), 3, 396 if width == 1024 else 528)
+
 
 PROGRAMS = 528
 """Programs of a backward kernel over rows: 4 for each of an H200's SMs; a constant for the order of its sums."""
@@ -21,8 +34,8 @@ COLUMNS = 1024
 GELU_PROGRAMS = 2112
 """Most runs of rows that the GELU's forward takes."""
 
-GELU_BACKWARD_PROGRAMS = 1056
-"""Programs of the GELU's backward, all columns together: 8 for each of an H200's SMs, as many as fit at once."""
+GELU_BACKWARD_PROGRAMS = 528
+"""Programs of the GELU's backward, all columns together: 4 for each of an H200's SMs."""
 
 STEPS = 2**16
 
@@ -79,7 +92,7 @@ def _add_norm(
             DROPOUT=threshold > 0,
             HAS_BRANCH_BIAS=branch_bias is not None,
             SAVE_NORMED=normed is not None,
-            num_warps=warps_of(width),
+            num_warps=norm_forward_warps(width),
         )
     return x, out, mean, rstd
 
@@ -95,13 +108,11 @@ def _add_norm_backward(
     threshold: int,
     scale: float,
     dtype: torch.dtype,
-    added: tuple[Tensor, Tensor | None] | None = None,
     again: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
 
-    With ``added = (branch, branch_bias)`` ``x`` is forward's residual, from which the kernel computes x again. With
-    ``again = (bias, out)`` ``x`` is ``(x - mean) rstd``, and out, which may be its memory, gets LN(x).
+    With ``again = (bias, out)`` ``x`` is ``(x - mean) rstd``, and out, which may be its memory, gets LN(x).
     """
     rows, width = x.shape
     grad_branch = x.new_empty((rows, width), dtype=dtype)
@@ -109,14 +120,13 @@ def _add_norm_backward(
     grad_residual = x.new_empty((rows, width)) if grad_x is None or again is None else torch.empty_like(grad_x)
     if rows == 0:
         return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
-    programs, rows_per_program = backward_grid(rows, PROGRAMS)
+    config = norm_backward_config(width)
+    programs, rows_per_program = backward_grid(rows, config.programs)
     partials = x.new_empty((programs, 3, width), dtype=torch.float32)
     kernels.dropout_add_layer_norm_bwd_kernel[(programs,)](
         grad_out.contiguous(),
         grad_x.contiguous() if grad_x is not None else x,
         x,
-        added[0] if added is not None else x,
-        added[1] if added is not None and added[1] is not None else weight,
         weight,
         again[0] if again is not None else weight,
         mean,
@@ -134,11 +144,9 @@ def _add_norm_backward(
         BLOCK=max(8, block_of(width)),
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
-        REBUILD=added is not None,
         NORMED=again is not None,
-        HAS_BRANCH_BIAS=added is not None and added[1] is not None,
-        STAGES=3,
-        num_warps=warps_of(width),
+        STAGES=config.stages,
+        num_warps=config.warps,
     )
     return grad_branch, grad_residual, column_sums(partials)
 
@@ -159,15 +167,11 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         scale: float,
         eps: float,
         dtype: torch.dtype,
-        keep_branch: bool,
     ) -> tuple[Tensor, Tensor]:
         x, out, mean, rstd = _add_norm(
             branch, branch_bias, residual, weight, bias, seed, threshold, scale, eps, dtype
         )
-        # A kept branch saves memory only where it is narrower than x.
-        ctx.rebuild = keep_branch and branch.element_size() < x.element_size()
-        added = (branch, branch_bias) if ctx.rebuild else (None, None)
-        ctx.save_for_backward(residual if ctx.rebuild else x, weight, bias, mean, rstd, seed, *added)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
         ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
         ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
         ctx.set_materialize_grads(False)
@@ -176,13 +180,13 @@ class DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("dropout_add_layer_norm")
-        x, weight, bias, mean, rstd, seed, *added = ctx.saved_tensors
+        x, weight, bias, mean, rstd, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        options = (ctx.threshold, ctx.scale, ctx.dtype, tuple(added) if ctx.rebuild else None)
+        options = (ctx.threshold, ctx.scale, ctx.dtype)
         branch, residual, sums = _add_norm_backward(grad_out, grad_x, x, weight, mean, rstd, seed, *options)
         branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
-        nothing = (None,) * 6
+        nothing = (None,) * 5
         return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
 
 
@@ -294,6 +298,7 @@ def _gelu_dropout_backward(
         WIDTH=width,
         BLOCK=block,
         DROPOUT=threshold > 0,
+        STAGES=3,
         num_warps=warps_of(block),
     )
     return grad_out, column_sums(partials)
@@ -375,11 +380,10 @@ def dropout_add_layer_norm(
     eps: float,
     seed: Tensor | None,
     dtype: torch.dtype,
-    keep_branch: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ear_kernels.functional.dropout_add_layer_norm`."""
     width = residual.shape[-1]
-    options = (*dropout_options(dropout, seed, weight), eps, dtype, keep_branch)
+    options = (*dropout_options(dropout, seed, weight), eps, dtype)
     x, out = DropoutAddLayerNorm.apply(
         branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options
     )

@@ -100,9 +100,7 @@ def dropout_add_layer_norm_fwd_kernel(
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm
-    x,  # [R, W], or with REBUILD forward's residual, or with NORMED (x - mean) rstd
-    branch,  # [R, W], read with REBUILD
-    branch_bias,  # [W], read with REBUILD
+    x,  # [R, W], or with NORMED (x - mean) rstd
     weight,  # [W]
     bias,  # [W], read with NORMED
     mean,  # [R] float32, not read with NORMED
@@ -120,12 +118,9 @@ def dropout_add_layer_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_GRAD_X: tl.constexpr,
-    REBUILD: tl.constexpr,
     NORMED: tl.constexpr,
-    HAS_BRANCH_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """With REBUILD x is computed again from what forward computed it from."""
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
@@ -134,8 +129,6 @@ def dropout_add_layer_norm_bwd_kernel(
         b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
     if DROPOUT:
         drawn_from = tl.load(seed)
-    if REBUILD and HAS_BRANCH_BIAS:
-        bb_W = tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
     sum_weight_W = tl.zeros([BLOCK], tl.float32)
     sum_bias_W = tl.zeros([BLOCK], tl.float32)
     sum_branch_W = tl.zeros([BLOCK], tl.float32)
@@ -145,14 +138,6 @@ def dropout_add_layer_norm_bwd_kernel(
         place = row * WIDTH + cols
         g_W = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
-        if REBUILD:
-            y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
-            if HAS_BRANCH_BIAS:
-                y_W += bb_W
-            if DROPOUT:
-                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
-                y_W *= kept_W
-            x_W = (x_W + y_W).to(x.dtype.element_ty).to(tl.float32)
         rs = tl.load(rstd + row)
         if NORMED:
             n_W = x_W
@@ -170,9 +155,7 @@ def dropout_add_layer_norm_bwd_kernel(
             dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
         if DROPOUT:
-            if not REBUILD:
-                kept_W = _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
-            dx_W *= kept_W
+            dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
         sum_branch_W += dx_W
         tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
     base = partials + program.to(tl.int64) * (3 * WIDTH) + cols
@@ -233,6 +216,7 @@ def gelu_dropout_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = tl.program_id(1)
@@ -242,17 +226,10 @@ def gelu_dropout_bwd_kernel(
         drawn_from = tl.load(seed)
     total = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
-    end = tl.minimum(begin + rows_per_program, rows)
-    place = tl.cast(begin, tl.int64) * WIDTH + cols
-    next_g = tl.load(grad_out + place, mask=live)
-    next_h = tl.load(pre + place, mask=live)
-    for index in range(begin, end):
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
         place = tl.cast(index, tl.int64) * WIDTH + cols
-        g = next_g.to(tl.float32)
-        h = next_h.to(tl.float32)
-        more = live & (index + 1 < end)
-        next_g = tl.load(grad_out + WIDTH + place, mask=more)
-        next_h = tl.load(pre + WIDTH + place, mask=more)
+        g = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
+        h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
         cumulative, density = _normal(h, out.dtype.element_ty != tl.float32)
         y = h * cumulative
         slope = cumulative + h * density

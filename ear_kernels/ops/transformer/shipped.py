@@ -16,24 +16,29 @@ def shipped() -> list[ShippedKernel]:
     """Every kernel with dropout, float32 residual stream and bf16 branches."""
     found = []
     forward = {"DROPOUT": True, "HAS_BRANCH_BIAS": True}
-    backward = {"DROPOUT": True, "HAS_GRAD_X": True, "HAS_BRANCH_BIAS": True, "STAGES": 3}
     for width, targets in ((768, EVERYWHERE), (1024, HOPPER), (1280, EVERYWHERE)):
         size = {"WIDTH": width, "BLOCK": block_of(width)}
-        warps = warps_of(width)
+        row = autograd.norm_backward_config(width)
+        backward = {"DROPOUT": True, "HAS_GRAD_X": True, "STAGES": row.stages}
         for name, kernel, constants in (
             ("fwd", kernels.dropout_add_layer_norm_fwd_kernel, forward | {"SAVE_NORMED": False}),
             ("fwd_normed", kernels.dropout_add_layer_norm_fwd_kernel, forward | {"SAVE_NORMED": True}),
-            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False, "NORMED": False}),
-            ("bwd_rebuild", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": True, "NORMED": False}),
-            ("bwd_normed", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"REBUILD": False, "NORMED": True}),
+            ("bwd", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"NORMED": False}),
+            ("bwd_normed", kernels.dropout_add_layer_norm_bwd_kernel, backward | {"NORMED": True}),
         ):
+            warps = row.warps if "bwd" in name else autograd.norm_forward_warps(width)
             types = TYPES | ({"x": "*bf16"} if name == "bwd_normed" else {})
             found.append(
                 describe(f"dropout_add_layer_norm_{name}[{width}]", kernel, size | constants, types, targets, warps)
             )
         heads = {"DIM": 80 if width == 1280 else 64, "STAGES": 2}
-        found.append(describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps))
+        found.append(
+            describe(f"pack_heads[{width}]", kernels.pack_heads_kernel, size | heads, TYPES, targets, warps_of(width))
+        )
     flat = {"WIDTH": 3072, "BLOCK": autograd.COLUMNS, "DROPOUT": True}
-    for name, kernel in (("fwd", kernels.gelu_dropout_fwd_kernel), ("bwd", kernels.gelu_dropout_bwd_kernel)):
-        found.append(describe(f"gelu_dropout_{name}", kernel, flat, TYPES, num_warps=warps_of(autograd.COLUMNS)))
+    for name, kernel, constants in (
+        ("fwd", kernels.gelu_dropout_fwd_kernel, flat),
+        ("bwd", kernels.gelu_dropout_bwd_kernel, flat | {"STAGES": 3}),
+    ):
+        found.append(describe(f"gelu_dropout_{name}", kernel, constants, TYPES, num_warps=warps_of(autograd.COLUMNS)))
     return found
