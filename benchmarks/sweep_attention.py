@@ -41,6 +41,7 @@ NARROW_CONFIGS = [
 # Of both ways to divide more than 64 features (``AttentionConfig.split``), the likeliest first. The key's kernel
 # spills 40 to 104 B on sm_90 (triton 3.6) with 64 x 64 for 4 warps and split 128 x 64 for 8: not to be shipped.
 WIDE_CONFIGS = [
+    *(AttentionConfig(bm, bn, 3, 2, False, True) for bm, bn in ((64, 32), (32, 32), (64, 16), (32, 64))),
     *(
         AttentionConfig(bm, bn, stages, warps, True, split)
         for bm, bn, stages, warps in (
@@ -54,7 +55,6 @@ WIDE_CONFIGS = [
         )
         for split in (True, False)
     ),
-    AttentionConfig(64, 32, 3, 2, False, True),
 ]
 
 

@@ -177,6 +177,8 @@ class CapturedLoss:
 
     def _capture(self) -> None:
         """A graph for each number of tokens, the largest first: the smaller ones fit in its memory."""
+        # A replay may still run, in memory that is about to be given back.
+        torch.cuda.synchronize()
         self._graphs.clear()
         self._options = self._present_options()
         torch.cuda.empty_cache()

@@ -32,12 +32,8 @@ class AttentionConfig:
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): forward, query, key.
 CONFIGS = (AttentionConfig(64, 64, 3, 4, shared=True),) * 3
-# For heads of 65 to 80 features, and of 81 to 128: without spills on sm_90, two or three programs on an SM.
-SPLIT_CONFIGS = (
-    AttentionConfig(64, 64, 2, 4, shared=True, split=True),
-    AttentionConfig(64, 64, 2, 4, shared=True, split=True),
-    AttentionConfig(64, 32, 2, 4, shared=True, split=True),
-)
+# For heads of 65 to 80 features the fastest there at 80 (mma.sync); for 81 to 128 what does not spill.
+SPLIT_CONFIGS = (AttentionConfig(64, 32, 3, 2, shared=False, split=True),) * 3
 WIDE_CONFIGS = (AttentionConfig(64, 32, 2, 4, shared=True),) * 3
 MAX_SPLIT_DIM = 80
 
