@@ -105,6 +105,14 @@ def low(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(dtype)
 
 
+def alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter of the same memory and copy, a leaf of its own to autograd."""
+    other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    if hasattr(parameter, _COPY):
+        setattr(other, _COPY, getattr(parameter, _COPY))
+    return other
+
+
 def copy_dtypes(parameters: Iterable[nn.Parameter]) -> set[torch.dtype]:
     """Dtypes of the copies that are kept of these."""
     copies = (getattr(parameter, _COPY, None) for parameter in parameters)

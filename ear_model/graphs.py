@@ -7,8 +7,9 @@ follow the number of masked tokens: a graph for each number, forward and backwar
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
+from ear_kernels.low_copies import alias
 from ear_model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -104,6 +106,28 @@ class CapturedBlocks:
                 parameter.grad = parameter.grad.clone()
 
 
+@contextlib.contextmanager
+def _aliased(module: nn.Module) -> Iterator[None]:
+    """The module with other leaves of autograd in the place of its parameters, of the same memory.
+
+    While a loss of an earlier step is alive, autograd still has nodes of the parameters that belong to the stream of
+    that step, and a capture that meets one fails.
+    """
+    owners = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+    for owner, name, parameter in owners:
+        owner._parameters[name] = alias(parameter)
+    try:
+        yield
+    finally:
+        for owner, name, parameter in owners:
+            owner._parameters[name] = parameter
+
+
 class _ReplayedLoss(torch.autograd.Function):
     """The loss of a replay; backward hands out the gradients that the same replay computed."""
 
@@ -167,7 +191,8 @@ class CapturedLoss:
     def _run(self, count: int) -> None:
         inputs = (buffer[:count] for buffer in (self._hidden, self._targets, self._noise))
         # Autocast must not keep a cast weight from one replay to the next.
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.use_bf16, cache_enabled=False):
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.use_bf16, cache_enabled=False)
+        with autocast, _aliased(self.score.generator):
             loss, grad_hidden, *gradients = self.score.loss_and_gradients(*inputs)
         # Copies, so that nothing of a graph's own memory is alive when the next one is captured.
         self.loss.copy_(loss)

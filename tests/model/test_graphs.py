@@ -236,11 +236,19 @@ def test_another_tau_is_captured_anew(request, device) -> None:
     model = small(device)
     model.score.capture_loss([360], use_bf16=device == "cuda")
     first = loss_and_gradients(model, 180)
+    # A loss that is alive has nodes of the parameters in autograd, which belong to its stream.
+    hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
+    alive = model.score.loss(hidden, targets)
+    plain = model.score.loss_of(hidden, targets, model.score.draw_noise(360, SMALL.num_samples, like=hidden))
+    parameters = list(model.parameters())
     model.score.tau = 0.9
     second = loss_and_gradients(model, 180)
     model.score.captured = None
     assert_alike(second, loss_and_gradients(model, 180))
     assert (first[0] - second[0]).abs() > 1e-3
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert alive.isfinite()
+    assert plain.isfinite()
 
 
 @pytest.mark.parametrize("device", DEVICES)
