@@ -28,6 +28,7 @@ from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.transformer import autograd as ops
 from ear_model import optim
 from ear_model.config import MODELS, ModelConfig, TrainConfig
+from ear_model.distributed import leave_out_gemm_workspace, prefer_expandable_segments
 from ear_model.ear import EAR
 from ear_model.graphs import can_capture
 
@@ -186,6 +187,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=45, help="rows of the printed table")
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that this program runs")
     arguments = parser.parse_args()
+    prefer_expandable_segments()  # as `ear train` does
+    leave_out_gemm_workspace()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, images, masked = MODELS[arguments.model], arguments.images, arguments.masked
     if arguments.small:

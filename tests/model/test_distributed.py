@@ -311,6 +311,21 @@ def test_common_draws_of_every_form(monkeypatch):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_no_gemm_workspace_unless_the_environment_says_otherwise(monkeypatch) -> None:
+    for variable in ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+        monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "")
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE")
+        monkeypatch.setenv(variable, "4096")
+        distributed.leave_out_gemm_workspace()
+        assert os.environ[variable] == "4096"
+        monkeypatch.delenv(variable)
+        assert not {"CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"} & set(os.environ)
+    distributed.leave_out_gemm_workspace()
+    assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["CUBLASLT_WORKSPACE_SIZE"]) == (":0:0", "0")
+
+
 def test_expandable_segments_unless_the_environment_says_otherwise(monkeypatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
