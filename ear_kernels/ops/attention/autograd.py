@@ -19,7 +19,7 @@ from ear_kernels.ops.silu_ffn.autograd import linear
 class AttentionConfig:
     """Queries and keys of a tile, the loop's stages, warps; ``shared`` as in the kernels' docstring.
 
-    ``split``: heads of 65 to 80 features are a block of 64 and one of 16, not one of 128.
+    Heads of 65 to 80 features are a block of 64 and one of 16 where it is False, and one block of 128 else.
     """
 
     bm: int
@@ -27,13 +27,12 @@ class AttentionConfig:
     stages: int
     warps: int
     shared: bool
-    split: bool = False
 
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): forward, query, key.
 CONFIGS = (AttentionConfig(64, 64, 3, 4, shared=True),) * 3
 # For heads of 65 to 80 features the fastest there at 80 (mma.sync); for 81 to 128 what does not spill.
-SPLIT_CONFIGS = (AttentionConfig(64, 32, 3, 2, shared=False, split=True),) * 3
+SPLIT_CONFIGS = (AttentionConfig(64, 32, 3, 2, shared=False),) * 3
 WIDE_CONFIGS = (AttentionConfig(64, 32, 2, 4, shared=True),) * 3
 MAX_SPLIT_DIM = 80
 
@@ -59,7 +58,7 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
     """Constexprs and launch options for heads of ``dim`` features, at most 128."""
     # The key's kernel with a rest of 32, for 96 features, spills on sm_90; with a block of 128 it does not.
-    split = config.split and 64 < dim <= MAX_SPLIT_DIM
+    split = not config.shared and 64 < dim <= MAX_SPLIT_DIM
     block_d, block_e = (64, 16) if split else (max(16, block_of(dim)), 0)
     full = block_d + block_e == dim
     return {

@@ -15,9 +15,8 @@ memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand
 miscompiled by ptxas 12.8 (docs/performance_generator.md).
 
 BLOCK_D holds a head's features, or the first 64 of them where BLOCK_E is not 0: then the other DIM - 64 are in a
-block of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the tensor cores;
-16 more go into 16. WGMMA computes no 16 rows, so the products of SHARED that have them are mma.sync's, which take
-their operands through shared memory too. EVEN: no masks of rows; FULL: none of features either.
+block of their own (names that end in _E), and SHARED is False. 80 features in one block would be 128, 60 % more work
+for the tensor cores; 16 more go into 16. EVEN: no masks of rows; FULL: none of features either.
 """
 
 import triton
@@ -33,17 +32,6 @@ def _rows(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexp
     if EVEN:
         return tl.load(place, mask=cols[None, :] < DIM, other=0.0)
     return tl.load(place, mask=(rows[:, None] < length) & (cols[None, :] < DIM), other=0.0)
-
-
-@triton.jit
-def _rows_transposed(base, rows, cols, stride, length, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
-    """``_rows(...).T`` by its addresses: only so is what mma.sync alone reads copied to shared memory ahead."""
-    place = base + rows[None, :] * stride + cols[:, None]
-    if EVEN and FULL:
-        return tl.load(place)
-    if EVEN:
-        return tl.load(place, mask=cols[:, None] < DIM, other=0.0)
-    return tl.load(place, mask=(rows[None, :] < length) & (cols[:, None] < DIM), other=0.0)
 
 
 @triton.jit
@@ -117,7 +105,7 @@ def attention_fwd_kernel(
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
     if BLOCK_E:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
-        acc_E = tl.zeros([BLOCK_E, BM] if SHARED else [BM, BLOCK_E], tl.float32)
+        acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
     if DROPOUT:
         r = _keys(column, rows, length, EVEN)
         s = _keys(column + total, rows, length, EVEN)
@@ -149,20 +137,14 @@ def attention_fwd_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         if BLOCK_E:
             # After the block of 64: before it, sm_90 takes 34 registers more.
-            value_E = base + 2 * width + BLOCK_D
-            if SHARED:
-                v_E = _rows_transposed(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
-                acc_E = tl.dot(v_E, p.to(v.dtype).T, acc_E * shrink[None, :])
-            else:
-                v_E = _rows(value_E, cols, cols_E, stride, length, REST, EVEN, FULL)
-                acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
+            v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
+            acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
     factor = keep_scale / norm
     place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
     result = (acc * factor[None, :]).T if SHARED else acc * factor[:, None]
     if BLOCK_E:
         place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
-        result_E = (acc_E * factor[None, :]).T if SHARED else acc_E * factor[:, None]
-        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+        _store(place_E, acc_E * factor[:, None], rows, cols_E, length, REST, EVEN, FULL)
     _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
         tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
@@ -219,7 +201,7 @@ def attention_bwd_query_kernel(
         g_E = _rows(grad_out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
         y_E = _rows(out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
         d += tl.sum(g_E.to(tl.float32) * y_E.to(tl.float32), 1)
-        acc_E = tl.zeros([BLOCK_E, BM] if SHARED else [BM, BLOCK_E], tl.float32)
+        acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
     if EVEN:
         tl.store(delta + vector + rows, d)
         log_sum = tl.load(lse + vector + rows)
@@ -251,7 +233,7 @@ def attention_bwd_query_kernel(
             dp = tl.where(bits >= threshold, dp * keep_scale, 0.0)
         ds = (p * (dp - d[:, None])).to(k.dtype)
         if BLOCK_E:
-            acc_E = tl.dot(k_E.T, ds.T, acc_E) if SHARED else tl.dot(ds, k_E, acc_E)
+            acc_E = tl.dot(ds, k_E, acc_E)
         if SHARED:
             acc = tl.dot(k.T, ds.T, acc)
         else:
@@ -264,10 +246,9 @@ def attention_bwd_query_kernel(
     if BLOCK_E:
         acc_E *= scale_log2 * 0.6931471805599453
         place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
-        result_E = acc_E.T if SHARED else acc_E
-        _store(place_E, result_E, rows, cols_E, length, REST, EVEN, FULL)
+        _store(place_E, acc_E, rows, cols_E, length, REST, EVEN, FULL)
         sums_E = partials + block * width + offset + BLOCK_D + cols_E
-        _store_sums(sums_E, tl.sum(acc_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+        _store_sums(sums_E, tl.sum(acc_E, 0), cols_E, REST, EVEN, FULL)
     _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     _store_sums(partials + block * width + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
 
@@ -317,8 +298,8 @@ def attention_bwd_key_kernel(
     if BLOCK_E:
         k_E = _rows(base + width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
         v_E = _rows(base + 2 * width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
-        grad_k_E = tl.zeros([BLOCK_E, BN] if SHARED else [BN, BLOCK_E], tl.float32)
-        grad_v_E = tl.zeros([BLOCK_E, BN] if SHARED else [BN, BLOCK_E], tl.float32)
+        grad_k_E = tl.zeros([BN, BLOCK_E], tl.float32)
+        grad_v_E = tl.zeros([BN, BLOCK_E], tl.float32)
     if DROPOUT:
         c = _column(keys)
     grad_k = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
@@ -341,24 +322,15 @@ def attention_bwd_key_kernel(
             r = _keys(draws + vector, rows, length, EVEN)
             s = _keys(draws + total + vector, rows, length, EVEN)
         if SHARED:
-            logits = tl.dot(q, k.T)
-            if BLOCK_E:
-                logits = tl.dot(q_E, k_E.T, logits)
-            p = tl.exp2(logits * scale_log2 - log_sum[:, None])
+            p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
             dp = tl.dot(g, v.T)
-            if BLOCK_E:
-                dp = tl.dot(g_E, v_E.T, dp)
             dropped = p
             if DROPOUT:
                 kept = r[:, None] * c[None, :] + s[:, None] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
-            if BLOCK_E:
-                grad_v_E = tl.dot(g_E.T, dropped.to(g.dtype), grad_v_E)
             grad_v = tl.dot(g.T, dropped.to(g.dtype), grad_v)
             ds = p * (dp - d[:, None])
-            if BLOCK_E:
-                grad_k_E = tl.dot(q_E.T, ds.to(q.dtype), grad_k_E)
             grad_k = tl.dot(q.T, ds.to(q.dtype), grad_k)
         else:
             logits = tl.dot(k, q.T)
@@ -400,13 +372,11 @@ def attention_bwd_key_kernel(
     if BLOCK_E:
         grad_k_E *= scale_log2 * 0.6931471805599453
         if not EVEN:
-            grad_k_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_k_E, 0.0)
-            grad_v_E = tl.where(inside[None, :] if SHARED else inside[:, None], grad_v_E, 0.0)
+            grad_k_E = tl.where(inside[:, None], grad_k_E, 0.0)
+            grad_v_E = tl.where(inside[:, None], grad_v_E, 0.0)
         sums_E = partials + block * (2 * width) + offset + BLOCK_D + cols_E
-        _store_sums(sums_E, tl.sum(grad_k_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
-        _store_sums(sums_E + width, tl.sum(grad_v_E, 1 if SHARED else 0), cols_E, REST, EVEN, FULL)
+        _store_sums(sums_E, tl.sum(grad_k_E, 0), cols_E, REST, EVEN, FULL)
+        _store_sums(sums_E + width, tl.sum(grad_v_E, 0), cols_E, REST, EVEN, FULL)
         place_E = grad_qkv + (start + keys[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
-        result_k_E = grad_k_E.T if SHARED else grad_k_E
-        result_v_E = grad_v_E.T if SHARED else grad_v_E
-        _store(place_E + width, result_k_E, keys, cols_E, length, REST, EVEN, FULL)
-        _store(place_E + 2 * width, result_v_E, keys, cols_E, length, REST, EVEN, FULL)
+        _store(place_E + width, grad_k_E, keys, cols_E, length, REST, EVEN, FULL)
+        _store(place_E + 2 * width, grad_v_E, keys, cols_E, length, REST, EVEN, FULL)
