@@ -14,7 +14,7 @@ from ear_kernels.ops.transformer import kernels
 
 
 def norm_forward_warps(width: int) -> int:
-    """The fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/results/norm_h200_2026-11-24.json)."""
+    """The fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
     return 4 if 1024 < width <= 2048 else warps_of(width)
 
 
