@@ -96,6 +96,9 @@ class Trainer:
             images = train.batch_size // train.accumulate // processes
             self.model.capture(images, use_bf16=self.use_bf16, parts=parts)
         self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
+        if self.model.low_copies is not None:
+            # DDP gives every process the weights of the first, past autograd's version counters.
+            self.model.low_copies.refresh(everything=True)
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
         self.batches = Batches(
