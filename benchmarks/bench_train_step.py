@@ -59,6 +59,7 @@ def check(name: str, which: str) -> float:
     model = EAR(config).cuda().train()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
+    set_score(model, which)
     images, labels = torch.randn(8, 16, 16, 16, device="cuda"), torch.arange(8, device="cuda")
     found = {}
     for run, backend, low in (("exact", "eager", False), ("eager", "eager", True), ("ours", "auto", True)):
@@ -98,12 +99,17 @@ def make(name: str, which: str) -> nn.Module:
                 compile_parts(model)  # type: ignore[arg-type]
             return model.train()
         ours = EAR(MODELS[name]).train()
-    if which == "ours_pool4":
-        ours.score.rows_per_noise = 4
-    if which.startswith("ours_chunks"):
-        ours.score.loss_chunks = int(which.removeprefix("ours_chunks"))
+    set_score(ours, which)
     arrange(ours, which, IMAGES, masked_tokens(name))
     return ours
+
+
+def set_score(model: EAR, which: str) -> None:
+    """Noise pool or loss chunks, as ``which`` says."""
+    if which == "ours_pool4":
+        model.score.rows_per_noise = 4
+    if which.startswith("ours_chunks"):
+        model.score.loss_chunks = int(which.removeprefix("ours_chunks"))
 
 
 def arrange(model: EAR, which: str, images: int, masked: list[int]) -> None:

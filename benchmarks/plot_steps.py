@@ -57,7 +57,7 @@ def train_step(saved: dict, out: Path) -> None:
             bottom += info[phase]
         # What CUDA graphs keep between their kernels counts as reserved only.
         memory = info.get("peak_reserved_gb", info["peak_gb"])
-        label = f"{('public', 'compiled', 'ours')[which]}\n{bottom:.0f} ms\n{memory:.0f} GB"
+        label = f"{('public', 'compiled', 'ours')[which]}\n{info['step']:.0f} ms\n{memory:.0f} GB"
         axis.text(place, bottom, label, ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("ms: forward, backward,\nclip and AdamW, EMA")

@@ -2,7 +2,14 @@
 
 from ear_kernels.evaluation import energy_distance, energy_score
 from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, qkv_heads
+from ear_kernels.functional_transformer import (
+    dropout_add_layer_norm,
+    gelu_mlp,
+    norm_gelu_mlp,
+    norm_self_attention,
+    qkv_heads,
+    self_attention,
+)
 from ear_kernels.low_copies import LowCopies
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.optimizer import FusedAdamW
@@ -26,5 +33,8 @@ __all__ = [
     "energy_score",
     "gated_silu_ffn",
     "gelu_mlp",
+    "norm_gelu_mlp",
+    "norm_self_attention",
     "qkv_heads",
+    "self_attention",
 ]

@@ -155,7 +155,7 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
 
     Returns:
         ``[B, L, heads D]``, the heads' results side by side, in the autocast dtype, or in the promoted dtype without
-        autocast. Float32, heads wider than 128 and torch.compile take PyTorch's scaled_dot_product_attention.
+        autocast. Float32, heads wider than 80 and torch.compile take PyTorch's scaled_dot_product_attention.
 
     Raises:
         ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
@@ -283,7 +283,7 @@ def _promoted(residual: Tensor, branch: Tensor) -> Tensor:
 
 def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
     """Whether our kernels take this attention; PyTorch's own are no worse than ours where they don't."""
-    return dtype in (torch.float16, torch.bfloat16) and dim <= 128 and x.shape[0] * heads <= 65535
+    return dtype in (torch.float16, torch.bfloat16) and dim <= 80 and x.shape[0] * heads <= 65535
 
 
 def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels.dispatch import choose_backend
+from ear_kernels.launch import on_device
 from ear_kernels.low_copies import copy_dtypes, updating
 
 
@@ -32,6 +33,11 @@ class FusedAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """State of any ``torch.optim.AdamW``, which goes on in the fused form whatever its own was."""
+        groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
     @torch.no_grad()
     def update(
         self,
@@ -43,7 +49,7 @@ class FusedAdamW(torch.optim.AdamW):
 
         On a GPU this is one pass (docs/optimizer.md); elsewhere, and for parameters that are not dense float32, it is
         torch's step and a pass for the averages. Copies of :class:`ear_kernels.LowCopies` are brought along by the
-        one pass. Whether the gradients are divided afterwards is not said.
+        one pass. Whether the gradients are divided afterwards is not said, and hooks of ``step`` are for ``step``.
 
         Args:
             divisor: float32 scalar on the parameters' device, such as ``max(norm / limit, 1)`` to clip; None is 1.
@@ -63,12 +69,14 @@ class FusedAdamW(torch.optim.AdamW):
                 )
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
-        self._make_state(updated)
         refusal = self._refusal(updated, averages)
         if updated and choose_backend("adamw", updated[0], refusal) == "triton":
-            self._one_pass(divisor, averages, decay)
+            self._make_state(updated)
+            with on_device(updated[0]):
+                self._one_pass(divisor, averages, decay, (copy_dtypes(updated) or {torch.bfloat16}).pop())
             self._opt_called = True  # for learning-rate schedulers
-            left = [parameter for parameter in averages if parameter.grad is None]
+            reached = {id(parameter) for parameter in updated}
+            left = [parameter for parameter in averages if id(parameter) not in reached]
         else:
             self._plain_step(divisor)
             left = list(averages)
@@ -104,28 +112,32 @@ class FusedAdamW(torch.optim.AdamW):
         if len(copy_dtypes(parameters)) > 1:
             return "copies are kept in several dtypes"
         for parameter in parameters:
-            state = self.state[parameter]
-            tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+            # Not self.state[parameter], which would make an entry.
+            state = self.state.get(parameter) or {}
+            tensors = [parameter, parameter.grad, *(state[name] for name in ("exp_avg", "exp_avg_sq") if state)]
             if parameter in averages:
                 tensors.append(averages[parameter])
             for tensor in tensors:
                 # Exactly: a DTensor is one, too, with its memory elsewhere.
                 if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32:
                     return f"a tensor is a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32)"
-                if tensor.device != parameters[0].device or state["step"].device != parameter.device:
+                if tensor.device != parameters[0].device or (state and state["step"].device != parameter.device):
                     return "the tensors are on several devices"
                 if not tensor.is_contiguous() or tensor.data_ptr() % 16:
                     return "a tensor is not contiguous or not aligned to 16 bytes"
         return ""
 
-    def _one_pass(self, divisor: Tensor | None, averages: Mapping[nn.Parameter, Tensor], decay: float) -> None:
+    def _one_pass(
+        self,
+        divisor: Tensor | None,
+        averages: Mapping[nn.Parameter, Tensor],
+        decay: float,
+        low: torch.dtype,
+    ) -> None:
         from ear_kernels.ops.adamw import launchers
 
         # Not made in __init__: a pickled optimiser comes back without.
         cached: dict[int, launchers.Tables] = self.__dict__.setdefault("_tables", {})
-        low = (
-            copy_dtypes(parameter for group in self.param_groups for parameter in group["params"]) or {torch.bfloat16}
-        ).pop()
         for number, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:

@@ -164,11 +164,11 @@ def _train(arguments: list[str]) -> int:
 
         print(estimate_run(command.config, command.gpus, EPOCH_IMAGES.get(preset)).report())
         return 0
+    from ear_model import graphs
     from ear_model.distributed import leave_out_gemm_workspace, prefer_expandable_segments, process_group
 
     prefer_expandable_segments()
-    train = command.config.train
-    if train.cuda_graphs and not train.compile and train.parallel == "ddp":
+    if graphs.wanted(command.config):
         leave_out_gemm_workspace()
     # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
     switched = any(word.split("=")[0] == "--train.parallel" for word in options)

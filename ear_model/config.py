@@ -197,7 +197,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile of the backbone's blocks in place of our kernels (docs/performance_train_step.md)."""
     cuda_graphs: bool = True
-    """Replay the backbone's blocks as CUDA graphs; in bf16, with heads up to 128, without compile or fsdp."""
+    """Replay blocks, generator and loss as CUDA graphs; in bf16, with heads up to 80, without compile or fsdp."""
     loss_chunks: int = 1
     """Parts of the masked tokens that the generator takes one after another; saves memory (not with fsdp)."""
     rows_per_noise: int = 1

@@ -202,6 +202,8 @@ def local_device(device: torch.device) -> torch.device:
     """This process's device of that type."""
     if world_size() > 1 and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current one
     return device
 
 

@@ -74,8 +74,7 @@ class EAR(nn.Module):
         """From now on training steps of ``batch`` images replay CUDA graphs (:mod:`ear_model.graphs`).
 
         To be called in training mode, on a GPU, with the parameters where they will stay. Steps of other sizes go on
-        without. Gradients lie in memory that the next step overwrites: call :meth:`keep_gradients` after a backward
-        that another is to be added to.
+        without.
 
         Args:
             batch: images of a step.
@@ -91,12 +90,6 @@ class EAR(nn.Module):
             config = self.config
             num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
         self.score.capture_loss([batch * number for number in num_masked], use_bf16=use_bf16)
-
-    def keep_gradients(self) -> None:
-        """Copy gradients out of the memory of graphs, so that a second backward adds to them."""
-        for captured in (self.backbone.captured, self.score.captured):
-            if captured is not None:
-                captured.keep_gradients()
 
     def forward(self, images: Tensor, labels: Tensor, *, num_masked: int | None = None) -> Tensor:
         """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.

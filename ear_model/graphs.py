@@ -1,6 +1,6 @@
 """The training step as CUDA graphs: a few launches where there are 1,500.
 
-A step of EAR-B has 1,500 kernels of 77 ms; Python takes longer than that to launch them one by one. The backbone's
+A step of EAR-B has 1,300 kernels of 76 ms; Python takes longer than that to launch them one by one. The backbone's
 blocks have the same shapes in every step: a graph for forward, one for backward. Those of the generator and its loss
 follow the number of masked tokens: a graph for each number, forward and backward in one: a loss is the end.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
 from ear_kernels.low_copies import alias
-from ear_model.config import ModelConfig
+from ear_model.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from ear_model.scores.energy import EnergyScore
@@ -39,21 +39,54 @@ class _Blocks(nn.Module):
 
 
 def can_capture(config: ModelConfig, *, use_bf16: bool) -> bool:
-    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 128.
+    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 80.
 
     A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, wider heads, the eager
     backend) is left out until it was tried.
     """
     ours = TRITON_IS_INSTALLED and requested_backend() != "eager"
-    return ours and use_bf16 and config.width // config.num_heads <= 128
+    return ours and use_bf16 and config.width // config.num_heads <= 80
 
 
-class CapturedBlocks:
+def wanted(config: RunConfig) -> bool:
+    """Whether a run on GPUs is to replay graphs: if nothing in its configuration speaks against it."""
+    train = config.train
+    allowed = train.cuda_graphs and not train.compile and train.parallel == "ddp"
+    return allowed and can_capture(config.model, use_bf16=train.precision in ("auto", "bf16"))
+
+
+class _GivesGradients:
+    """Hands out gradients in memory that its next replay overwrites, and takes care that nobody notices.
+
+    Args:
+        parameters: those whose gradients it gives.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._copied: dict[int, int] = {}
+
+    def keep_gradients(self) -> None:
+        """Copy gradients that are still there out of the graphs' memory, so that a second backward adds to them.
+
+        To be called before a replay; copies of earlier calls stay as they are.
+        """
+        for number, parameter in enumerate(self._parameters):
+            gradient = parameter.grad
+            if gradient is not None and self._copied.get(number) != gradient.data_ptr():
+                parameter.grad = gradient.clone()
+                self._copied[number] = parameter.grad.data_ptr()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has no graphs: these are of this model's parameters."""
+        return None
+
+
+class CapturedBlocks(_GivesGradients):
     """Graphs of :meth:`Backbone.run_blocks` in training for one batch size.
 
     The graphs read the parameters where they lie, so an optimiser that changes them in place needs nothing else;
-    dropout draws anew at every replay. Gradients of the blocks' parameters are handed out in memory that the next
-    replay overwrites: call :meth:`keep_gradients` before another backward is to be added to them.
+    dropout draws anew at every replay.
 
     Args:
         backbone: on a GPU, in training mode.
@@ -66,7 +99,7 @@ class CapturedBlocks:
     def __init__(self, backbone: Backbone, batch: int, *, use_bf16: bool, parts: int = 1) -> None:
         position = backbone.decoder_pos_embed_learned
         self.shape = (batch, *position.shape[1:])
-        self._parameters = [*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()]
+        super().__init__([*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()])
         random_state = torch.cuda.get_rng_state(position.device)
         # The graphs' gradients come from the stream of the capture; autograd waits for it, and would warn of that.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
@@ -90,20 +123,11 @@ class CapturedBlocks:
 
     def replay(self, hidden: Tensor) -> Tensor:
         """:meth:`Backbone.run_blocks` of ``hidden``."""
+        self.keep_gradients()
         pending: tuple = ()
         for part in self._parts[:-1]:
             hidden, pending = part(hidden, *pending)
         return self._parts[-1](hidden, *pending)
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the model has no graphs: these are of this model's parameters."""
-        return None
-
-    def keep_gradients(self) -> None:
-        """Copy the gradients out of the graphs' memory, so that a second backward adds to them."""
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()
 
 
 @contextlib.contextmanager
@@ -156,11 +180,11 @@ class _ReplayedLoss(torch.autograd.Function):
         return None, captured.grad_hidden[: ctx.count] * grad, *given
 
 
-class CapturedLoss:
+class CapturedLoss(_GivesGradients):
     """Graphs of an energy score's loss and its gradients, one for each number of tokens, sharing their memory.
 
-    The graphs read the parameters where they lie. Gradients of the generator's parameters are handed out in memory
-    that the next replay overwrites: call :meth:`keep_gradients` before another backward is to be added to them.
+    The graphs read the parameters where they lie. Another tau, or other parameters that are trained, are captured
+    anew.
 
     Args:
         score: on a GPU, in training mode.
@@ -170,23 +194,29 @@ class CapturedLoss:
 
     def __init__(self, score: EnergyScore, counts: Iterable[int], *, use_bf16: bool) -> None:
         generator = score.generator
+        super().__init__(generator.parameters())
         self.score, self.use_bf16 = score, use_bf16
         self._counts = sorted(set(counts), reverse=True)
         device, most = next(generator.parameters()).device, self._counts[0]
         self._hidden = torch.zeros(most, generator.input_dim, device=device)
         self._targets = torch.zeros(most, generator.output_dim, device=device)
         self._noise = torch.zeros(most, score.num_samples, generator.noise_dim, device=device)
-        self._trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
         self.loss = torch.zeros((), device=device)
         self.grad_hidden = torch.zeros_like(self._hidden)
-        self.gradients = [torch.zeros_like(parameter) for parameter in self._trained]
+        self.gradients: list[Tensor] = []
         self.replays = 0
         self._options: tuple = ()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._capture()
 
     def _present_options(self) -> tuple:
-        return self.score.tau, self.score.rows_per_noise, self.score.loss_chunks
+        trained = (parameter.requires_grad for parameter in self._parameters)
+        return self.score.tau, self.score.rows_per_noise, self.score.loss_chunks, *trained
+
+    def _prepare(self) -> None:
+        """What the graphs are captured for, and where their gradients go."""
+        self._options = self._present_options()
+        self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters if parameter.requires_grad]
 
     def _run(self, count: int) -> None:
         inputs = (buffer[:count] for buffer in (self._hidden, self._targets, self._noise))
@@ -205,7 +235,7 @@ class CapturedLoss:
         # A replay may still run, in memory that is about to be given back.
         torch.cuda.synchronize()
         self._graphs.clear()
-        self._options = self._present_options()
+        self._prepare()
         torch.cuda.empty_cache()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -232,6 +262,7 @@ class CapturedLoss:
 
     def replay(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> Tensor:
         """:meth:`EnergyScore.loss_of` of these, a scalar in float32; its backward takes no time."""
+        self.keep_gradients()
         if self._options != self._present_options():
             self._capture()
         count = hidden_RC.shape[0]
@@ -240,13 +271,3 @@ class CapturedLoss:
         self._graphs[count].replay()
         self.replays += 1
         return _ReplayedLoss.apply(self, hidden_RC, *self.score.generator.parameters())
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the model has no graphs: these are of this model's parameters."""
-        return None
-
-    def keep_gradients(self) -> None:
-        """Copy the gradients out of the graphs' memory, so that a second backward adds to them."""
-        for parameter in self._trained:
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()

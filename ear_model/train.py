@@ -90,8 +90,7 @@ class Trainer:
         # With the weights in their place (FSDP's come and go), and before DDP: its hooks are made on another stream
         # than a capture's, and a capture that waits for them fails.
         processes = distributed.world_size()
-        wanted = train.cuda_graphs and not train.compile and (processes == 1 or train.parallel == "ddp")
-        if wanted and self.device.type == "cuda" and graphs.can_capture(config.model, use_bf16=self.use_bf16):
+        if self.device.type == "cuda" and graphs.wanted(config):
             parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
             images = train.batch_size // train.accumulate // processes
             self.model.capture(images, use_bf16=self.use_bf16, parts=parts)
@@ -265,8 +264,6 @@ class Trainer:
                 with autocast, self.randomness.of_images():
                     loss = self.replica(images, labels, num_masked=num_masked) / train.accumulate
                 loss.backward()
-            if part == 0 and train.accumulate > 1:
-                self.model.keep_gradients()
             total += loss.detach()
         norm = optim.clipped_step(self.optimizer, train.clip, self.ema)
         self.optimizer.zero_grad(set_to_none=True)

@@ -22,7 +22,7 @@ from ear_kernels.functional_transformer import (
 from ear_model.config import ModelConfig
 from ear_model.graphs import CapturedBlocks
 
-# Where our kernels don't take the attention (float32, heads wider than 128): cuDNN's is the fastest on a Hopper GPU.
+# Where our kernels don't take the attention (float32, heads wider than 80): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

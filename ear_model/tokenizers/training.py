@@ -151,7 +151,8 @@ def train_autoencoder(
     partial = out.with_name(out.name + ".partial")
     settings = {
         "model": {**asdict(config), "multipliers": list(config.multipliers)},
-        "training": asdict(training),
+        # With or without a graph a step is the same.
+        "training": {name: value for name, value in asdict(training).items() if name != "cuda_graph"},
         "images": everything.tree.names_digest(),
     }
     step = _resume(partial, settings, model, optimizer)

@@ -260,6 +260,89 @@ def test_state_goes_on_in_torchs_optimiser_and_back(monkeypatch) -> None:
     assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_state_of_any_adamw_goes_on(monkeypatch, options, backend) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+    weights = []
+    for kind in (FusedAdamW, torch.optim.AdamW):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 9, device=DEVICE))
+        first = torch.optim.AdamW([parameter], lr=0.1, **options)
+        parameter.grad = torch.ones_like(parameter)
+        first.step()
+        second = kind([parameter], lr=0.1)
+        second.load_state_dict(first.state_dict())
+        parameter.grad = torch.linspace(1, 2, 9, device=DEVICE)
+        if kind is FusedAdamW:
+            second.update(torch.tensor(2.0, device=DEVICE))
+        else:
+            parameter.grad /= 2
+            second.step()
+        assert float(second.state[parameter]["step"]) == 2
+        weights.append(parameter.detach())
+    torch.testing.assert_close(*weights, rtol=2e-6, atol=1e-7)
+
+
+def test_a_backward_after_the_update_is_refused(monkeypatch) -> None:
+    """It would take the new weights' copy for the old one."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    weight = nn.Parameter(torch.randn(8, 8, device=DEVICE))
+    copies = LowCopies([weight], LOW)
+    with torch.autocast(DEVICE, LOW):
+        out = project(torch.randn(4, 8, device=DEVICE, requires_grad=True), weight)
+    weight.grad = torch.ones_like(weight)
+    FusedAdamW([weight]).update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.float().sum().backward()
+    copies.drop()
+
+
+def test_a_copy_that_no_longer_fits_is_not_written(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    parameters = [nn.Parameter(torch.randn(4, device=DEVICE)), nn.Parameter(torch.randn(6, 4, device=DEVICE).t())]
+    copies = LowCopies(parameters, LOW)
+    optimizer = FusedAdamW(parameters)
+    parameters[0].data = torch.randn(4096, device=DEVICE)
+    parameters[1].data = parameters[1].data.contiguous()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.update()
+    for parameter in parameters:
+        assert torch.equal(low(parameter, LOW), parameter.detach().to(LOW))
+    copies.refresh()
+    for parameter in parameters:
+        assert low(parameter, LOW) is low(parameter, LOW)
+        assert torch.equal(low(parameter, LOW), parameter.detach().to(LOW))
+
+
+def test_copies_of_two_dtypes(monkeypatch) -> None:
+    """One parameter has no gradient: its copy must not say what the other's is."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    parameters = [nn.Parameter(torch.randn(4, device=DEVICE)) for _ in range(2)]
+    LowCopies(parameters[:1], torch.bfloat16 if LOW is torch.float16 else torch.float16)
+    LowCopies(parameters[1:], LOW)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    FusedAdamW(parameters).update()
+    assert torch.equal(low(parameters[1], LOW), parameters[1].detach().to(LOW))
+
+
+def test_parameters_with_copies_are_saved_as_any(tmp_path) -> None:
+    module = nn.Linear(3, 2, device=DEVICE)
+    LowCopies(module.parameters(), LOW)
+    torch.save(module.state_dict(keep_vars=True), tmp_path / "weights.pt")
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert torch.equal(loaded["weight"], module.weight)
+
+
+def test_averages_of_other_parameters_move_too(monkeypatch) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    mine, other = (nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2))
+    mine.grad, other.grad = torch.ones_like(mine), torch.ones_like(other)
+    averages = {mine: torch.zeros(3, device=DEVICE), other: torch.zeros(3, device=DEVICE)}
+    FusedAdamW([mine]).update(averages=averages, decay=0.5)
+    assert (averages[other] == 0.5).all()
+
+
 def test_bad_input_is_named() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = FusedAdamW([parameter])

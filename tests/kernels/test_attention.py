@@ -77,7 +77,7 @@ def check(batch, length, heads, dim, dtype, has_bias, dropout) -> None:
     st.integers(0, 3),
     st.sampled_from([1, 2, 15, 64, 65, 100, 128, 192]),
     st.integers(1, 3),
-    st.sampled_from([1, 8, 24, 32, 64, 65, 72, 80, 96, 128]),
+    st.sampled_from([1, 8, 24, 32, 64, 65, 72, 80]),
     st.sampled_from(LOW),
     st.booleans(),
     st.sampled_from([0.0, 0.1, 0.7]),
@@ -91,9 +91,9 @@ def test_self_attention(batch, length, heads, dim, dtype, has_bias, dropout, num
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("length", [1, 64, 101])
-@pytest.mark.parametrize("dim", [72, 80, 96, 128])
+@pytest.mark.parametrize("dim", [66, 72, 80])
 def test_wide_heads(dim, length, dtype) -> None:
-    """Two blocks of features, the second full (80) or not (72), and one block with columns to spare (96) or not."""
+    """Two blocks of features, the second full (80) or not."""
     check(2, length, 2, dim, dtype, True, 0.1)
     check(1, length, 1, dim, dtype, False, 0.0)
 
@@ -117,7 +117,7 @@ def test_flat_and_sharp_softmax(monkeypatch, dim, dtype, spread) -> None:
     )
 
 
-@pytest.mark.parametrize("dim", [16, 72, 80, 96, 128])
+@pytest.mark.parametrize("dim", [16, 72, 80])
 def test_buffers_are_written_before_they_are_read(monkeypatch, poisoned_empty, dim) -> None:
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
     for length in (64, 70):
@@ -127,7 +127,7 @@ def test_buffers_are_written_before_they_are_read(monkeypatch, poisoned_empty, d
         assert all(torch.isfinite(result).all() for result in results)
 
 
-@pytest.mark.parametrize("dim", [16, 72, 80, 96])
+@pytest.mark.parametrize("dim", [16, 72, 80])
 def test_strided_inputs_and_gradients(monkeypatch, dim) -> None:
     """A transposed x and an expanded gradient (``.sum().backward()``)."""
     heads = 2

@@ -95,7 +95,6 @@ def test_accumulated_gradients_add_up() -> None:
     single = [gradients(model, seed) for seed in (1, 2, 3)]
     model.backbone.capture_blocks(4, use_bf16=True)
     gradients(model, 1)
-    model.backbone.captured.keep_gradients()
     gradients(model, 2, add=True)
     total = gradients(model, 3, add=True)
     assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
@@ -172,7 +171,7 @@ def on_a_cpu(monkeypatch) -> None:
     """Calls in the place of graphs, so that all but the capture runs without a GPU."""
 
     def capture(self: CapturedLoss) -> None:
-        self._options = self._present_options()
+        self._prepare()
         self._graphs = {count: SimpleNamespace(replay=functools.partial(self._run, count)) for count in self._counts}
         self.captures = getattr(self, "captures", 0) + 1
 
@@ -243,22 +242,24 @@ def test_another_tau_is_captured_anew(request, device) -> None:
     parameters = list(model.parameters())
     model.score.tau = 0.9
     second = loss_and_gradients(model, 180)
+    captures = getattr(model.score.captured, "captures", None)
     model.score.captured = None
     assert_alike(second, loss_and_gradients(model, 180))
     assert (first[0] - second[0]).abs() > 1e-3
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    if device == "cpu":
+        assert captures == 2
     assert alive.isfinite()
     assert plain.isfinite()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_kept_gradients_of_losses_add_up(request, device) -> None:
+def test_gradients_of_losses_add_up(request, device) -> None:
     prepare(request, device)
     model = small(device)
     single = [loss_and_gradients(model, number) for number in (180, 201)]
     model.score.capture_loss([360, 402], use_bf16=device == "cuda")
     loss_and_gradients(model, 180)
-    model.keep_gradients()
     total = loss_and_gradients(model, 201, add=True)
     assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
 
@@ -290,6 +291,47 @@ def test_gradients_that_were_overwritten_are_refused(request, device) -> None:
     second.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gradients of this loss are gone"):
         second.backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    plain = loss_and_gradients(model, 180)
+    names = [name for name, _ in model.named_parameters()]
+    model.score.capture_loss([360], use_bf16=device == "cuda")
+    frozen = model.score.generator.noise_embed
+    for trained in (False, True):
+        frozen.requires_grad_(trained)
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(180)
+        images, labels = torch.randn(2, 16, 16, 16, device=device), torch.arange(2, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(images, labels, num_masked=180)
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert (found["score.generator.noise_embed.weight"] is not None) == trained
+        kept = [(found[name], other) for name, other in zip(names, plain[1:], strict=True) if found[name] is not None]
+        assert_alike(*map(list, zip(*kept, strict=True)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_that_are_set_to_zero_in_place(request, device) -> None:
+    prepare(request, device)
+    model = small(device)
+    model.score.capture_loss([360], use_bf16=device == "cuda")
+    first = loss_and_gradients(model, 180)
+    for _ in range(2):
+        model.zero_grad(set_to_none=False)
+        again = loss_and_gradients(model, 180, add=True)
+        assert_alike(again, first)
+
+
+def test_copies_are_refreshed_in_every_step(tiny_model) -> None:
+    calls = []
+    tiny_model.low_copies = SimpleNamespace(refresh=lambda: calls.append(1))
+    tiny_model(torch.randn(2, 1, 8, 8), torch.tensor([3, 4]))
+    assert calls == [1]
 
 
 def test_no_graph_in_eval_mode_or_of_a_copy(on_a_cpu) -> None:

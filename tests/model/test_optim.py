@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ear_kernels import FusedAdamW
 from ear_model import optim
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
@@ -85,28 +86,32 @@ def test_clipping():
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])
-@pytest.mark.parametrize("fused", [True, False])
-def test_clipped_step_is_clip_and_step(tiny_config, limit, fused):
+@pytest.mark.parametrize("kind", ["ours", "fused", "plain"])
+def test_clipped_step_is_clip_step_and_average(tiny_config, limit, kind):
     results = []
     for together in (True, False):
         torch.manual_seed(3)
         model = EAR(tiny_config)
         groups = optim.parameter_groups(model, TrainConfig())
-        optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
+        options = {"lr": 1e-2, "betas": (0.9, 0.95)}
+        if kind == "ours":
+            optimizer = FusedAdamW(groups, **options)
+        else:
+            optimizer = torch.optim.AdamW(groups, **options, fused=kind == "fused")
+        ema = optim.ExponentialMovingAverage(model, 0.8)
         norms = []
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             next(model.parameters()).grad = None
             if together:
-                norms.append(optim.clipped_step(optimizer, limit))
+                norms.append(optim.clipped_step(optimizer, limit, ema))
             else:
                 norms.append(optim.clip_gradients(model.parameters(), limit))
                 optimizer.step()
+                ema.update(model)
             assert not hasattr(optimizer, "grad_scale")
-        # After the last step the gradients are the clipped ones.
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        results.append([*norms, *model.parameters(), *gradients])
+        results.append([*norms, *model.parameters(), *ema.averages.values()])
         assert set(optimizer.state_dict()) == {"state", "param_groups"}
     assert results[0][0] > 0.5
     for one, other in zip(*results, strict=True):

@@ -1,6 +1,6 @@
 """One pass over weight, gradient, both moments, average and 16-bit copy: 38 bytes an element.
 
-torch's fused AdamW, the moving average and the casts of the next step read and write 58.
+torch's fused AdamW, the moving average and the casts of the next step read and write 50.
 """
 
 import triton

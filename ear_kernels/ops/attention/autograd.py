@@ -31,17 +31,14 @@ class AttentionConfig:
 
 # The fastest on an H200 at heads of 64 and lengths of 320 (docs/performance_train_step.md): forward, query, key.
 CONFIGS = (AttentionConfig(64, 64, 3, 4, shared=True),) * 3
-# For heads of 65 to 80 features the fastest there at 80 (mma.sync); for 81 to 128 what does not spill.
+# For heads of 65 to 80 features the fastest there at 80 (mma.sync). Wider ones are PyTorch's: one block of 128 takes
+# 0.87 ms at 80, cuDNN 0.58 and a copy.
 SPLIT_CONFIGS = (AttentionConfig(64, 32, 3, 2, shared=False),) * 3
-WIDE_CONFIGS = (AttentionConfig(64, 32, 2, 4, shared=True),) * 3
-MAX_SPLIT_DIM = 80
 
 
 def configs(dim: int) -> tuple[AttentionConfig, AttentionConfig, AttentionConfig]:
     """Launches of the forward kernel and of the backward kernels of query and key, for heads of ``dim`` features."""
-    if dim <= 64:
-        return CONFIGS
-    return SPLIT_CONFIGS if dim <= MAX_SPLIT_DIM else WIDE_CONFIGS
+    return CONFIGS if dim <= 64 else SPLIT_CONFIGS
 
 
 def threshold_of(dropout: float) -> tuple[int, float]:
@@ -56,9 +53,8 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 
 
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
-    """Constexprs and launch options for heads of ``dim`` features, at most 128."""
-    # The key's kernel with a rest of 32, for 96 features, spills on sm_90; with a block of 128 it does not.
-    split = not config.shared and 64 < dim <= MAX_SPLIT_DIM
+    """Constexprs and launch options for heads of ``dim`` features, at most 80."""
+    split = not config.shared and dim > 64
     block_d, block_e = (64, 16) if split else (max(16, block_of(dim)), 0)
     full = block_d + block_e == dim
     return {

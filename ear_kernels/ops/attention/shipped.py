@@ -1,4 +1,4 @@
-"""What the compile gate compiles of the attention with dropout, at heads of 64, 80 and 128 features."""
+"""What the compile gate compiles of the attention with dropout, at heads of 64 and 80 features."""
 
 from dataclasses import replace
 
@@ -13,15 +13,12 @@ TYPES = {
     "scale_log2": "fp32",
     "keep_scale": "fp32",
 }
-# Heads of EAR-B and EAR-L, of EAR-H (in two blocks of features), and the widest.
-DIMS = (64, 80, 128)
+# Heads of EAR-B and EAR-L, and of EAR-H (in two blocks of features).
+DIMS = (64, 80)
 # Lengths whose tiles are all full, and one of the others, whose loads and stores have masks.
 LENGTHS = (320, 321)
-# Bytes that triton 3.6, the H200 machine's, spills on sm_80; 3.8 does not. Launches are chosen for sm_90, where
-# operands of products need no registers.
-KNOWN_SPILLS = {"attention_bwd_key[128, masked]": 8}
-# Two warps with tiles of 64 x 32 are the fastest launch of 20 at heads of 80 (benchmarks/results/
-# attention_80_h200_2026-11-24.json), though the key's kernel spills 8 B on sm_90. Elsewhere it is up to 64 (sm_100,
+# Two warps with tiles of 64 x 32 are the fastest of 18 launches at heads of 80 (benchmarks/results/
+# attention_80_*h200_2026-11-24.json), though the key's kernel spills 8 B on sm_90. Elsewhere it is up to 64 (sm_100,
 # masked, 16 registers); an AMD GPU's wide waves would spill kilobytes, and nobody has run these kernels there.
 SPLIT_SPILLS = 16
 
@@ -47,6 +44,5 @@ def shipped() -> list[ShippedKernel]:
                 )  # fmt: skip
                 # Of 12 or 16 heads; Triton is told whether 16 divides the length.
                 undivided = {"heads", "threshold"} if length % 16 == 0 else {"heads", "threshold", "length"}
-                spills = {("3.6", "sm_80"): KNOWN_SPILLS[name]} if name in KNOWN_SPILLS else {}
-                found.append(replace(described, undivided=frozenset(undivided), known_spills=spills))
+                found.append(replace(described, undivided=frozenset(undivided)))
     return found

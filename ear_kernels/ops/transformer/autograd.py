@@ -14,12 +14,12 @@ from ear_kernels.ops.transformer import kernels
 
 
 def norm_forward_warps(width: int) -> int:
-    """The fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
+    """Within 2 % of the fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
     return 4 if 1024 < width <= 2048 else warps_of(width)
 
 
 def norm_backward_config(width: int) -> RowConfig:
-    """The fastest there of 12 to 40 launches each."""
+    """Within 2 % of the fastest there of 12 to 40 launches each."""
     if 1024 < width <= 2048:
         return RowConfig(4, 4, 528)
     return RowConfig(warps_of(width), 3, 396 if width == 1024 else 528)
