@@ -155,7 +155,7 @@ def measure(name: str, which: str) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
         mark()
         if not which.startswith("ours"):  # ours is in the same pass
-            ema.update(model)
+            ema.update()
         mark()
         return loss
 

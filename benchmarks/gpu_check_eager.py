@@ -46,7 +46,7 @@ def main(out: Path) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         mark()
-        ema.update(model)
+        ema.update()
         mark()
         names = ("forward_ms", "backward_ms", "optimizer_ms", "ema_ms")
         times = {name: 1e3 * (b - a) for name, a, b in zip(names, marks, marks[1:], strict=False)}

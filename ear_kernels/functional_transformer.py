@@ -51,10 +51,9 @@ def dropout_add_layer_norm(
         if _applies("dropout_add_layer_norm", residual, reason):
             from ear_kernels.ops.transformer import autograd
 
-            promoted = torch.promote_types(branch.dtype, residual.dtype)
-            norm_dtype = dtype or _compute_dtype(branch)
+            stream, norm_dtype = _promoted(residual, branch), dtype or _compute_dtype(branch)
             return autograd.dropout_add_layer_norm(
-                branch, residual.to(promoted), weight, bias, branch_bias, dropout, eps, seed, norm_dtype
+                branch, stream, weight, bias, branch_bias, dropout, eps, seed, norm_dtype
             )
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
@@ -114,10 +113,10 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     """
     _check_qkv(x, weight, bias, heads)
     if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
-        from ear_kernels.ops.transformer import autograd
+        from ear_kernels.ops.transformer import heads as operation
 
         present = [weight] if bias is None else [weight, bias]
-        return autograd.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
+        return operation.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
     return reference.qkv_heads(x, weight, bias, heads)
 
 

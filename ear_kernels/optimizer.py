@@ -57,18 +57,13 @@ class FusedAdamW(torch.optim.AdamW):
             decay: of the averages, in [0, 1].
 
         Raises:
-            ValueError: a decay outside [0, 1], an average of another shape, a sparse gradient.
+            ValueError: a decay outside [0, 1], a divisor of several elements, an average of another shape, dtype or
+                device than its parameter, a sparse gradient. Nothing has changed then.
         """
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; it must be in [0, 1]")
         averages = averages or {}
-        for parameter, average in averages.items():
-            if average.shape != parameter.shape:
-                raise ValueError(
-                    f"an average has shape {tuple(average.shape)}; its parameter has {tuple(parameter.shape)}"
-                )
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
+        _check_update(updated, divisor, averages, decay)
         refusal = self._refusal(updated, averages)
         if updated and choose_backend("adamw", updated[0], refusal) == "triton":
             self._make_state(updated)
@@ -171,4 +166,23 @@ class FusedAdamW(torch.optim.AdamW):
                     weight_decay=group["weight_decay"],
                     average_rest=1 - decay,
                     low=low,
+                )
+
+
+def _check_update(
+    updated: list[nn.Parameter], divisor: Tensor | None, averages: Mapping[nn.Parameter, Tensor], decay: float
+) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; it must be in [0, 1]")
+    if divisor is not None and divisor.numel() != 1:
+        raise ValueError(f"divisor has shape {tuple(divisor.shape)}; it must be a scalar")
+    for parameter in updated:
+        assert parameter.grad is not None
+        if parameter.grad.layout != torch.strided:
+            raise ValueError(f"a gradient has layout {parameter.grad.layout}; it must be dense")
+    for parameter, average in averages.items():
+        for what in ("shape", "dtype", "device"):
+            if getattr(average, what) != getattr(parameter, what):
+                raise ValueError(
+                    f"an average has {what} {getattr(average, what)}; its parameter has {getattr(parameter, what)}"
                 )

@@ -1,4 +1,4 @@
-"""The training step as CUDA graphs: a few launches where there are 1,500.
+"""The training step as CUDA graphs: a few launches where there are 1,300.
 
 A step of EAR-B has 1,300 kernels of 76 ms; Python takes longer than that to launch them one by one. The backbone's
 blocks have the same shapes in every step: a graph for forward, one for backward. Those of the generator and its loss

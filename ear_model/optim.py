@@ -84,9 +84,10 @@ class ExponentialMovingAverage:
         return {self._parameters[name]: average for name, average in self.averages.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """One step, over all parameters at once."""
-        torch._foreach_lerp_(list(self.averages.values()), list(model.parameters()), 1 - self.decay)
+        parameters: list[Tensor] = [self._parameters[name].detach() for name in self.averages]
+        torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -115,15 +116,14 @@ def clipped_step(
     norm = total.full_tensor() if isinstance(total, DTensor) else total
     # The inverse of clip_grad_norm_'s factor; NaN stays NaN.
     divisor = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
-    averages = ema.by_parameter() if ema is not None else {}
-    decay = ema.decay if ema is not None else 0.0
     if isinstance(optimizer, FusedAdamW) and total is norm:
+        averages, decay = (ema.by_parameter(), ema.decay) if ema is not None else ({}, 0.0)
         optimizer.update(divisor, averages, decay)
         return norm
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if local:
         torch._foreach_div_(local, divisor)
     optimizer.step()
-    if averages:
-        torch._foreach_lerp_(list(averages.values()), list(averages), 1 - decay)
+    if ema is not None:
+        ema.update()
     return norm

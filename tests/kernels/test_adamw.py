@@ -349,6 +349,15 @@ def test_bad_input_is_named() -> None:
     parameter.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"decay is 1\.5; it must be in \[0, 1\]"):
         optimizer.update(decay=1.5)
-    with pytest.raises(ValueError, match=r"an average has shape \(2,\); its parameter has \(3,\)"):
-        optimizer.update(averages={parameter: torch.zeros(2)})
+    for average, what in (
+        (torch.zeros(2), r"shape torch.Size\(\[2\]\)"),
+        (torch.zeros(3).double(), "dtype torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=f"an average has {what}; its parameter has"):
+            optimizer.update(averages={parameter: average})
+    with pytest.raises(ValueError, match=r"divisor has shape \(2,\); it must be a scalar"):
+        optimizer.update(torch.ones(2))
+    parameter.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match=r"layout torch\.sparse_coo; it must be dense"):
+        optimizer.update()
     assert torch.equal(parameter.detach(), torch.zeros(3))

@@ -186,7 +186,7 @@ def small(device: str) -> EAR:
     return randomise(EAR(replace(SMALL, dropout=0.0, attention_dropout=0.0, depth=1))).to(device).train()
 
 
-def loss_and_gradients(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> list[torch.Tensor]:
+def one_step(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> torch.Tensor:
     device = next(model.parameters()).device
     torch.manual_seed(masked)
     images, labels = torch.randn(2, 16, 16, 16, device=device), torch.arange(2, device=device)
@@ -195,7 +195,12 @@ def loss_and_gradients(model: EAR, masked: int, weight: float = 1.0, *, add: boo
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         loss = model(images, labels, num_masked=masked) * weight
     loss.backward()
-    return [loss.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+    return loss.detach().clone()
+
+
+def loss_and_gradients(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> list[torch.Tensor]:
+    loss = one_step(model, masked, weight, add=add)
+    return [loss, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
 def prepare(request, device: str) -> None:
@@ -303,12 +308,7 @@ def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> No
     frozen = model.score.generator.noise_embed
     for trained in (False, True):
         frozen.requires_grad_(trained)
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(180)
-        images, labels = torch.randn(2, 16, 16, 16, device=device), torch.arange(2, device=device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(images, labels, num_masked=180)
-        loss.backward()
+        one_step(model, 180)
         found = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert (found["score.generator.noise_embed.weight"] is not None) == trained
         kept = [(found[name], other) for name, other in zip(names, plain[1:], strict=True) if found[name] is not None]

@@ -6,6 +6,8 @@ torch's fused AdamW, the moving average and the casts of the next step read and 
 import triton
 import triton.language as tl
 
+from ear_kernels.ops.generator.kernels import _pointer
+
 # Columns of ``table``: addresses of one parameter's tensors; 0 where there is no average or copy.
 WEIGHT = tl.constexpr(0)
 GRADIENT = tl.constexpr(1)
@@ -16,11 +18,6 @@ AVERAGE = tl.constexpr(5)
 COPY = tl.constexpr(6)
 SIZE = tl.constexpr(7)
 COLUMNS = tl.constexpr(8)
-
-
-@triton.jit
-def _pointer(address, KIND: tl.constexpr):
-    return tl.multiple_of(address.to(tl.pointer_type(KIND)), 16)
 
 
 @triton.jit

@@ -12,19 +12,6 @@ from ear_kernels.ops.generator.passes import weight_gradient
 from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
 
-
-def norm_forward_warps(width: int) -> int:
-    """Within 2 % of the fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
-    return 4 if 1024 < width <= 2048 else warps_of(width)
-
-
-def norm_backward_config(width: int) -> RowConfig:
-    """Within 2 % of the fastest there of 12 to 40 launches each."""
-    if 1024 < width <= 2048:
-        return RowConfig(4, 4, 528)
-    return RowConfig(warps_of(width), 3, 396 if width == 1024 else 528)
-
-
 PROGRAMS = 528
 """Programs of a backward kernel over rows: 4 for each of an H200's SMs; a constant for the order of its sums."""
 
@@ -38,6 +25,18 @@ GELU_BACKWARD_PROGRAMS = 528
 """Programs of the GELU's backward, all columns together: 4 for each of an H200's SMs."""
 
 STEPS = 2**16
+
+
+def norm_forward_warps(width: int) -> int:
+    """Within 2 % of the fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
+    return 4 if 1024 < width <= 2048 else warps_of(width)
+
+
+def norm_backward_config(width: int) -> RowConfig:
+    """Within 2 % of the fastest there of 12 to 40 launches each."""
+    if 1024 < width <= 2048:
+        return RowConfig(4, 4, PROGRAMS)
+    return RowConfig(warps_of(width), 3, 396 if width == 1024 else PROGRAMS)
 
 
 def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
@@ -188,67 +187,6 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
         nothing = (None,) * 5
         return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
-
-
-class QKVHeads(torch.autograd.Function):
-    """``x [B, L, W]`` -> query, key and value ``[B, H, L, D]``, strided views of one linear's output.
-
-    Backward packs their gradients into one matrix and sums its columns in the same pass; autograd's own way stacks,
-    permutes and copies.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, width = x.shape
-        low = low_copy(weight, x.dtype)
-        rows = x.reshape(-1, width)
-        packed = linear(rows, low, None if bias is None else low_copy(bias, x.dtype))
-        ctx.save_for_backward(rows, low)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        query, key, value = (
-            packed.view(batch, length, 3, heads, weight.shape[0] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
-        )
-        return query, key, value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("qkv_heads")
-        rows, low = ctx.saved_tensors
-        batch, heads, length, dim = grads[0].shape
-        strides = {grad.stride() for grad in grads}
-        if len(strides) > 1 or grads[0].stride(-1) != 1:
-            grads = tuple(grad.contiguous() for grad in grads)
-        width = heads * dim
-        packed = rows.new_empty((batch * length, 3 * width))
-        sums = rows.new_zeros(3 * width, dtype=torch.float32)
-        if packed.numel():
-            programs, rows_per_program = backward_grid(batch * length, PROGRAMS)
-            partials = rows.new_empty((programs, 3 * width), dtype=torch.float32)
-            kernels.pack_heads_kernel[(programs, 3)](
-                *grads,
-                packed,
-                partials,
-                batch * length,
-                rows_per_program,
-                length,
-                *grads[0].stride()[:3],
-                WIDTH=width,
-                DIM=dim,
-                BLOCK=block_of(width),
-                STAGES=2,
-                num_warps=warps_of(width),
-            )
-            sums = partials.sum(0)
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_x = torch.mm(packed, low).view(batch, length, low.shape[1])
-        return (
-            grad_x,
-            weight_gradient(packed, rows, weight_dtype),
-            None if bias_dtype is None else sums.to(bias_dtype),
-            None,
-        )
 
 
 def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
@@ -413,11 +351,3 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         out = Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def qkv_heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`ear_kernels.functional_transformer.qkv_heads`."""
-    with torch.autocast(x.device.type, enabled=False):
-        return QKVHeads.apply(x.to(dtype), weight, bias, heads)
