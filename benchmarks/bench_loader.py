@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/bench_loader.py --benchmark-only
 
-Needs no GPU and 0.7 GB of disk. ``extra_info`` holds images/s. An H200 trains EAR-B at about 900 images/s; the aim is
-five times that, 4,500, from one process.
+Needs no GPU and 0.7 GB of disk. ``extra_info`` holds images/s. An H200 trains EAR-B at 800 images/s; the aim is five
+times that, 4,000, from one process.
 """
 
 from __future__ import annotations
