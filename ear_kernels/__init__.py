@@ -10,10 +10,10 @@ from ear_kernels.functional_transformer import (
     qkv_heads,
     self_attention,
 )
-from ear_kernels.low_copies import LowCopies
 from ear_kernels.modules import FusedAdaLNBlock, FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.optimizer import FusedAdamW
-from ear_kernels.patch import accelerate
+from ear_kernels.public_models import accelerate
+from ear_kernels.runtime.copies import LowCopies
 from ear_kernels.targets import GaussianTarget
 
 __version__ = "0.1.0"

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ear_kernels import functional
-from ear_kernels.dispatch import choose_backend
 from ear_kernels.ops.energy_loss import distance
+from ear_kernels.runtime.backend import choose_backend
+from ear_kernels.runtime.checks import check_device, check_floating
 from ear_kernels.targets import GaussianTarget
 
 
@@ -30,10 +31,10 @@ def energy_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     """
     functional.check_energy_loss_options(alpha, 1.0, 0.0, "mean")
     for name, points in (("x", x), ("y", y)):
-        functional._check_floating(name, points)
+        check_floating(name, points)
         if points.ndim != 2 or points.shape[0] < 2 or points.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(points.shape)}; it must be [N, D] with N >= 2 and D >= 1")
-    functional._check_device("y", y, x, "x")
+    check_device("y", y, x, "x")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}; they must have the same")
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32

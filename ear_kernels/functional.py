@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.dispatch import choose_backend
 from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
 from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+from ear_kernels.runtime.backend import applies, choose_backend, functional_transform_is_active
+from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype, dimension
 from ear_kernels.targets import GaussianTarget
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,71 +31,13 @@ def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: s
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-
-
-def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
-
-
-def _check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
-    """``tensor`` must broadcast to exactly ``rows``."""
-    shape = tuple(tensor.shape)
-    fits = len(shape) <= len(rows) and all(
-        size in (1, full) for size, full in zip(reversed(shape), reversed(rows), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {shape}; it must broadcast to the rows {rows}")
-
-
-def _dimension(name: str, dim: int, ndim: int) -> int:
-    """``dim`` as a non-negative index of a dimension before the last one (which holds the features)."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{name} is {dim!r}; it must be an integer")
-    if not -ndim <= dim < ndim or dim % ndim == ndim - 1:
-        raise ValueError(
-            f"{name} is {dim} for a tensor of {ndim} dimensions; it must name a dimension before the last, "
-            "which holds the features"
-        )
-    return dim % ndim
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The autocast dtype where autocast is on for the tensors' device, else what they promote to."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    device = present[0].device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype = present[0].dtype
-    for tensor in present[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _functional_transform_is_active() -> bool:
-    """Whether torch.func.grad, vmap or another transform is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _applies(operation: str, tensor: Tensor, reason: str | None) -> bool:
-    """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
-    if reason is None and not torch.compiler.is_compiling() and _functional_transform_is_active():
-        reason = "a torch.func transform, which needs the reference"
-    return choose_backend(operation, tensor, f"{operation} got {reason}" if reason else "") == "triton"
-
-
 def _triton_refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str:
     """Why the Triton kernels cannot do a call of the energy loss that the reference can; "" if they can."""
     if torch.is_grad_enabled():
         for name, tensor in (("weights", weights), ("feature_weights", feature_weights)):
             if tensor is not None and tensor.requires_grad:
                 return f"the kernels give no gradients of {name}"
-    if not torch.compiler.is_compiling() and _functional_transform_is_active():
+    if not torch.compiler.is_compiling() and functional_transform_is_active():
         return "torch.func transforms need the reference"
     return ""
 
@@ -164,15 +107,15 @@ def energy_loss(
         if plan is not None:
             return plan.run(samples, target)
     check_energy_loss_options(alpha, tau, eps, reduction)
-    _check_floating("samples", samples)
+    check_floating("samples", samples)
     gaussian = target if isinstance(target, GaussianTarget) else None
     given = target.mean if isinstance(target, GaussianTarget) else target
     name = "target" if gaussian is None else "target.mean"
-    _check_floating(name, given)
-    _check_device(name, given, samples, "samples")
+    check_floating(name, given)
+    check_device(name, given, samples, "samples")
     if samples.ndim < 2:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
-    samples_RnD = samples.movedim(_dimension("sample_dim", sample_dim, samples.ndim), -2)
+    samples_RnD = samples.movedim(dimension("sample_dim", sample_dim, samples.ndim), -2)
     rows, (n, features) = tuple(samples_RnD.shape[:-2]), samples_RnD.shape[-2:]
     if n < 2:
         raise ValueError(
@@ -183,7 +126,7 @@ def energy_loss(
         raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
     targets_RmD = None
     if gaussian is None and given.ndim == samples.ndim:
-        targets_RmD = given.movedim(_dimension("target_dim", target_dim, given.ndim), -2)
+        targets_RmD = given.movedim(dimension("target_dim", target_dim, given.ndim), -2)
     elif given.ndim == samples.ndim - 1:
         targets_RmD = given.unsqueeze(-2)
     if (
@@ -199,11 +142,11 @@ def energy_loss(
         )
     for name, tensor in (("mask", mask), ("weights", weights)):
         if tensor is not None:
-            _check_device(name, tensor, samples, "samples")
-            _check_broadcast(name, tensor, rows)
+            check_device(name, tensor, samples, "samples")
+            check_broadcast(name, tensor, rows)
     if feature_weights is not None:
-        _check_floating("feature_weights", feature_weights)
-        _check_device("feature_weights", feature_weights, samples, "samples")
+        check_floating("feature_weights", feature_weights)
+        check_device("feature_weights", feature_weights, samples, "samples")
         if tuple(feature_weights.shape) != (features,):
             raise ValueError(f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]")
     options: dict[str, Any] = {"alpha": float(alpha), "tau": float(tau), "eps": float(eps), "reduction": reduction}
@@ -261,16 +204,16 @@ def adaln_modulate(
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
-    _check_floating("hidden", hidden)
+    check_floating("hidden", hidden)
     if hidden.ndim < 1:
         raise ValueError("hidden is a scalar; it must be [..., W]")
     for name, tensor in (("shift", shift), ("scale", scale)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, hidden, "hidden")
-        _check_broadcast(name, tensor, tuple(hidden.shape))
+        check_floating(name, tensor)
+        check_device(name, tensor, hidden, "hidden")
+        check_broadcast(name, tensor, tuple(hidden.shape))
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            _check_device(name, parameter, hidden, "hidden")
+            check_device(name, parameter, hidden, "hidden")
             if tuple(parameter.shape) != (hidden.shape[-1],):
                 raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
     # A single feature less its mean is 0 in eager arithmetic. On a GPU the kernel's division leaves a rounding error,
@@ -279,8 +222,8 @@ def adaln_modulate(
         from ear_kernels.ops.adaln import autograd as adaln
 
         tensors = (shift, scale, weight, bias)
-        if _applies("adaln_modulate", hidden, adaln.supported(hidden, *tensors)):
-            return adaln.adaln_modulate(hidden, *tensors, eps, _compute_dtype(hidden, shift, scale))
+        if applies("adaln_modulate", hidden, adaln.supported(hidden, *tensors)):
+            return adaln.adaln_modulate(hidden, *tensors, eps, compute_dtype(hidden, shift, scale))
     return adaln_reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 
 
@@ -311,14 +254,14 @@ def gated_silu_ffn(
     """
     named = (("hidden", hidden), ("modulated", modulated), ("gate", gate), ("weight_in", weight_in))
     for name, tensor in (*named, ("weight_out", weight_out)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, hidden, "hidden")
+        check_floating(name, tensor)
+        check_device(name, tensor, hidden, "hidden")
     if modulated.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"modulated has shape {tuple(modulated.shape)}; its leading dimensions must be those of hidden, "
             f"{tuple(hidden.shape)}"
         )
-    _check_broadcast("gate", gate, tuple(hidden.shape))
+    check_broadcast("gate", gate, tuple(hidden.shape))
     if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
         raise ValueError(f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]")
     inner = weight_in.shape[0]
@@ -333,8 +276,8 @@ def gated_silu_ffn(
 
         tensors = (hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
         reason = adaln.supported(*tensors) or adaln.supported(weight_in.t())
-        if _applies("gated_silu_ffn", hidden, reason):
-            return silu_ffn.gated_silu_ffn(*tensors, _compute_dtype(*tensors))
+        if applies("gated_silu_ffn", hidden, reason):
+            return silu_ffn.gated_silu_ffn(*tensors, compute_dtype(*tensors))
     return silu_ffn_reference.gated_silu_ffn(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
 
 
@@ -373,9 +316,9 @@ def generator_blocks(
     Raises:
         ValueError: shapes that do not fit, or a temperature with gradients.
     """
-    _check_floating("hidden", hidden)
-    _check_floating("conditioning", conditioning)
-    _check_device("conditioning", conditioning, hidden, "hidden")
+    check_floating("hidden", hidden)
+    check_floating("conditioning", conditioning)
+    check_device("conditioning", conditioning, hidden, "hidden")
     block, final = generator_reference.BLOCK_PARAMETERS, generator_reference.FINAL_PARAMETERS
     if len(parameters) < block + final or len(parameters) % block != final:
         raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
@@ -396,7 +339,7 @@ def generator_blocks(
             reason = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
         if temperature != 1 and torch.is_grad_enabled():
             reason = f"temperature {temperature} with gradients enabled"
-        if _applies("mlp_generator", hidden, reason):
+        if applies("mlp_generator", hidden, reason):
             return generator.generator_blocks(
                 hidden, conditioning, parameters, index, inverse, group, temperature, eps
             )
@@ -423,11 +366,11 @@ def generator_few_rows(
     Returns:
         ``[T * samples, D]`` in the autocast dtype, or in the parameters' dtype without autocast.
     """
-    if torch.is_grad_enabled() or not _applies("mlp_generator", z, None):
+    if torch.is_grad_enabled() or not applies("mlp_generator", z, None):
         return None
     from ear_kernels.ops.generator import few_rows
 
-    dtype = _compute_dtype(*inputs)
+    dtype = compute_dtype(*inputs)
     if not torch.is_autocast_enabled(z.device.type) and (z.dtype != dtype or noise.dtype != dtype):
         return None
     if not few_rows.applies(noise.shape[0], z, noise, inputs, parameters, dtype):

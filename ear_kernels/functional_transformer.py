@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ear_kernels.functional import _applies, _check_device, _check_floating, _compute_dtype
 from ear_kernels.ops.transformer import reference
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype
 
 
 def dropout_add_layer_norm(
@@ -48,10 +49,10 @@ def dropout_add_layer_norm(
     _check_add_norm(branch, residual, weight, bias, branch_bias, dropout)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         reason = _refusal(residual, branch, weight, bias, branch_bias)
-        if _applies("dropout_add_layer_norm", residual, reason):
+        if applies("dropout_add_layer_norm", residual, reason):
             from ear_kernels.ops.transformer import autograd
 
-            stream, norm_dtype = _promoted(residual, branch), dtype or _compute_dtype(branch)
+            stream, norm_dtype = _promoted(residual, branch), dtype or compute_dtype(branch)
             return autograd.dropout_add_layer_norm(
                 branch, stream, weight, bias, branch_bias, dropout, eps, seed, norm_dtype
             )
@@ -87,11 +88,11 @@ def gelu_mlp(
     tensors = (weight_in, bias_in, weight_out, bias_out)
     if not torch.compiler.is_compiling():
         reason = _refusal(x, *tensors)
-        if _applies("gelu_mlp", x, reason):
+        if applies("gelu_mlp", x, reason):
             from ear_kernels.ops.transformer import autograd
 
             present = [tensor for tensor in tensors if tensor is not None]
-            dtype = _compute_dtype(x, *present)
+            dtype = compute_dtype(x, *present)
             return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
     return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
 
@@ -112,11 +113,11 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
     _check_qkv(x, weight, bias, heads)
-    if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
+    if not torch.compiler.is_compiling() and applies("qkv_heads", x, _refusal(x, weight, bias)):
         from ear_kernels.ops.transformer import heads as operation
 
         present = [weight] if bias is None else [weight, bias]
-        return operation.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
+        return operation.qkv_heads(x, weight, bias, heads, compute_dtype(x, *present))
     return reference.qkv_heads(x, weight, bias, heads)
 
 
@@ -134,14 +135,14 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
     for name, tensor in (("x", x), ("weight", weight)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, x, "x")
+        check_floating(name, tensor)
+        check_device(name, tensor, x, "x")
     if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [W, {x.shape[-1]}]")
-    if not torch.compiler.is_compiling() and _applies("project", x, _refusal(x, weight)):
+    if not torch.compiler.is_compiling() and applies("project", x, _refusal(x, weight)):
         from ear_kernels.ops.transformer import autograd
 
-        return autograd.project(x, weight, _compute_dtype(x, weight))
+        return autograd.project(x, weight, compute_dtype(x, weight))
     return F.linear(x, weight)
 
 
@@ -163,9 +164,9 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     _check_qkv(x, weight, bias, heads)
     present = [weight] if bias is None else [weight, bias]
     if not torch.compiler.is_compiling():
-        dtype = _compute_dtype(x, *present)
+        dtype = compute_dtype(x, *present)
         fits = _attention_fits(x, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and _applies("self_attention", x, _refusal(x, weight, bias)):
+        if fits and applies("self_attention", x, _refusal(x, weight, bias)):
             from ear_kernels.ops.attention import autograd
 
             return autograd.self_attention(x, weight, bias, heads, dropout, dtype)
@@ -209,10 +210,10 @@ def norm_self_attention(
     _check_dropout(attention_dropout)
     _check_qkv(residual, weight, bias, heads)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        dtype = _compute_dtype(branch, *(tensor for tensor in (weight, bias) if tensor is not None))
+        dtype = compute_dtype(branch, *(tensor for tensor in (weight, bias) if tensor is not None))
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, weight, bias)
         fits = _attention_fits(residual, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and _applies("self_attention", residual, reason):
+        if fits and applies("self_attention", residual, reason):
             from ear_kernels.ops.transformer import halves
 
             return halves.norm_self_attention(
@@ -262,10 +263,10 @@ def norm_gelu_mlp(
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         linears = (weight_in, bias_in, weight_out, bias_out)
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, *linears)
-        if _applies("gelu_mlp", residual, reason):
+        if applies("gelu_mlp", residual, reason):
             from ear_kernels.ops.transformer import halves
 
-            dtype = _compute_dtype(branch, *(tensor for tensor in linears if tensor is not None))
+            dtype = compute_dtype(branch, *(tensor for tensor in linears if tensor is not None))
             return halves.norm_gelu_mlp(
                 branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, *linears, dropout, eps,
                 seeds, dtype,
@@ -299,7 +300,7 @@ def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
 
 
 def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> None:
-    _check_floating("x", x)
+    check_floating("x", x)
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, L, W]")
     rows = weight.shape[0]
@@ -311,8 +312,8 @@ def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> No
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{rows}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            _check_floating(name, tensor)
-            _check_device(name, tensor, x, "x")
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
 
 
 def _check_dropout(dropout: float) -> None:
@@ -324,8 +325,8 @@ def _check_add_norm(
     branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None, dropout: float
 ) -> None:
     for name, tensor in (("branch", branch), ("residual", residual)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, residual, "residual")
+        check_floating(name, tensor)
+        check_device(name, tensor, residual, "residual")
     _check_dropout(dropout)
     if branch.shape != residual.shape or residual.ndim < 1:
         raise ValueError(
@@ -335,7 +336,7 @@ def _check_add_norm(
     for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
         if parameter is None:
             continue
-        _check_device(name, parameter, residual, "residual")
+        check_device(name, parameter, residual, "residual")
         if tuple(parameter.shape) != (residual.shape[-1],):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
 
@@ -344,11 +345,11 @@ def _check_mlp(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> None:
     tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
-    _check_floating("x", x)
+    check_floating("x", x)
     for name, tensor in tensors.items():
         if tensor is not None:
-            _check_floating(name, tensor)
-            _check_device(name, tensor, x, "x")
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
     inner, outer = weight_in.shape[0], weight_out.shape[0]
     expected = {
         "weight_in": (inner, x.shape[-1]),

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels.dispatch import choose_backend
-from ear_kernels.launch import on_device
-from ear_kernels.low_copies import copy_dtypes, updating
+from ear_kernels.ops.energy_loss.configs import on_device
+from ear_kernels.runtime.backend import choose_backend
+from ear_kernels.runtime.copies import copy_dtypes, updating
 
 
 class FusedAdamW(torch.optim.AdamW):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ear_kernels import FusedAdamW, LowCopies
 from ear_kernels.functional_transformer import project
-from ear_kernels.low_copies import low
+from ear_kernels.runtime.copies import low
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import accelerate
-from ear_kernels.patch import UnknownModelError
+from ear_kernels.public_models import UnknownModelError
 from tests.kernels.generator_fixtures import DEVICE
 
 

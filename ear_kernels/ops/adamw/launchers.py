@@ -7,8 +7,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ear_kernels.launch import ceil_div
 from ear_kernels.ops.adamw import kernels
+from ear_kernels.runtime.launching import ceil_div
 
 # The fastest of 8 on an H200: 1.85 ms for 200 M parameters, 7.6 GB.
 CHUNK = 1024

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import block_of, refuse_double_backward
-from ear_kernels.ops.attention import kernels
-from ear_kernels.ops.column_sums.launchers import column_sums
-from ear_kernels.ops.generator.passes import weight_gradient
-from ear_kernels.ops.silu_ffn.autograd import linear
+from ear_kernels.ops.transformer import kernels_attention as kernels
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.copies import low as low_copy
+from ear_kernels.runtime.gemm import linear, weight_gradient
+from ear_kernels.runtime.launching import next_power_of_two
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
 def constants(config: AttentionConfig, dim: int, length: int, dropout: bool) -> dict[str, Any]:
     """Constexprs and launch options for heads of ``dim`` features, at most 80."""
     split = not config.shared and dim > 64
-    block_d, block_e = (64, 16) if split else (max(16, block_of(dim)), 0)
+    block_d, block_e = (64, 16) if split else (max(16, next_power_of_two(dim)), 0)
     full = block_d + block_e == dim
     return {
         "DIM": dim,

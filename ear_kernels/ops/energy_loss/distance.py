@@ -34,7 +34,7 @@ def pairwise_sum_triton(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) ->
     error of every distance is below about 8 x 2^-21, that of typical ones 2^-22, and rounding errors of either sign
     average out in the sum. Fewer features, and float64, are done by differences throughout.
     """
-    from ear_kernels import launch
+    from ear_kernels.ops.energy_loss import configs as launch
     from ear_kernels.ops.energy_loss import kernels_distance
 
     count_x, features = x_MD.shape

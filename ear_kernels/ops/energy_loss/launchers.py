@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels import launch
+from ear_kernels.ops.energy_loss import configs as launch
 from ear_kernels.ops.energy_loss import kernels, kernels_field, kernels_gaussian
 from ear_kernels.ops.energy_loss.reference import working_dtype
 

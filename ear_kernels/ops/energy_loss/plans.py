@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels import launch
-from ear_kernels.dispatch import BACKEND_VARIABLE
 from ear_kernels.ops.energy_loss import autograd, kernels, kernels_gaussian, launchers
+from ear_kernels.ops.energy_loss import configs as launch
 from ear_kernels.ops.energy_loss.reference import working_dtype
 from ear_kernels.prepared import PreparedLaunch
+from ear_kernels.runtime.backend import BACKEND_VARIABLE
 from ear_kernels.targets import GaussianTarget
 
 # Bounds what ever-changing shapes may pile up.

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import RowConfig, backward_grid, block_of, refuse_double_backward, warps_of
-from ear_kernels.ops.column_sums.launchers import column_sums
-from ear_kernels.ops.generator.passes import weight_gradient
-from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.copies import low as low_copy
+from ear_kernels.runtime.gemm import linear, weight_gradient
+from ear_kernels.runtime.launching import RowConfig, next_power_of_two, row_grid, row_warps
 
 PROGRAMS = 528
 """Programs of a backward kernel over rows: 4 for each of an H200's SMs; a constant for the order of its sums."""
@@ -29,14 +29,14 @@ STEPS = 2**16
 
 def norm_forward_warps(width: int) -> int:
     """Within 2 % of the fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
-    return 4 if 1024 < width <= 2048 else warps_of(width)
+    return 4 if 1024 < width <= 2048 else row_warps(width)
 
 
 def norm_backward_config(width: int) -> RowConfig:
     """Within 2 % of the fastest there of 12 to 40 launches each."""
     if 1024 < width <= 2048:
         return RowConfig(4, 4, PROGRAMS)
-    return RowConfig(warps_of(width), 3, 396 if width == 1024 else PROGRAMS)
+    return RowConfig(row_warps(width), 3, 396 if width == 1024 else PROGRAMS)
 
 
 def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
@@ -87,7 +87,7 @@ def _add_norm(
             scale,
             eps,
             WIDTH=width,
-            BLOCK=max(8, block_of(width)),
+            BLOCK=max(8, next_power_of_two(width)),
             DROPOUT=threshold > 0,
             HAS_BRANCH_BIAS=branch_bias is not None,
             SAVE_NORMED=normed is not None,
@@ -120,7 +120,7 @@ def _add_norm_backward(
     if rows == 0:
         return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
     config = norm_backward_config(width)
-    programs, rows_per_program = backward_grid(rows, config.programs)
+    programs, rows_per_program = row_grid(rows, config.programs)
     partials = x.new_empty((programs, 3, width), dtype=torch.float32)
     kernels.dropout_add_layer_norm_bwd_kernel[(programs,)](
         grad_out.contiguous(),
@@ -140,7 +140,7 @@ def _add_norm_backward(
         threshold,
         scale,
         WIDTH=width,
-        BLOCK=max(8, block_of(width)),
+        BLOCK=max(8, next_power_of_two(width)),
         DROPOUT=threshold > 0,
         HAS_GRAD_X=grad_x is not None,
         NORMED=again is not None,
@@ -193,8 +193,8 @@ def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Te
     rows, width = pre.shape
     out = torch.empty_like(pre)
     if rows:
-        programs, rows_per_program = backward_grid(rows, GELU_PROGRAMS)
-        block = max(8, min(COLUMNS, block_of(width)))
+        programs, rows_per_program = row_grid(rows, GELU_PROGRAMS)
+        block = max(8, min(COLUMNS, next_power_of_two(width)))
         kernels.gelu_dropout_fwd_kernel[(programs, -(-width // block))](
             pre,
             seed,
@@ -206,7 +206,7 @@ def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Te
             WIDTH=width,
             BLOCK=block,
             DROPOUT=threshold > 0,
-            num_warps=warps_of(block),
+            num_warps=row_warps(block),
         )
     return out
 
@@ -218,9 +218,9 @@ def _gelu_dropout_backward(
     rows, width = pre.shape
     if rows == 0:
         return grad_out, pre.new_zeros(width, dtype=torch.float32)
-    block = max(8, min(COLUMNS, block_of(width)))
+    block = max(8, min(COLUMNS, next_power_of_two(width)))
     tiles = -(-width // block)
-    programs, rows_per_program = backward_grid(rows, max(1, GELU_BACKWARD_PROGRAMS // tiles))
+    programs, rows_per_program = row_grid(rows, max(1, GELU_BACKWARD_PROGRAMS // tiles))
     partials = pre.new_empty((programs, width), dtype=torch.float32)
     kernels.gelu_dropout_bwd_kernel[(programs, tiles)](
         grad_out,
@@ -237,7 +237,7 @@ def _gelu_dropout_backward(
         BLOCK=block,
         DROPOUT=threshold > 0,
         STAGES=3,
-        num_warps=warps_of(block),
+        num_warps=row_warps(block),
     )
     return grad_out, column_sums(partials)
 

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import graph_is_kept, refuse_double_backward
 from ear_kernels.ops.attention import autograd as attention
-from ear_kernels.ops.column_sums.launchers import column_sums
-from ear_kernels.ops.generator.passes import weight_gradient
-from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer.autograd import (
     _add_norm,
     _add_norm_backward,
@@ -23,6 +18,10 @@ from ear_kernels.ops.transformer.autograd import (
     _gelu_dropout_backward,
     dropout_options,
 )
+from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.copies import low as low_copy
+from ear_kernels.runtime.gemm import linear, weight_gradient
 
 # What the norm before a half takes: branch, its bias, residual, weight, bias, seed, threshold, scale, eps.
 NormInputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, int, float, float]

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import backward_grid, block_of, refuse_double_backward, warps_of
-from ear_kernels.ops.generator.passes import weight_gradient
-from ear_kernels.ops.silu_ffn.autograd import linear
 from ear_kernels.ops.transformer import kernels
 from ear_kernels.ops.transformer.autograd import PROGRAMS
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.copies import low as low_copy
+from ear_kernels.runtime.gemm import linear, weight_gradient
+from ear_kernels.runtime.launching import next_power_of_two, row_grid, row_warps
 
 
 class QKVHeads(torch.autograd.Function):
@@ -47,7 +47,7 @@ class QKVHeads(torch.autograd.Function):
         packed = rows.new_empty((batch * length, 3 * width))
         sums = rows.new_zeros(3 * width, dtype=torch.float32)
         if packed.numel():
-            programs, rows_per_program = backward_grid(batch * length, PROGRAMS)
+            programs, rows_per_program = row_grid(batch * length, PROGRAMS)
             partials = rows.new_empty((programs, 3 * width), dtype=torch.float32)
             kernels.pack_heads_kernel[(programs, 3)](
                 *grads,
@@ -59,9 +59,9 @@ class QKVHeads(torch.autograd.Function):
                 *grads[0].stride()[:3],
                 WIDTH=width,
                 DIM=dim,
-                BLOCK=block_of(width),
+                BLOCK=next_power_of_two(width),
                 STAGES=2,
-                num_warps=warps_of(width),
+                num_warps=row_warps(width),
             )
             sums = partials.sum(0)
         weight_dtype, bias_dtype = ctx.dtypes

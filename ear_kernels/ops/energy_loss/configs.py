@@ -1,26 +1,13 @@
-"""What every launcher needs: static launch configurations, strides of the rows, and the list of shipped kernels.
+"""Static launch configurations of the energy-loss kernels, and the strides of their rows."""
 
-Nothing here imports Triton or asks the hardware: a configuration depends on sizes only, so that there is no tuning
-at the first call and none again for another number of rows.
-"""
-
-import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from ear_kernels.runtime.launching import ceil_div, next_power_of_two  # noqa: F401
+
 MAX_ROW_DIMS = 3
-
-
-def next_power_of_two(value: int) -> int:
-    """The smallest power of two that is at least ``value`` (>= 1)."""
-    return 1 << (value - 1).bit_length()
-
-
-def ceil_div(value: int, by: int) -> int:
-    return -(-value // by)
 
 
 @dataclass(frozen=True)
@@ -164,60 +151,3 @@ class on_device:
     def __exit__(self, *error: object) -> None:
         if self._guard is not None:
             self._guard.__exit__(*error)
-
-
-def dependent_launch(dependent: bool) -> dict[str, bool]:
-    """Launch options of a kernel that may start while the one before it in the stream still runs.
-
-    It waits for that kernel's end (``gdc_wait``, a constexpr ``DEPENDENT`` in the kernel) before it touches memory:
-    only the launch itself overlaps. The kernel before says from when on (``gdc_launch_dependents``), or it is at its
-    end. Needs compute capability 9; not in the interpreter, and not for a kernel that waits for an event too.
-    """
-    return {"launch_pdl": True} if dependent else {}
-
-
-@dataclass(frozen=True)
-class ShippedKernel:
-    """One kernel in one configuration that the package launches: what the compile gate compiles.
-
-    Args:
-        name: shown by the gate.
-        kernel: the ``@triton.jit`` function.
-        signature: Triton type of every argument that is no constexpr, for instance ``"*fp32"`` or ``"i32"``. Pointers
-            and integers named here are taken to be divisible by 16.
-        constexprs: value of every constexpr, and of every integer argument that is specialised to 1.
-        num_warps, num_stages: launch options.
-        options: further launch options, such as ``maxnreg`` (NVIDIA only).
-        undivided: integers of the signature that need not be divisible by 16.
-        max_spills: registers that may spill; anything but 0 needs a reason beside it.
-        known_spills: bytes that may spill with one compiler on one target, ``("3.6", "sm_80")`` for instance, and no
-            more; each needs a reason beside it. Other compilers and targets stay at ``max_spills``.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    max_spills: int = 0
-    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
-    options: dict[str, Any] = field(default_factory=dict)
-    undivided: frozenset[str] = frozenset()
-    known_spills: dict[tuple[str, str], int] = field(default_factory=dict)
-
-
-# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
-SHIPPED_MODULES = (
-    "ear_kernels.ops.adamw.shipped",
-    "ear_kernels.ops.column_sums.shipped",
-    "ear_kernels.ops.attention.shipped",
-    "ear_kernels.ops.energy_loss.shipped",
-    "ear_kernels.ops.generator.shipped",
-    "ear_kernels.ops.transformer.shipped",
-)
-
-
-def shipped_kernels() -> list[ShippedKernel]:
-    """Every configuration of every kernel that the package launches (imports Triton)."""
-    return [kernel for name in SHIPPED_MODULES for kernel in importlib.import_module(name).shipped()]
