@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext as on_device
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ear_kernels.ops.energy_loss.configs import on_device
 from ear_kernels.runtime.backend import choose_backend
 from ear_kernels.runtime.copies import copy_dtypes, updating
 
