@@ -121,6 +121,16 @@ def energy_rows_kernel(
 
 
 @triton.jit
+def sum_partials_kernel(partial_ptr, loss_ptr, count, BLOCK: tl.constexpr):
+    """Sum ``count`` numbers in a fixed order into one; a single program."""
+    offset = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], partial_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partial_ptr + start + offset, mask=start + offset < count, other=0.0)
+    tl.store(loss_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit
 def scale_gradient_kernel(gradient_ptr, factor_ptr, elements, BLOCK: tl.constexpr):
     """Multiply ``elements`` contiguous numbers by the scalar at ``factor_ptr``; at 1 it touches nothing."""
     dtype: tl.constexpr = tl.float64 if gradient_ptr.dtype.element_ty == tl.float64 else tl.float32

@@ -15,6 +15,7 @@ from ear_kernels.ops.energy_loss.launch import (
     gradient_like,
     layout_of,
     row_terms,
+    sum_partials,
 )
 from ear_kernels.ops.energy_loss.reference import working_dtype
 from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two, processor
@@ -121,7 +122,7 @@ def energy_gaussian_forward(
         num_warps=config.num_warps,
         **({"maxnreg": 255} if unlimited else {}),
     )  # fmt: skip
-    return loss.sum() if reduce else loss, gx, gmean, glog_std
+    return sum_partials(loss) if reduce else loss, gx, gmean, glog_std
 
 
 def _as_rows(tensor: Tensor) -> tuple[Tensor, int]:
