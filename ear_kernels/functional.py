@@ -9,6 +9,15 @@ from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss import reference as energy_loss_reference
 from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+from ear_kernels.ops.transformer.functional import (  # noqa: F401
+    dropout_add_layer_norm,
+    gelu_mlp,
+    norm_gelu_mlp,
+    norm_self_attention,
+    project,
+    qkv_heads,
+    self_attention,
+)
 from ear_kernels.runtime.backend import applies, choose_backend, functional_transform_is_active
 from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype, dimension
 from ear_kernels.targets import GaussianTarget

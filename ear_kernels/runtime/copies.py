@@ -42,7 +42,7 @@ _scopes: ContextVar[tuple[LowCopies, ...]] = ContextVar("ear_kernels_low_copies"
 
 
 class LowCopies:
-    """Copies of float32 parameters, which the operations of this package read inside ``with copies:`` and do not cast.
+    """Copies of float32 parameters, which the operations of this package read inside ``with copies:``.
 
     >>> copies = LowCopies(model.parameters())
     >>> for batch in batches:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional_transformer import (
+from ear_kernels.ops.transformer.functional import (
     dropout_add_layer_norm,
     gelu_mlp,
     norm_gelu_mlp,

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, project, qkv_heads
 from ear_kernels.ops.transformer import reference
+from ear_kernels.ops.transformer.functional import dropout_add_layer_norm, gelu_mlp, project, qkv_heads
 from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 

@@ -72,7 +72,7 @@ def adamw(
     average_rest: float,
     low: torch.dtype | None,
 ) -> None:
-    """One AdamW step of all ``entries``; ``divisor``: float32 ``[1]``, for the gradients; ``low``: the copies' dtype."""
+    """One AdamW step of all ``entries``; ``divisor``: float32 ``[1]``, of gradients; ``low``: the copies' dtype."""
     table, chunks = tables.update(entries)
     programs = chunks.numel() // 2
     if programs == 0:
