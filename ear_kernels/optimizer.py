@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels.runtime.backend import choose_backend
+from ear_kernels.runtime.backend import applies
 from ear_kernels.runtime.copies import LowCopies
 
 
@@ -65,8 +65,7 @@ class FusedAdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
         _check_update(updated, divisor, averages, decay)
-        refusal = self._refusal(updated, averages)
-        if updated and choose_backend("adamw", updated[0], refusal) == "triton":
+        if updated and applies("adamw", updated[0], self._refusal(updated, averages)):
             self._make_state(updated)
             self._one_pass(divisor, averages, decay, copies)
             self._opt_called = True  # for learning-rate schedulers
@@ -100,12 +99,12 @@ class FusedAdamW(torch.optim.AdamW):
         finally:
             del self.grad_scale
 
-    def _refusal(self, parameters: list[nn.Parameter], averages: Mapping[nn.Parameter, Tensor]) -> str:
-        """Why the kernel does not take these; nothing if it does."""
+    def _refusal(self, parameters: list[nn.Parameter], averages: Mapping[nn.Parameter, Tensor]) -> str | None:
+        """Why the kernel does not take these, or None if it does."""
         for group in self.param_groups:
             for option in ("amsgrad", "maximize", "capturable", "differentiable"):
                 if group[option]:
-                    return f"the optimiser has {option}"
+                    return f"the option {option}"
         for parameter in parameters:
             # Not self.state[parameter], which would make an entry.
             state = self.state.get(parameter) or {}
@@ -115,12 +114,12 @@ class FusedAdamW(torch.optim.AdamW):
             for tensor in tensors:
                 # Exactly: a DTensor is one, too, with its memory elsewhere.
                 if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32:
-                    return f"a tensor is a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32)"
+                    return f"a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32 tensors)"
                 if tensor.device != parameters[0].device or (state and state["step"].device != parameter.device):
-                    return "the tensors are on several devices"
+                    return "tensors on several devices"
                 if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                    return "a tensor is not contiguous or not aligned to 16 bytes"
-        return ""
+                    return "a tensor that is not contiguous or not aligned to 16 bytes"
+        return None
 
     def _one_pass(
         self,
@@ -137,13 +136,22 @@ class FusedAdamW(torch.optim.AdamW):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            written = [None] * len(parameters) if copies is None else copies.writable(parameters)
+            held = [None] * len(parameters) if copies is None else copies.writable(parameters)
             entries = []
-            for parameter, copy in zip(parameters, written, strict=True):
-                state, average = self.state[parameter], averages.get(parameter)
+            for parameter, copy in zip(parameters, held, strict=True):
+                state = self.state[parameter]
                 assert parameter.grad is not None
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                entries.append(launch.Entry(parameter, parameter.grad, *moments, state["step"], average, copy))
+                entries.append(
+                    launch.Entry(
+                        weight=parameter,
+                        gradient=parameter.grad,
+                        first=state["exp_avg"],
+                        second=state["exp_avg_sq"],
+                        step=state["step"],
+                        average=averages.get(parameter),
+                        copy=None if copy is None else copy.tensor,
+                    )
+                )
             torch._foreach_add_([entry.step for entry in entries], 1)
             launch.adamw(
                 cached.setdefault(number, launch.Tables()),
@@ -157,9 +165,11 @@ class FusedAdamW(torch.optim.AdamW):
                 low=None if copies is None else copies.dtype,
             )
             # Of the copies, too: a backward that needs the old one then says so.
-            torch.autograd.graph.increment_version([*parameters, *(copy for copy in written if copy is not None)])
-            if copies is not None:
-                copies.written(parameters)
+            written = [entry.copy for entry in entries if entry.copy is not None]
+            torch.autograd.graph.increment_version([*parameters, *written])
+            for parameter, copy in zip(parameters, held, strict=True):
+                if copy is not None:
+                    copy.vouch(parameter)
 
 
 def _check_update(

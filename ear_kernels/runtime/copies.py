@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class _Copy:
+class Copy:
     """A copy, and the state of the parameter that it is of: ``version`` is -1 where nobody vouches for it."""
 
     __slots__ = ("address", "tensor", "version")
@@ -35,6 +35,7 @@ class _Copy:
         return current and self.fits(parameter)
 
     def vouch(self, parameter: Tensor) -> None:
+        """Say that the copy is of the parameter as it is."""
         self.version, self.address = parameter._version, parameter.data_ptr()
 
 
@@ -70,9 +71,10 @@ class LowCopies:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; copies are torch.bfloat16 or torch.float16")
         self.dtype = dtype
-        self._parameters = [each for each in dict.fromkeys(parameters) if each.dtype == torch.float32]
-        # Aliases are keys too, and nobody holds them here.
-        self._copies = WeakTensorKeyDictionary({each: _Copy(each, dtype) for each in self._parameters})
+        floats = [parameter for parameter in dict.fromkeys(parameters) if parameter.dtype == torch.float32]
+        self._kept = [(parameter, Copy(parameter, dtype)) for parameter in floats]
+        # Aliases are found here too, and not kept alive.
+        self._copies = WeakTensorKeyDictionary(dict(self._kept))
 
     def __enter__(self) -> LowCopies:
         self._cast(everything=False)
@@ -92,13 +94,12 @@ class LowCopies:
 
     @torch.no_grad()
     def _cast(self, everything: bool) -> None:
-        copies = [(parameter, self._copies[parameter]) for parameter in self._parameters]
-        changed = [(parameter, copy) for parameter, copy in copies if everything or not copy.is_of(parameter)]
+        changed = [(parameter, copy) for parameter, copy in self._kept if everything or not copy.is_of(parameter)]
         if not changed:
             return
         for parameter, copy in changed:
             if not copy.fits(parameter):
-                copy.tensor = _Copy(parameter, self.dtype).tensor
+                copy.tensor = Copy(parameter, self.dtype).tensor
         torch._foreach_copy_([copy.tensor for _, copy in changed], [parameter.detach() for parameter, _ in changed])
         for parameter, copy in changed:
             copy.vouch(parameter)
@@ -106,7 +107,7 @@ class LowCopies:
     def _forget_outside(self) -> None:
         """Vouch for no copy where no scope holds: what follows may change parameters past the version counters."""
         if self not in _scopes.get():
-            for copy in self._copies.values():
+            for _, copy in self._kept:
                 copy.version = -1
 
     def alias(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -122,20 +123,10 @@ class LowCopies:
         copy = self._copies.get(parameter) if dtype == self.dtype else None
         return copy.tensor if copy is not None and copy.is_of(parameter) else None
 
-    def writable(self, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
-        """The copies, for a caller that changes the parameters and brings these along; None where none fits."""
-        copies = [self._copies.get(parameter) for parameter in parameters]
-        return [
-            copy.tensor if copy is not None and copy.fits(parameter) else None
-            for parameter, copy in zip(parameters, copies, strict=True)
-        ]
-
-    def written(self, parameters: Iterable[nn.Parameter]) -> None:
-        """What :meth:`writable` gave out for these parameters is up to date, inside a scope and until the next."""
-        for parameter in parameters:
-            copy = self._copies.get(parameter)
-            if copy is not None and copy.fits(parameter):
-                copy.vouch(parameter)
+    def writable(self, parameters: Iterable[nn.Parameter]) -> list[Copy | None]:
+        """The copies, for a caller that changes the parameters, writes these along and vouches; None where none fits."""
+        copies = [(parameter, self._copies.get(parameter)) for parameter in parameters]
+        return [copy if copy is not None and copy.fits(parameter) else None for parameter, copy in copies]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle of a model has none: these are of this model's parameters."""

@@ -6,12 +6,14 @@ import threading
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ear_kernels import FusedAdamW, LowCopies
 from ear_kernels.ops.transformer.functional import project
+from ear_kernels.runtime import launching
 from ear_kernels.runtime.copies import low
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE
@@ -511,6 +513,22 @@ def test_parameters_with_copies_are_saved_as_any(tmp_path) -> None:
         torch.save(module.state_dict(keep_vars=True), tmp_path / "weights.pt")
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert torch.equal(loaded["weight"], module.weight)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_the_launch_is_recorded_on_meta_tensors(dtype) -> None:
+    """No host code reads what a tensor holds."""
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 4), (3000,), (0,))]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    copies = None if dtype is None else LowCopies(parameters, dtype)
+    averages = {parameters[0]: torch.empty_like(parameters[0])}
+    found = []
+    with launching.recording(lambda *launch: found.append(launch), launching.Processor(9, 132)):
+        FusedAdamW(parameters).update(torch.empty((), device="meta"), averages, copies=copies)
+    ((_, arguments, options),) = found
+    assert [argument.device.type for argument in arguments[:3]] == ["meta"] * 3
+    assert options["LOW"] == {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 def test_averages_of_other_parameters_move_too(monkeypatch) -> None:
