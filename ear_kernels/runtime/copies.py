@@ -124,7 +124,7 @@ class LowCopies:
         return copy.tensor if copy is not None and copy.is_of(parameter) else None
 
     def writable(self, parameters: Iterable[nn.Parameter]) -> list[Copy | None]:
-        """The copies, for a caller that changes the parameters, writes these along and vouches; None where none fits."""
+        """The copies, for a caller that changes the parameters and writes these along; None where none fits."""
         copies = [(parameter, self._copies.get(parameter)) for parameter in parameters]
         return [copy if copy is not None and copy.fits(parameter) else None for parameter, copy in copies]
 
