@@ -1,9 +1,11 @@
 """Fused operations for models trained with the energy loss. Importing this needs no GPU and no Triton."""
 
 from ear_kernels.evaluation import energy_distance, energy_score
-from ear_kernels.functional import adaln_modulate, energy_loss, gated_silu_ffn
-from ear_kernels.functional_transformer import (
+from ear_kernels.functional import (
+    adaln_modulate,
     dropout_add_layer_norm,
+    energy_loss,
+    gated_silu_ffn,
     gelu_mlp,
     norm_gelu_mlp,
     norm_self_attention,

@@ -7,6 +7,15 @@ from ear_kernels.ops.adaln import reference as adaln_reference
 from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
 from ear_kernels.ops.generator import reference as generator_reference
 from ear_kernels.ops.silu_ffn import reference as silu_ffn_reference
+from ear_kernels.ops.transformer.functional import (
+    dropout_add_layer_norm,
+    gelu_mlp,
+    norm_gelu_mlp,
+    norm_self_attention,
+    project,
+    qkv_heads,
+    self_attention,
+)
 from ear_kernels.runtime.backend import applies, choose_backend
 from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype
 
@@ -212,8 +221,15 @@ def generator_few_rows(
 __all__ = [
     "adaln_modulate",
     "check_energy_loss_options",
+    "dropout_add_layer_norm",
     "energy_loss",
     "gated_silu_ffn",
+    "gelu_mlp",
     "generator_blocks",
     "generator_few_rows",
+    "norm_gelu_mlp",
+    "norm_self_attention",
+    "project",
+    "qkv_heads",
+    "self_attention",
 ]

@@ -39,12 +39,38 @@ def dimension(name: str, dim: int, ndim: int) -> int:
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The autocast dtype where autocast is on for the tensors' device, else what they promote to."""
+    """The autocast dtype where autocast is on for the tensors' device, else what they promote to.
+
+    "meta" tensors have no autocast of their own; the CPU's counts.
+    """
     present = [tensor for tensor in tensors if tensor is not None]
-    device = present[0].device.type
+    device = "cpu" if present[0].is_meta else present[0].device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     dtype = present[0].dtype
     for tensor in present[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def kernel_refusal(
+    first: Tensor,
+    *tensors: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
+    widest: int | None = None,
+) -> str | None:
+    """Why kernels cannot take these tensors, for :func:`ear_kernels.runtime.backend.applies`; None if they can.
+
+    Args:
+        first, *tensors: the floating-point inputs; absent ones are None.
+        dtypes: those that the kernels take.
+        widest: the most features that a row of ``first`` may have, if there is a limit (1 is the least then).
+    """
+    for tensor in (first, *tensors):
+        if tensor is not None and tensor.dtype not in dtypes:
+            names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+            taken = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+            return f"dtype {tensor.dtype} (the kernels take {taken})"
+    if widest is not None and not 1 <= first.shape[-1] <= widest:
+        return f"width {first.shape[-1]} (the kernels take 1 to {widest})"
+    return None

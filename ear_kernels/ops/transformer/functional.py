@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ear_kernels.ops.transformer import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype
+from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal
 
 
 def dropout_add_layer_norm(
@@ -50,12 +50,17 @@ def dropout_add_layer_norm(
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         reason = _refusal(residual, branch, weight, bias, branch_bias)
         if applies("dropout_add_layer_norm", residual, reason):
-            from ear_kernels.ops.transformer import autograd
+            from ear_kernels.ops.transformer.autograd import Dropout, DropoutAddLayerNorm
 
-            stream, norm_dtype = _promoted(residual, branch), dtype or compute_dtype(branch)
-            return autograd.dropout_add_layer_norm(
-                branch, stream, weight, bias, branch_bias, dropout, eps, seed, norm_dtype
+            x, out = DropoutAddLayerNorm.apply(
+                *_rows(branch, branch_bias, residual),
+                weight,
+                bias,
+                Dropout.of(dropout, seed, residual.device),
+                eps,
+                dtype or compute_dtype(branch),
             )
+            return x.view(residual.shape), out.view(residual.shape)
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
 
@@ -86,14 +91,12 @@ def gelu_mlp(
     _check_mlp(x, weight_in, bias_in, weight_out, bias_out)
     _check_dropout(dropout)
     tensors = (weight_in, bias_in, weight_out, bias_out)
-    if not torch.compiler.is_compiling():
-        reason = _refusal(x, *tensors)
-        if applies("gelu_mlp", x, reason):
-            from ear_kernels.ops.transformer import autograd
+    if not torch.compiler.is_compiling() and applies("gelu_mlp", x, _refusal(x, *tensors)):
+        from ear_kernels.ops.transformer.autograd import Dropout, GeluMLP
 
-            present = [tensor for tensor in tensors if tensor is not None]
-            dtype = compute_dtype(x, *present)
-            return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, *tensors))
+        out = GeluMLP.apply(rows, *tensors, Dropout.of(dropout, seed, x.device))
+        return out.view(*x.shape[:-1], weight_out.shape[0])
     return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
 
 
@@ -114,10 +117,9 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     """
     _check_qkv(x, weight, bias, heads)
     if not torch.compiler.is_compiling() and applies("qkv_heads", x, _refusal(x, weight, bias)):
-        from ear_kernels.ops.transformer import heads as operation
+        from ear_kernels.ops.transformer.autograd import QKVHeads
 
-        present = [weight] if bias is None else [weight, bias]
-        return operation.qkv_heads(x, weight, bias, heads, compute_dtype(x, *present))
+        return QKVHeads.apply(x.to(compute_dtype(x, weight, bias)), weight, bias, heads)
     return reference.qkv_heads(x, weight, bias, heads)
 
 
@@ -140,9 +142,10 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [W, {x.shape[-1]}]")
     if not torch.compiler.is_compiling() and applies("project", x, _refusal(x, weight)):
-        from ear_kernels.ops.transformer import autograd
+        from ear_kernels.ops.transformer.autograd import Linear
 
-        return autograd.project(x, weight, compute_dtype(x, weight))
+        out = Linear.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x, weight)), weight)
+        return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight)
 
 
@@ -162,14 +165,13 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     """
     _check_dropout(dropout)
     _check_qkv(x, weight, bias, heads)
-    present = [weight] if bias is None else [weight, bias]
     if not torch.compiler.is_compiling():
-        dtype = compute_dtype(x, *present)
+        dtype = compute_dtype(x, weight, bias)
         fits = _attention_fits(x, weight.shape[0] // (3 * heads), heads, dtype)
         if fits and applies("self_attention", x, _refusal(x, weight, bias)):
-            from ear_kernels.ops.attention import autograd
+            from ear_kernels.ops.transformer.autograd import SelfAttention
 
-            return autograd.self_attention(x, weight, bias, heads, dropout, dtype)
+            return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout)
     query, key, value = qkv_heads(x, weight, bias, heads)
     mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
@@ -210,16 +212,18 @@ def norm_self_attention(
     _check_dropout(attention_dropout)
     _check_qkv(residual, weight, bias, heads)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        dtype = compute_dtype(branch, *(tensor for tensor in (weight, bias) if tensor is not None))
+        dtype = compute_dtype(branch, weight, bias)
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, weight, bias)
         fits = _attention_fits(residual, weight.shape[0] // (3 * heads), heads, dtype)
         if fits and applies("self_attention", residual, reason):
-            from ear_kernels.ops.transformer import halves
+            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormSelfAttention
 
-            return halves.norm_self_attention(
-                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, weight, bias, heads,
-                dropout, attention_dropout, eps, seed, dtype,
+            options = Dropout.of(dropout, seed, residual.device), eps
+            x, out = NormSelfAttention.apply(
+                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, *options,
+                weight, bias, heads, attention_dropout, residual.shape[0], dtype,
             )  # fmt: skip
+            return x.view(residual.shape), out.view(*residual.shape[:2], weight.shape[0] // 3)
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seed
     )
@@ -264,21 +268,25 @@ def norm_gelu_mlp(
         linears = (weight_in, bias_in, weight_out, bias_out)
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, *linears)
         if applies("gelu_mlp", residual, reason):
-            from ear_kernels.ops.transformer import halves
+            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormGeluMLP
 
-            dtype = compute_dtype(branch, *(tensor for tensor in linears if tensor is not None))
-            return halves.norm_gelu_mlp(
-                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, *linears, dropout, eps,
-                seeds, dtype,
+            first, second = (Dropout.of(dropout, seed, residual.device) for seed in seeds)
+            x, out = NormGeluMLP.apply(
+                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, first, eps,
+                *linears, second, compute_dtype(branch, *linears),
             )  # fmt: skip
+            return x.view(residual.shape), out.view(*residual.shape[:-1], weight_out.shape[0])
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seeds[0]
     )
     return x, gelu_mlp(normed, weight_in, bias_in, weight_out, bias_out, dropout=dropout, seed=seeds[1])
 
 
-def _promoted(residual: Tensor, branch: Tensor) -> Tensor:
-    return residual.to(torch.promote_types(branch.dtype, residual.dtype))
+def _rows(branch: Tensor, branch_bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Branch, its bias and the stream as rows, the stream in the promoted dtype."""
+    width = residual.shape[-1]
+    stream = residual.to(torch.promote_types(branch.dtype, residual.dtype))
+    return branch.reshape(-1, width), branch_bias, stream.reshape(-1, width)
 
 
 def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
@@ -287,16 +295,10 @@ def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool
 
 
 def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take these tensors; None if they do or if Triton is out of the question anyway."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    for tensor in (first, *tensors):
-        if tensor is not None and tensor.dtype not in floats:
-            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
-    if first.shape[-1] > 8192:
-        return f"width {first.shape[-1]} (the kernels take at most 8192)"
+    """Why the kernels do not take these tensors, or None if they do."""
     if first.numel() // 8 >= 2**30:
         return f"{first.numel()} elements (the kernels count to 2^33)"
-    return None
+    return kernel_refusal(first, *tensors, widest=8192)
 
 
 def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> None:
