@@ -1,4 +1,4 @@
-"""accelerate() on models written here to the public key layout (spec 6): same loss, gradients and samples."""
+"""accelerate() on models written here to the layout of docs/model.md, Public files: same loss, gradients, samples."""
 
 import copy
 
