@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels import LowCopies
-from ear_model import masking
-from ear_model.config import ModelConfig, check_sampling_options, model_config
-from ear_model.sampler import decode_tokens
+from ear_model.config import ModelConfig, check_sampling_options
+from ear_model.model import masking
+from ear_model.model.backbone import Backbone
+from ear_model.model.weights import load_into, load_weights
+from ear_model.presets import model_config
+from ear_model.run_dir import AVERAGES_FILE, WEIGHTS_FILE, latest_checkpoint
+from ear_model.sampling.decoding import decode_tokens
 from ear_model.scores import EnergyScore
-from ear_model.tokenizers import PixelPatches
-from ear_model.transformer import Backbone
+from ear_model.tokenizers.patches import PixelPatches
 
 
 class SelectRows(torch.autograd.Function):
@@ -66,30 +69,11 @@ class EAR(nn.Module):
         Raises:
             ValueError: no run directory, no checkpoint in it, or a file that is damaged or foreign.
         """
-        from ear_model.checkpoint import load_model
-
-        return load_model(Path(run_dir), ema=ema).to(device).eval()
-
-    def capture(self, batch: int, *, use_bf16: bool, parts: int = 1, num_masked: Iterable[int] | None = None) -> None:
-        """From now on training steps of ``batch`` images replay CUDA graphs (:mod:`ear_model.graphs`).
-
-        To be called in training mode, on a GPU, with the parameters where they will stay. Steps of other sizes go on
-        without.
-
-        Args:
-            batch: images of a step.
-            use_bf16: whether steps run under bfloat16 autocast.
-            parts: graphs that the backbone is divided into, each way; several are for DDP.
-            num_masked: numbers of masked tokens an image that will occur; all that can if None.
-        """
-        if use_bf16:
-            cast = [*self.backbone.decoder_blocks.parameters(), *self.score.generator.parameters()]
-            self.low_copies = LowCopies(cast)
-        self.backbone.capture_blocks(batch, use_bf16=use_bf16, parts=parts)
-        if num_masked is None:
-            config = self.config
-            num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
-        self.score.capture_loss([batch * number for number in num_masked], use_bf16=use_bf16)
+        path = latest_checkpoint(Path(run_dir)) / (AVERAGES_FILE if ema else WEIGHTS_FILE)
+        config, tensors = load_weights(path)
+        model = cls(config)
+        load_into(model, tensors, path)
+        return model.to(device).eval()
 
     def forward(self, images: Tensor, labels: Tensor, *, num_masked: int | None = None) -> Tensor:
         """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from ear_model.config import ModelConfig
-from ear_model.graphs import CapturedLoss
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -63,7 +61,7 @@ class EnergyScore(nn.Module):
         """Rows that share a noise vector in training (docs/noise_pool.md); 1 is independent noise."""
         self.loss_chunks = 1
         """Parts of the tokens that the generator takes one after another in training, backward included."""
-        self.captured: CapturedLoss | None = None
+        self.captured: Any = None
 
     @property
     def tau(self) -> float:
@@ -92,14 +90,6 @@ class EnergyScore(nn.Module):
             if self.loss_chunks > 1:
                 return ChunkedLoss.apply(self, hidden_RC, targets_RD, noise_RnE, *self.generator.parameters())
         return self.loss_of(hidden_RC, targets_RD, noise_RnE)
-
-    def capture_loss(self, counts: Iterable[int], *, use_bf16: bool) -> None:
-        """From now on training replays loss and gradients as a CUDA graph for each of these numbers of tokens.
-
-        To be called in training mode, on a GPU, with the parameters where they will stay. Other numbers of tokens go
-        on without (:mod:`ear_model.graphs`).
-        """
-        self.captured = CapturedLoss(self, counts, use_bf16=use_bf16)
 
     def loss_and_gradients(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> list[Tensor]:
         """The loss with these noise vectors, and at once its gradients, ``loss_chunks`` parts of the tokens in turn.

@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_kernels import energy_loss
-from ear_model import EAR, masking
-from ear_model.checkpoint import our_key, public_key
-from ear_model.tokenizers import PixelPatches
+from ear_model import EAR
+from ear_model.model import masking
+from ear_model.model.weights import our_key, public_key
+from ear_model.tokenizers.patches import PixelPatches
 from tests.model.conftest import TINY, randomise
 
 
@@ -263,7 +264,7 @@ def test_guidance_1_is_no_guidance(tiny_model, monkeypatch):
     """Both halves of the guided computation at scale 1 give what the unguided one gives."""
     labels = torch.tensor([0, 5, 9])
     plain = tiny_model.sample(labels, steps=5, guidance=1.0, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("ear_model.sampler.guidance_scale", lambda *arguments: 1.0)
+    monkeypatch.setattr("ear_model.sampling.decoding.guidance_scale", lambda *arguments: 1.0)
     guided = tiny_model.sample(labels, steps=5, guidance=1.5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(guided, plain)
 

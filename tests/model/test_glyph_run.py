@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from benchmarks import glyph_data, glyph_run
-from ear_model.judge import ImageTree
-from ear_model.tokenizers import training
-from ear_model.tokenizers.kl16 import AutoencoderConfig
+from ear_model.evaluation.judge import ImageTree
+from ear_model.tokenizers.config import AutoencoderConfig
 from ear_model.tokenizers.latent import load_latent_tokenizer
+from ear_model.training import autoencoder as training
 from tests.model.conftest import write_tree
 
 # 16 latents of 4 numbers, of images of 16 pixels.

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ear_kernels import FusedAdamW
-from ear_model import masking
-from ear_model.config import EAR_BASE, MODELS, RUNS
 from ear_model.ear import EAR
-from ear_model.graphs import CapturedLoss, can_capture
-from ear_model.train import Trainer, read_metrics
+from ear_model.model import masking
+from ear_model.presets import EAR_BASE, MODELS, RUNS
+from ear_model.run_dir import read_metrics
+from ear_model.training.graphs import CapturedBlocks, CapturedLoss, can_capture, capture
+from ear_model.training.trainer import Trainer
 from tests.model.conftest import randomise, tiny_run
 
 SMALL = replace(EAR_BASE, width=128, depth=3, num_heads=2, generator_width=128, generator_depth=2, num_classes=10)
@@ -49,7 +50,7 @@ def assert_alike(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 def test_replayed_gradients_are_those_of_single_launches(parts) -> None:
     model = make(0.0)
     plain = [gradients(model, seed) for seed in (1, 2)]
-    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
+    model.backbone.captured = CapturedBlocks(model.backbone, 4, use_bf16=True, parts=parts)
     for seed in (1, 2):
         assert_alike(gradients(model, seed), plain[seed - 1])
 
@@ -57,7 +58,7 @@ def test_replayed_gradients_are_those_of_single_launches(parts) -> None:
 @pytest.mark.gpu
 def test_parameters_that_an_optimiser_changed_are_read() -> None:
     model = make(0.0)
-    model.backbone.capture_blocks(4, use_bf16=True)
+    model.backbone.captured = CapturedBlocks(model.backbone, 4, use_bf16=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     before = gradients(model, 1)
     optimizer.step()
@@ -75,7 +76,7 @@ def test_steps_of_a_whole_captured_model(kind) -> None:
     for captured in (True, False):
         model = make(0.0)
         if captured:
-            model.capture(4, use_bf16=True, num_masked=[200])
+            capture(model, 4, use_bf16=True, num_masked=[200])
         optimizer = kind(model.parameters(), lr=0.02)
         losses.append([])
         for seed in range(4):
@@ -93,7 +94,7 @@ def test_steps_of_a_whole_captured_model(kind) -> None:
 def test_accumulated_gradients_add_up() -> None:
     model = make(0.0)
     single = [gradients(model, seed) for seed in (1, 2, 3)]
-    model.backbone.capture_blocks(4, use_bf16=True)
+    model.backbone.captured = CapturedBlocks(model.backbone, 4, use_bf16=True)
     gradients(model, 1)
     gradients(model, 2, add=True)
     total = gradients(model, 3, add=True)
@@ -107,7 +108,7 @@ def test_dropout_draws_anew_and_capturing_draws_nothing(parts) -> None:
     torch.manual_seed(9)
     expected = torch.rand(3, device="cuda")
     torch.manual_seed(9)
-    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
+    model.backbone.captured = CapturedBlocks(model.backbone, 4, use_bf16=True, parts=parts)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
     losses = [gradients(model, seed)[0] for seed in (5, 6, 5)]
     assert losses[0] != losses[1]
@@ -118,7 +119,7 @@ def test_dropout_draws_anew_and_capturing_draws_nothing(parts) -> None:
 @pytest.mark.gpu
 def test_other_batches_eval_and_copies_go_without() -> None:
     model = make(0.0)
-    model.backbone.capture_blocks(2, use_bf16=True)
+    model.backbone.captured = CapturedBlocks(model.backbone, 2, use_bf16=True)
     plain = gradients(model, 1)
     assert copy.deepcopy(model).backbone.captured is None
     model.backbone.captured = None
@@ -217,7 +218,9 @@ def test_the_loss_of_a_graph_and_its_gradients(request, device, chunks, per_nois
     cases = ((180, 1.0), (256, 0.5), (201, 1.0), (180, 2.0))
     plain = [loss_and_gradients(model, *case) for case in cases]
     random_state = torch.get_rng_state()
-    model.score.capture_loss([2 * number for number in (180, 201, 256)], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(
+        model.score, [2 * number for number in (180, 201, 256)], use_bf16=device == "cuda"
+    )
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not model.score.captured.takes(torch.zeros(2 * 190, SMALL.width))
     for case, expected in zip(cases, plain, strict=True):
@@ -238,7 +241,7 @@ def test_the_loss_of_a_graph_and_its_gradients(request, device, chunks, per_nois
 def test_another_tau_is_captured_anew(request, device) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=device == "cuda")
     first = loss_and_gradients(model, 180)
     # A loss that is alive has nodes of the parameters in autograd, which belong to its stream.
     hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
@@ -263,7 +266,7 @@ def test_gradients_of_losses_add_up(request, device) -> None:
     prepare(request, device)
     model = small(device)
     single = [loss_and_gradients(model, number) for number in (180, 201)]
-    model.score.capture_loss([360, 402], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360, 402], use_bf16=device == "cuda")
     loss_and_gradients(model, 180)
     total = loss_and_gradients(model, 201, add=True)
     assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
@@ -275,7 +278,7 @@ def test_frozen_parameters_of_the_generator_get_no_gradient(request, device) -> 
     model = small(device)
     model.score.generator.requires_grad_(False)
     model.score.generator.input_proj.requires_grad_(True)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=device == "cuda")
     torch.manual_seed(1)
     hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
     model.score.loss(hidden, targets).backward()
@@ -287,7 +290,7 @@ def test_frozen_parameters_of_the_generator_get_no_gradient(request, device) -> 
 def test_gradients_that_were_overwritten_are_refused(request, device) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=device == "cuda")
     hidden = torch.randn(360, SMALL.width, device=device)
     targets = torch.randn(360, 16, device=device)
     first, second = model.score.loss(hidden, targets), model.score.loss(hidden, targets)
@@ -304,7 +307,7 @@ def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> No
     model = small(device)
     plain = loss_and_gradients(model, 180)
     names = [name for name, _ in model.named_parameters()]
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=device == "cuda")
     frozen = model.score.generator.noise_embed
     for trained in (False, True):
         frozen.requires_grad_(trained)
@@ -319,7 +322,7 @@ def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> No
 def test_gradients_that_are_set_to_zero_in_place(request, device) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=device == "cuda")
     first = loss_and_gradients(model, 180)
     for _ in range(2):
         model.zero_grad(set_to_none=False)
@@ -336,7 +339,7 @@ def test_copies_are_refreshed_in_every_step(tiny_model) -> None:
 
 def test_no_graph_in_eval_mode_or_of_a_copy(on_a_cpu) -> None:
     model = small("cpu")
-    model.score.capture_loss([360], use_bf16=False)
+    model.score.captured = CapturedLoss(model.score, [360], use_bf16=False)
     assert copy.deepcopy(model).score.captured is None
     images, labels = torch.randn(2, 16, 16, 16), torch.arange(2)
     with torch.no_grad():

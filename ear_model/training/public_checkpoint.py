@@ -22,11 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ear_model import checkpoint, optim
-from ear_model.config import MODELS, RUNS, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.data.sources import load_training_data
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
-from ear_model.randomness import mixed_seed
+from ear_model.model.weights import check_fit, our_key, public_key
+from ear_model.presets import MODELS, RUNS
+from ear_model.run_dir import CONFIG_FILE, load_config, save_config
+from ear_model.seeds import mixed_seed
+from ear_model.training import checkpoint, optim
 
 PUBLIC_CLASS_TOKENS = 64
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
@@ -101,11 +105,11 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {checkpoint.our_key(key): tensor for key, tensor in tensors.items()}
+    return {our_key(key): tensor for key, tensor in tensors.items()}
 
 
 def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {checkpoint.public_key(name): tensor for name, tensor in tensors.items()}
+    return {public_key(name): tensor for name, tensor in tensors.items()}
 
 
 def _meta_model(config: ModelConfig) -> EAR:
@@ -293,9 +297,9 @@ def import_run(
         model_config = infer_model(public.weights, public.args, num_heads, str(source))
         config = RunConfig(data="npz", data_path=str(public.args.get("cached_path", "")), model=model_config)
     model = _meta_model(config.model)
-    checkpoint.check_fit(model, public.weights, source)
+    check_fit(model, public.weights, source)
     if public.averages is not None:
-        checkpoint.check_fit(model, public.averages, source)
+        check_fit(model, public.averages, source)
     moments = {}
     if public.optimizer is not None:
         if list(public.weights) != [name for name, _ in model.named_parameters()]:
@@ -332,8 +336,8 @@ def import_run(
             "param_groups": None if public.optimizer is None else public.optimizer["param_groups"],
         },
     }
-    require_writable(out / checkpoint.CONFIG_FILE, needed_bytes=4 * _bytes(public.weights))
-    checkpoint.save_config(out, config)
+    require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(public.weights))
+    save_config(out, config)
     averages = public.weights if public.averages is None else public.averages
     checkpoint.save_checkpoint(out, step, model, averages, state, weights=public.weights)
     missing = [name for name in ("averages", "optimizer") if getattr(public, name) is None]
@@ -359,11 +363,11 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
     if out.exists():
         raise ValueError(f"{out} exists already; give a new --out")
     saved = checkpoint.load_checkpoint(run_dir)
-    run = checkpoint.load_config(run_dir)
+    run = load_config(run_dir)
     where = str(saved.path)
     model = _meta_model(saved.config)
     for tensors in (saved.weights, saved.averages):
-        checkpoint.check_fit(model, tensors, saved.path)
+        check_fit(model, tensors, saved.path)
     state = saved.trainer_state
     public = state.get("public") or {}
     moments = moments_by_name(state["optimizer"], model, run.train.parameter_groups, where)
@@ -408,8 +412,6 @@ def _finished_epochs(run: RunConfig, step: int, public: dict[str, Any]) -> int:
         if step == public["step"] or not public["step"]:
             return public["epoch"]
         return max(0, step * (public["epoch"] + 1) // public["step"] - 1)
-    from ear_model.data import load_training_data
-
     try:
         images = len(load_training_data(run))
     except ValueError as error:

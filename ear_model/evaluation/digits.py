@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ear_kernels import energy_distance
-from ear_model.data import Dataset, load_digits, to_pixels
+from ear_model.data.batches import Dataset
+from ear_model.data.digits import load_digits, to_pixels
 from ear_model.ear import EAR
 from ear_model.files import write_atomically
-from ear_model.sample import sample_images
+from ear_model.sampling.images import sample_images
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ear_model.data import Batches
+from ear_model.data.batches import Batches
 
 
 class Prefetcher:

@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ear_model.errors import RunError
+
 # A process that dies is noticed by torchrun within a second; this ends a job in which one hangs.
 TIMEOUT = timedelta(minutes=10)
-# torchrun ends the others as soon as one process ends; the main one is to tell the error first.
-MAIN_TELLS_SECONDS = 2.0
+# torchrun ends the others as soon as one process ends; the main one is to report the error first.
+MAIN_REPORTS_SECONDS = 2.0
 
 
 class SharedError(ValueError):
@@ -31,7 +33,7 @@ class SharedError(ValueError):
     on_every_process = True
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(RunError):
     """Another process of the job died or could not be reached."""
 
 
@@ -115,7 +117,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rsplit("] ", 1)[-1][:200]
 
 
-def leave(status: int) -> NoReturn:
+def end_process(status: int) -> NoReturn:
     """End this process with ``status``; one that torchrun started without the interpreter's own shutdown.
 
     After an error that would wait for collectives that can't end. After success torch's threads abort in it now and
@@ -123,15 +125,15 @@ def leave(status: int) -> NoReturn:
     """
     if launched():
         if status != 0 and os.environ["RANK"] != "0":
-            time.sleep(MAIN_TELLS_SECONDS)
+            time.sleep(MAIN_REPORTS_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def told_elsewhere(error: BaseException) -> bool:
-    """Whether another process tells this error: every one raises it, and this one is not the first."""
+def another_process_reports(error: BaseException) -> bool:
+    """Whether another process reports this error: every one raises it, and this one is not the first."""
     if not dist.is_initialized():  # options, presets: read by all alike
         return launched() and os.environ["RANK"] != "0"
     return not is_main() and (isinstance(error, KeyboardInterrupt) or getattr(error, "on_every_process", False))
@@ -173,8 +175,8 @@ def all_or_none() -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    told = None if failure is None else (str(failure) or type(failure).__name__)
-    messages = gather_objects(told)
+    own = None if failure is None else (str(failure) or type(failure).__name__)
+    messages = gather_objects(own)
     for number, message in enumerate(messages):
         if message is not None:
             only = "" if all(messages) else f"process {number}: "

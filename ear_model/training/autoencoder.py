@@ -19,54 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear_model.data import Batches
+from ear_model.data.batches import Batches
+from ear_model.data.images import ImageFolderData
+from ear_model.data.prefetch import Prefetcher
 from ear_model.files import require_writable, write_atomically
-from ear_model.images import ImageFolderData
-from ear_model.prefetch import Prefetcher
 from ear_model.progress import Progress
-from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL, Posterior
+from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
+from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
-# 64 tokens of 8 numbers for an image of 64 pixels, which is what the recipe glyphs64 trains on.
-SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 4), residual_blocks=1, latent_channels=8, norm_groups=8)
-
-
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """How a small autoencoder is trained."""
-
-    image_size: int = 64
-    """Height and width that images are scaled and cropped to."""
-    steps: int = 3000
-    """Optimiser steps."""
-    batch_size: int = 128
-    """Images a step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW, after a linear warm-up of 5 % of the steps; then a cosine to zero."""
-    kl_weight: float = 1e-4
-    """Weight of the KL divergence, in nats per latent number, beside the absolute error per pixel in -1..1."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    seed: int = 0
-    """Of weights, held-out images, order, flips and posterior draws."""
-    checkpoint_every: int = 500
-    """Steps between writes of OUT.partial, from which the same command goes on."""
-    cuda_graph: bool = True
-    """On a GPU, replay forward and backward as one CUDA graph: launching their kernels takes longer than they run."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and not negative")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 @dataclass(frozen=True)

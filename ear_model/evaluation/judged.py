@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ear_kernels import energy_distance
-from ear_model.judge import ImageTree, Judge, split_classes
+from ear_model.evaluation.judge import ImageTree, Judge, split_classes
 
 PIXELS = 32  # a side of the images whose pixels are compared; more would take minutes on a CPU
 

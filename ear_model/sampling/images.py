@@ -6,30 +6,29 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ear_model.config import RunConfig
-from ear_model.ear import EAR
+from ear_model.config import ModelConfig
 from ear_model.files import require_writable, write_atomically
 
 SAMPLING_FILE = "sampling.json"
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" (a GPU if there is one), or a device by name. Raises ValueError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA GPU here; use auto or cpu")
-    return device
+class SamplingModel(Protocol):
+    """What these functions need of a model, such as :class:`ear_model.ear.EAR`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def sample(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def parameters(self) -> Callable[[], Iterator[Tensor]]: ...
 
 
 def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
@@ -48,70 +47,14 @@ def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
     return torch.tensor([classes[index * len(classes) // num] for index in range(num)])
 
 
-def sample_images(model: EAR, labels: Tensor, *, seed: int = 0, batch_size: int = 256, **options: Any) -> Tensor:
+def sample_images(
+    model: SamplingModel, labels: Tensor, *, seed: int = 0, batch_size: int = 256, **options: Any
+) -> Tensor:
     """Images ``[N, channels, size, size]`` on the CPU, in batches; ``options`` go to :meth:`EAR.sample`."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parts = [model.sample(part.to(device), generator=generator, **options).cpu() for part in labels.split(batch_size)]
     return torch.cat(parts)
-
-
-class Decoder:
-    """What turns a model's output into images ``[B, 1 or 3, H, W]`` in -1..1.
-
-    Args:
-        config: the run; its ``tokenizer`` is loaded, or nothing if the model makes pixels.
-        device: where the tokenizer decodes.
-
-    Raises:
-        ValueError: latents without a tokenizer, or a tokenizer file that is not there or does not fit.
-    """
-
-    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
-        self.device, self._tokenizer = torch.device(device), None
-        self.image_size = config.model.image_size
-        """Height and width of the images."""
-        if config.tokenizer:
-            if not Path(config.tokenizer).is_file():
-                raise ValueError(
-                    f"the run's tokenizer {config.tokenizer} is not there; give another with --tokenizer"
-                )
-            self._tokenizer = _load_tokenizer(config.tokenizer, self.device)
-            self.image_size *= self._tokenizer.downsampling
-        elif config.model.channels not in (1, 3):
-            raise ValueError(
-                f"this model makes latents of {config.model.channels} channels and its run names no tokenizer; "
-                f"give the autoencoder's weights with --tokenizer"
-            )
-
-    @torch.no_grad()
-    def __call__(self, output: Tensor, batch_size: int = 32) -> Tensor:
-        """Images of what the model sampled, on the CPU; latents are decoded ``batch_size`` at a time."""
-        if self._tokenizer is None:
-            return output
-        parts = [self._tokenizer.decode(part.to(self.device)).float().cpu() for part in output.split(batch_size)]
-        return torch.cat(parts)
-
-
-def _load_tokenizer(path: str, device: torch.device) -> Any:
-    from ear_model.tokenizers.latent import load_latent_tokenizer
-
-    return load_latent_tokenizer(path, device)
-
-
-def class_names(config: RunConfig) -> tuple[str, ...] | None:
-    """The names of the run's classes, if its cache is still there: entry "classes" of ``manifest.json``."""
-    if config.data != "cache" or not config.data_path:
-        return None
-    try:
-        names = json.loads((Path(config.data_path) / "manifest.json").read_text())["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    # They become directories: nothing that points elsewhere.
-    usable = isinstance(names, list) and all(
-        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
-    )
-    return tuple(names) if usable and len(set(names)) == len(names) else None
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -123,7 +66,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def sample_batches(
-    model: EAR,
+    model: SamplingModel,
     labels: Tensor,
     decoder: Callable[[Tensor], Tensor],
     *,
@@ -164,7 +107,7 @@ def sample_batches(
 
 
 def write_images(
-    model: EAR,
+    model: SamplingModel,
     labels: Tensor,
     decoder: Callable[[Tensor], Tensor],
     out: Path,

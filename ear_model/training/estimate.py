@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ear_model.config import MODELS, ModelConfig, RunConfig
+from ear_model.config import ModelConfig, RunConfig
+from ear_model.presets import MODELS
 
 H200_BF16_FLOPS = 989e12  # dense tensor-core FLOP/s of the data sheet
 H200_MEMORY_GB = 141.0

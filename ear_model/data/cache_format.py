@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from ear_model.config import RunConfig
 from ear_model.files import write_atomically
 
 FORMAT = "ear_model_cache"
@@ -141,6 +142,21 @@ def _check_manifest(manifest: Manifest) -> None:
         if shard.count < 1 or Path(shard.file).name != shard.file:
             raise ValueError(f"shard {shard}")
     require("shards", len(manifest.shards) > 0)
+
+
+def class_names(config: RunConfig) -> tuple[str, ...] | None:
+    """The names of the run's classes, if its cache is still there: entry "classes" of ``manifest.json``."""
+    if config.data != "cache" or not config.data_path:
+        return None
+    try:
+        names = json.loads((Path(config.data_path) / MANIFEST).read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # They become directories: nothing that points elsewhere.
+    usable = isinstance(names, list) and all(
+        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
+    )
+    return tuple(names) if usable and len(set(names)) == len(names) else None
 
 
 def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> None:

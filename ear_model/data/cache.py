@@ -10,8 +10,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ear_model.cache_format import DTYPES, Manifest, Verify, file_sha256, load_manifest, verify_shards
-from ear_model.images import random_flips, to_float
+from ear_model.data.cache_format import DTYPES, Manifest, Verify, file_sha256, load_manifest, verify_shards
+from ear_model.data.images import random_flips, to_float
 from ear_model.tokenizers.kl16 import LOGVAR_RANGE
 
 

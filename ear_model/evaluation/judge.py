@@ -19,6 +19,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ear_model.evaluation.config import JudgeConfig
 from ear_model.files import write_atomically
 
 FORMAT = "ear_judge 1"
@@ -105,35 +106,6 @@ def split_classes(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor
     others = torch.ones(len(labels), dtype=torch.bool)
     others[first] = False
     return first, others.nonzero().flatten()
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """A judge's network and how it is trained."""
-
-    channels: tuple[int, int, int, int] = (32, 64, 128, 256)
-    """Channels of the four stages, one residual block each; the last is F, the number of features."""
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Images a step."""
-    lr: float = 4e-3
-    """Peak learning rate of AdamW, warmed up and annealed to 0."""
-    weight_decay: float = 0.05
-    """AdamW weight decay."""
-    shift: int = 4
-    """Images are shifted by up to so many pixels in training; they are never flipped: b is not d."""
-    seed: int = 0
-    """Seed of weights, order and shifts."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if min(self.weight_decay, self.shift, self.seed) < 0:
-            raise ValueError(f"weight_decay, shift and seed must not be negative: {self}")
-        if len(self.channels) != 4 or min(self.channels) < 1:
-            raise ValueError(f"channels are {self.channels}; give four positive numbers")
 
 
 class Judge:
@@ -238,7 +210,7 @@ def _scale(images: Tensor) -> Tensor:
 def train_judge(
     train: ImageTree,
     held_out: ImageTree,
-    config: JudgeConfig = JudgeConfig(),
+    config: JudgeConfig | None = None,
     *,
     device: torch.device | str = "cpu",
     log: Callable[[str], object] | None = None,
@@ -248,13 +220,14 @@ def train_judge(
     Args:
         train: what it learns.
         held_out: real images that it is tested on, of the same classes and size.
-        config: network and training.
+        config: network and training; the defaults of :class:`JudgeConfig` if None.
         device: where to train.
         log: gets a line an epoch.
 
     Raises:
         ValueError: fewer than two classes, or trees of other classes or sizes.
     """
+    config = config or JudgeConfig()
     if len(train.class_names) < 2:
         raise ValueError(f"a judge needs at least two classes; this tree has {train.class_names}")
     if held_out.class_names != train.class_names or held_out.images.shape[1:] != train.images.shape[1:]:

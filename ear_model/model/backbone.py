@@ -20,7 +20,6 @@ from ear_kernels.functional_transformer import (
     self_attention,
 )
 from ear_model.config import ModelConfig
-from ear_model.graphs import CapturedBlocks
 
 # Where our kernels don't take the attention (float32, heads wider than 80): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -139,7 +138,7 @@ class Backbone(nn.Module):
         self.decoder_norm = norm(width)
         self.dropout = config.dropout
         self.position_init = config.position_init
-        self.captured: CapturedBlocks | None = None
+        self.captured: Any = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -172,14 +171,6 @@ class Backbone(nn.Module):
         """
         for block in self.decoder_blocks:
             block.compile()
-
-    def capture_blocks(self, batch: int, *, use_bf16: bool, parts: int = 1) -> None:
-        """From now on training steps of ``batch`` images replay the blocks as CUDA graphs (:mod:`ear_model.graphs`).
-
-        To be called in training mode, on a GPU, with the parameters where they will stay. Other batch sizes go on
-        without. ``parts``: how many graphs forward and backward.
-        """
-        self.captured = CapturedBlocks(self, batch, use_bf16=use_bf16, parts=parts)
 
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""

@@ -13,16 +13,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ear_model import distributed
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers; torch's CPU generator reads no more of it."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+from ear_model.seeds import mixed_seed
+from ear_model.training import distributed
 
 
 class CommonDraws(TorchFunctionMode):

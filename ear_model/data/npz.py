@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear_model.cache import draw_latents
-from ear_model.images import find_images
-from ear_model.tokenizers.kl16 import KL16_LATENT_SCALE
+from ear_model.data.cache import draw_latents
+from ear_model.data.images import find_images
+from ear_model.tokenizers.config import KL16_LATENT_SCALE
 
 KEYS = ("moments", "moments_flip")
 CHECKED_SIZES = 1000

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from ear_model.config import RunConfig
-
-DIGITS_SPLIT_SEED = 0
-PIXEL_SCALE = 8.0  # scikit-learn's digits have pixels 0..16; the model sees -1..1
 
 
 class TrainingData(Protocol):
@@ -62,42 +56,6 @@ class Dataset:
     def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See :class:`TrainingData`; nothing here is random."""
         return self.images[indices], self.labels[indices]
-
-
-def load_training_data(config: RunConfig) -> TrainingData:
-    """The data set that a run names. Raises ValueError if it is not there, damaged or does not fit."""
-    if config.data == "digits":
-        return load_digits()[0]
-    if config.data in ("cache", "npz") and not config.data_path:
-        raise ValueError(f"data {config.data!r} needs data_path, the directory of the cache")
-    if config.data == "cache":
-        from ear_model.cache import load_cache
-
-        return load_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
-    if config.data == "npz":
-        from ear_model.npz import load_npz_cache
-
-        return load_npz_cache(Path(config.data_path), tokenizer=Path(config.tokenizer) if config.tokenizer else None)
-    raise ValueError(f"data {config.data!r} is unknown; use digits, cache or npz")
-
-
-def load_digits() -> tuple[Dataset, Dataset]:
-    """scikit-learn's 1,797 handwritten 8x8 digits: a fixed random 75 % to train on, and the held-out 25 %."""
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise ValueError("the digits need scikit-learn; install ear-kernels[train]") from error
-    digits = load()
-    order = np.random.RandomState(DIGITS_SPLIT_SEED).permutation(len(digits.target))
-    images = torch.from_numpy(digits.images[order]).float().unsqueeze(1) / PIXEL_SCALE - 1
-    labels = torch.from_numpy(digits.target[order]).long()
-    split = len(labels) * 3 // 4
-    return Dataset(images[:split], labels[:split]), Dataset(images[split:], labels[split:])
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Model images to pixels 0..16, ``[N, size * size]``, float64 on the CPU."""
-    return ((images.double().cpu() + 1) * PIXEL_SCALE).clamp(0, 2 * PIXEL_SCALE).flatten(1)
 
 
 class Batches:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ear_model.cache_format import (
+from ear_model.data.cache_format import (
     BUILD,
     DTYPES,
     MANIFEST,
@@ -28,8 +28,8 @@ from ear_model.cache_format import (
     save_manifest,
     write_json,
 )
+from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
 from ear_model.files import require_writable, write_atomically
-from ear_model.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
 from ear_model.progress import Progress
 from ear_model.tokenizers.latent import LatentTokenizer
 

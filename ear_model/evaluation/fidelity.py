@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear_model.evaluate_judge import feature_statistics, frechet_distance
+from ear_model.evaluation.judged import feature_statistics, frechet_distance
 
 # uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
 Extractor = Callable[[Tensor], Sequence[Tensor]]

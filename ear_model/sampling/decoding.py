@@ -7,19 +7,30 @@ step has a shape known before it starts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ear_model.masking import guidance_scale, random_orders, unmasking_schedule
+from ear_model.config import ModelConfig
+from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
 
-if TYPE_CHECKING:
-    from ear_model.ear import EAR
+
+class DecodingModel(Protocol):
+    """What the loop needs of a model: its sizes, its backbone and its score."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def backbone(self) -> Any: ...
+
+    @property
+    def score(self) -> Any: ...
 
 
 def decode_tokens(
-    model: EAR,
+    model: DecodingModel,
     labels_B: Tensor,
     *,
     steps: int,

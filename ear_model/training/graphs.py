@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ear_kernels import LowCopies
 from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
 from ear_kernels.low_copies import alias
 from ear_model.config import ModelConfig, RunConfig
-
-if TYPE_CHECKING:
-    from ear_model.scores.energy import EnergyScore
-    from ear_model.transformer import Backbone
+from ear_model.ear import EAR
+from ear_model.model import masking
+from ear_model.model.backbone import Backbone
+from ear_model.scores.energy import EnergyScore
 
 
 class _Blocks(nn.Module):
@@ -271,3 +272,27 @@ class CapturedLoss(_GivesGradients):
         self._graphs[count].replay()
         self.replays += 1
         return _ReplayedLoss.apply(self, hidden_RC, *self.score.generator.parameters())
+
+
+def capture(
+    model: EAR, batch: int, *, use_bf16: bool, parts: int = 1, num_masked: Iterable[int] | None = None
+) -> None:
+    """From now on training steps of ``batch`` images replay CUDA graphs; steps of other sizes go on without.
+
+    To be called in training mode, on a GPU, with the parameters where they will stay.
+
+    Args:
+        model: the model.
+        batch: images of a step.
+        use_bf16: whether steps run under bfloat16 autocast.
+        parts: graphs that the backbone is divided into, each way; several are for DDP.
+        num_masked: numbers of masked tokens an image that will occur; all that can if None.
+    """
+    if use_bf16:
+        cast = [*model.backbone.decoder_blocks.parameters(), *model.score.generator.parameters()]
+        model.low_copies = LowCopies(cast)
+    model.backbone.captured = CapturedBlocks(model.backbone, batch, use_bf16=use_bf16, parts=parts)
+    if num_masked is None:
+        config = model.config
+        num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
+    model.score.captured = CapturedLoss(model.score, [batch * number for number in num_masked], use_bf16=use_bf16)
