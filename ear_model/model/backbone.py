@@ -4,6 +4,7 @@ Parameters have the names of the public EAR checkpoint. Shapes: B images, L toke
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from ear_kernels.functional_transformer import (
     self_attention,
 )
 from ear_model.config import ModelConfig
+from ear_model.draws import TORCH_DRAWS, Draws
 
 # Where our kernels don't take the attention (float32, heads wider than 80): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -138,7 +140,6 @@ class Backbone(nn.Module):
         self.decoder_norm = norm(width)
         self.dropout = config.dropout
         self.position_init = config.position_init
-        self.captured: Any = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -163,15 +164,6 @@ class Backbone(nn.Module):
                 positions = self.decoder_pos_embed_learned[0, self.class_tokens :]
                 positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block in place: names, state dicts and copies of the model stay what they are.
-
-        The kernels of ear_kernels then leave the blocks to inductor. All blocks are one graph of the same shapes, so
-        only the first is compiled.
-        """
-        for block in self.decoder_blocks:
-            block.compile()
-
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
         return self.class_emb(labels_B)
@@ -180,24 +172,32 @@ class Backbone(nn.Module):
         """The null class's embedding ``[B, C]``."""
         return self.fake_latent.expand(batch, -1)
 
-    def drop_classes(self, classes_BC: Tensor) -> Tensor:
+    def drop_classes(self, classes_BC: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
         """The embeddings with ``label_dropout`` of the images turned to the null class (training)."""
-        dropped = torch.rand(classes_BC.shape[0], 1, device=classes_BC.device) < self.label_dropout
+        dropped = draws.rand(classes_BC.shape[0], 1, device=classes_BC.device) < self.label_dropout
         return torch.where(dropped, self.fake_latent, classes_BC)
 
-    def forward(self, tokens_BLD: Tensor, masked_BL: Tensor, classes_BC: Tensor) -> Tensor:
-        """Hidden states ``[B, L, C]``; the contents of masked tokens are not read."""
+    def forward(
+        self,
+        tokens_BLD: Tensor,
+        masked_BL: Tensor,
+        classes_BC: Tensor,
+        run_blocks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states ``[B, L, C]``; the contents of masked tokens are not read.
+
+        Args:
+            tokens_BLD: tokens.
+            masked_BL: which of them are masked.
+            classes_BC: class embeddings.
+            run_blocks: does the work of :meth:`run_blocks`, which does it if None.
+        """
         batch = tokens_BLD.shape[0]
         embedded_BLC = self.z_proj(tokens_BLD)
         embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
-        captured = self.captured if self.training and torch.is_grad_enabled() else None
-        if captured is not None and captured.shape == hidden.shape:
-            normed = captured.replay(hidden)
-        else:
-            normed = self.run_blocks(hidden)
-        return normed[:, self.class_tokens :]
+        return (run_blocks or self.run_blocks)(hidden)[:, self.class_tokens :]
 
     def run_blocks(self, hidden: Tensor, pending: Pending | None = None, part: slice = slice(None)) -> Any:
         """The blocks and the final norm over ``[B, class_tokens + L, C]``.

@@ -6,12 +6,14 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ear_model.draws import TORCH_DRAWS, Draws
+
 MASK_RATIO_STD = 0.25
 
 
-def random_orders(batch: int, num_tokens: int, device: torch.device, generator=None) -> Tensor:
+def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
     """A uniformly random permutation of the tokens per image, int64 ``[batch, num_tokens]``."""
-    return torch.rand(batch, num_tokens, device=device, generator=generator).argsort(dim=-1)
+    return draws.rand(batch, num_tokens, device=device).argsort(dim=-1)
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:
@@ -22,8 +24,10 @@ def mask_ratio(uniform: float, minimum: float) -> float:
     return min(1.0, max(minimum, normal.inv_cdf(quantile)))
 
 
-def draw_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_normal") -> int:
-    """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn from torch's CPU generator.
+def draw_num_masked(
+    num_tokens: int, minimum: float, masking: str = "truncated_normal", draws: Draws = TORCH_DRAWS
+) -> int:
+    """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn on the CPU.
 
     A count on the host, so the shapes of the step are known without waiting for the device.
 
@@ -33,8 +37,9 @@ def draw_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_n
         masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
             share that :func:`unmasking_schedule` has left at a random moment when there are far fewer steps than
             tokens: 2/pi on average, down to one token.
+        draws: where the ratio comes from.
     """
-    uniform = float(torch.rand((), dtype=torch.float64))
+    uniform = float(draws.rand(dtype=torch.float64))
     if masking == "cosine":
         return max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * uniform)))
     return math.ceil(num_tokens * mask_ratio(uniform, minimum))

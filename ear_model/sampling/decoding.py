@@ -1,4 +1,4 @@
-"""The decoding loop (spec 4), a pure function of model, labels and random generator.
+"""The decoding loop, a pure function of model, labels and draws (docs/model.md, "Sampling").
 
 Everything that depends on the schedule is a number of the host, so the loop never waits for the device and each
 step has a shape known before it starts.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ear_model.config import ModelConfig
+from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
 
 
@@ -37,7 +38,7 @@ def decode_tokens(
     guidance: float,
     guidance_schedule: str,
     temperature: float,
-    generator: torch.Generator | None,
+    draws: Draws = TORCH_DRAWS,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Tensor:
     """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
@@ -45,7 +46,7 @@ def decode_tokens(
     device = labels_B.device
     guided = guidance != 1
     tokens_BLD = torch.zeros(batch, num_tokens, model.config.token_dim, device=device)
-    orders_BL = random_orders(batch, num_tokens, device, generator)
+    orders_BL = random_orders(batch, num_tokens, device, draws)
     ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first
     classes = model.backbone.embed_classes(labels_B)
     if guided:
@@ -64,7 +65,7 @@ def decode_tokens(
             hidden = model.backbone(tokens_BLD, masked_BL, classes)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
         scale = guidance_scale(guidance, guidance_schedule, num_tokens, keep)
-        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, temperature, generator)
+        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, temperature, draws)
         index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1])
         tokens_BLD = tokens_BLD.scatter(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
     return tokens_BLD

@@ -18,12 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from ear_kernels import LowCopies
 from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
-from ear_kernels.low_copies import alias
 from ear_model.config import ModelConfig, RunConfig
-from ear_model.ear import EAR
-from ear_model.model import masking
+from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.backbone import Backbone
-from ear_model.scores.energy import EnergyScore
+from ear_model.training.loss import TrainingLoss
 
 
 class _Blocks(nn.Module):
@@ -78,16 +76,13 @@ class _GivesGradients:
                 parameter.grad = gradient.clone()
                 self._copied[number] = parameter.grad.data_ptr()
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the model has no graphs: these are of this model's parameters."""
-        return None
-
 
 class CapturedBlocks(_GivesGradients):
-    """Graphs of :meth:`Backbone.run_blocks` in training for one batch size.
+    """Graphs of :meth:`Backbone.run_blocks` in training for one batch size, to be called in its place.
 
-    The graphs read the parameters where they lie, so an optimiser that changes them in place needs nothing else;
-    dropout draws anew at every replay.
+    Other batch sizes, and calls in eval mode or without gradients, go on without the graphs. The graphs read the
+    parameters where they lie, so an optimiser that changes them in place needs nothing else; dropout draws anew at
+    every replay.
 
     Args:
         backbone: on a GPU, in training mode.
@@ -98,6 +93,7 @@ class CapturedBlocks(_GivesGradients):
     """
 
     def __init__(self, backbone: Backbone, batch: int, *, use_bf16: bool, parts: int = 1) -> None:
+        self.backbone = backbone
         position = backbone.decoder_pos_embed_learned
         self.shape = (batch, *position.shape[1:])
         super().__init__([*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()])
@@ -122,8 +118,10 @@ class CapturedBlocks(_GivesGradients):
         torch.cuda.set_rng_state(random_state, position.device)
         torch.cuda.empty_cache()
 
-    def replay(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
         """:meth:`Backbone.run_blocks` of ``hidden``."""
+        if not (self.backbone.training and torch.is_grad_enabled() and hidden.shape == self.shape):
+            return self.backbone.run_blocks(hidden)
         self.keep_gradients()
         pending: tuple = ()
         for part in self._parts[:-1]:
@@ -132,8 +130,8 @@ class CapturedBlocks(_GivesGradients):
 
 
 @contextlib.contextmanager
-def _aliased(module: nn.Module) -> Iterator[None]:
-    """The module with other leaves of autograd in the place of its parameters, of the same memory.
+def _aliased(module: nn.Module, copies: LowCopies | None) -> Iterator[None]:
+    """The module with other leaves of autograd in the place of its parameters, of the same memory and copies.
 
     While a loss of an earlier step is alive, autograd still has nodes of the parameters that belong to the stream of
     that step, and a capture that meets one fails.
@@ -145,7 +143,10 @@ def _aliased(module: nn.Module) -> Iterator[None]:
         if parameter is not None
     ]
     for owner, name, parameter in owners:
-        owner._parameters[name] = alias(parameter)
+        if copies is None:
+            owner._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        else:
+            owner._parameters[name] = copies.alias(parameter)
     try:
         yield
     finally:
@@ -182,21 +183,25 @@ class _ReplayedLoss(torch.autograd.Function):
 
 
 class CapturedLoss(_GivesGradients):
-    """Graphs of an energy score's loss and its gradients, one for each number of tokens, sharing their memory.
+    """Graphs of a loss and its gradients, one for each number of tokens, to be called in its place.
 
-    The graphs read the parameters where they lie. Another tau, or other parameters that are trained, are captured
-    anew.
+    They share their memory. Other numbers of tokens, and calls in eval mode or without gradients, go on without the
+    graphs. The graphs read the parameters where they lie. Another tau, or other parameters that are trained, are
+    captured anew.
 
     Args:
-        score: on a GPU, in training mode.
+        plain: the loss, of a score on a GPU and in training mode.
         counts: tokens of a step, all values that occur.
         use_bf16: whether steps run under bfloat16 autocast.
+        copies: 16-bit copies in whose scope the graphs are made and replayed.
     """
 
-    def __init__(self, score: EnergyScore, counts: Iterable[int], *, use_bf16: bool) -> None:
-        generator = score.generator
+    def __init__(
+        self, plain: TrainingLoss, counts: Iterable[int], *, use_bf16: bool, copies: LowCopies | None = None
+    ) -> None:
+        score, generator = plain.score, plain.score.generator
         super().__init__(generator.parameters())
-        self.score, self.use_bf16 = score, use_bf16
+        self.plain, self.score, self.use_bf16, self.copies = plain, score, use_bf16, copies
         self._counts = sorted(set(counts), reverse=True)
         device, most = next(generator.parameters()).device, self._counts[0]
         self._hidden = torch.zeros(most, generator.input_dim, device=device)
@@ -212,7 +217,7 @@ class CapturedLoss(_GivesGradients):
 
     def _present_options(self) -> tuple:
         trained = (parameter.requires_grad for parameter in self._parameters)
-        return self.score.tau, self.score.rows_per_noise, self.score.loss_chunks, *trained
+        return self.score.tau, *trained
 
     def _prepare(self) -> None:
         """What the graphs are captured for, and where their gradients go."""
@@ -223,8 +228,8 @@ class CapturedLoss(_GivesGradients):
         inputs = (buffer[:count] for buffer in (self._hidden, self._targets, self._noise))
         # Autocast must not keep a cast weight from one replay to the next.
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.use_bf16, cache_enabled=False)
-        with autocast, _aliased(self.score.generator):
-            loss, grad_hidden, *gradients = self.score.loss_and_gradients(*inputs)
+        with autocast, _aliased(self.score.generator, self.copies):
+            loss, grad_hidden, *gradients = self.plain.and_gradients(*inputs)
         # Copies, so that nothing of a graph's own memory is alive when the next one is captured.
         self.loss.copy_(loss)
         self.grad_hidden[:count].copy_(grad_hidden)
@@ -259,10 +264,14 @@ class CapturedLoss(_GivesGradients):
 
     def takes(self, hidden_RC: Tensor) -> bool:
         """Whether there is a graph for these hidden states."""
-        return hidden_RC.shape[0] in self._graphs and hidden_RC.dtype == torch.float32
+        wanted = self.score.training and torch.is_grad_enabled()
+        return wanted and hidden_RC.shape[0] in self._graphs and hidden_RC.dtype == torch.float32
 
-    def replay(self, hidden_RC: Tensor, targets_RD: Tensor, noise_RnE: Tensor) -> Tensor:
-        """:meth:`EnergyScore.loss_of` of these, a scalar in float32; its backward takes no time."""
+    def __call__(self, hidden_RC: Tensor, targets_RD: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
+        """The loss of these with noise that is drawn anew, a scalar in float32; its backward takes no time."""
+        noise_RnE = self.plain.draw_noise(hidden_RC, draws)
+        if not self.takes(hidden_RC):
+            return self.plain.with_noise(hidden_RC, targets_RD, noise_RnE)
         self.keep_gradients()
         if self._options != self._present_options():
             self._capture()
@@ -272,27 +281,3 @@ class CapturedLoss(_GivesGradients):
         self._graphs[count].replay()
         self.replays += 1
         return _ReplayedLoss.apply(self, hidden_RC, *self.score.generator.parameters())
-
-
-def capture(
-    model: EAR, batch: int, *, use_bf16: bool, parts: int = 1, num_masked: Iterable[int] | None = None
-) -> None:
-    """From now on training steps of ``batch`` images replay CUDA graphs; steps of other sizes go on without.
-
-    To be called in training mode, on a GPU, with the parameters where they will stay.
-
-    Args:
-        model: the model.
-        batch: images of a step.
-        use_bf16: whether steps run under bfloat16 autocast.
-        parts: graphs that the backbone is divided into, each way; several are for DDP.
-        num_masked: numbers of masked tokens an image that will occur; all that can if None.
-    """
-    if use_bf16:
-        cast = [*model.backbone.decoder_blocks.parameters(), *model.score.generator.parameters()]
-        model.low_copies = LowCopies(cast)
-    model.backbone.captured = CapturedBlocks(model.backbone, batch, use_bf16=use_bf16, parts=parts)
-    if num_masked is None:
-        config = model.config
-        num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
-    model.score.captured = CapturedLoss(model.score, [batch * number for number in num_masked], use_bf16=use_bf16)

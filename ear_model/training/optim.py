@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ear_kernels import FusedAdamW
+from ear_kernels import FusedAdamW, LowCopies
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
 
@@ -103,12 +103,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 @torch.no_grad()
 def clipped_step(
-    optimizer: torch.optim.Optimizer, limit: float, ema: ExponentialMovingAverage | None = None
+    optimizer: torch.optim.Optimizer,
+    limit: float,
+    ema: ExponentialMovingAverage | None = None,
+    copies: LowCopies | None = None,
 ) -> Tensor:
     """:func:`clip_gradients`, ``optimizer.step()`` and ``ema.update``; returns the norm before as a tensor (no wait).
 
-    :class:`FusedAdamW` does all of it in one pass and leaves the gradients as they are. Other optimisers, and
-    gradients spread over processes (FSDP), get a pass for each.
+    :class:`FusedAdamW` does all of it in one pass, which also writes the 16-bit ``copies``, and leaves the gradients
+    as they are. Other optimisers, and gradients spread over processes (FSDP), get a pass for each.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -118,7 +121,7 @@ def clipped_step(
     divisor = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
     if isinstance(optimizer, FusedAdamW) and total is norm:
         averages, decay = (ema.by_parameter(), ema.decay) if ema is not None else ({}, 0.0)
-        optimizer.update(divisor, averages, decay)
+        optimizer.update(divisor, averages, decay, copies=copies)
         return norm
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if local:

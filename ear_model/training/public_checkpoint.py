@@ -24,12 +24,12 @@ from torch import Tensor
 
 from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from ear_model.data.sources import load_training_data
+from ear_model.draws import mixed_seed
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
 from ear_model.model.weights import check_fit, our_key, public_key
 from ear_model.presets import MODELS, RUNS
 from ear_model.run_dir import CONFIG_FILE, load_config, save_config
-from ear_model.seeds import mixed_seed
 from ear_model.training import checkpoint, optim
 
 PUBLIC_CLASS_TOKENS = 64

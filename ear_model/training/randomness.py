@@ -10,23 +10,22 @@ On a single process everything is drawn from torch's own generators. On several 
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from ear_model.seeds import mixed_seed
+from ear_model.draws import TORCH_DRAWS, Draws, mixed_seed
 from ear_model.training import distributed
 
 
-class CommonDraws(TorchFunctionMode):
+class CommonDraws(Draws):
     """Random numbers that don't depend on the number of processes.
 
-    Inside, ``torch.rand`` and ``torch.randn`` without a generator draw the rows of all processes from generators that
-    are alike on all of them, and keep those of this process. So W processes with b images each draw what one process
-    draws for W b images: orders, noise and dropped classes all have the images first. A draw of no dimensions, the
-    number of masked tokens, is the same everywhere.
+    Every process draws the rows of all processes from generators that are alike on all of them, and keeps its own. So
+    W processes with b images each draw what one process draws for W b images: orders, noise and dropped classes all
+    have the images first. A draw of no dimensions, the number of masked tokens, is the same everywhere.
 
     The generators start where torch's own stand. Dropout is not drawn this way.
     """
@@ -37,17 +36,21 @@ class CommonDraws(TorchFunctionMode):
         if device.type == "cuda":
             self.generators["cuda"] = torch.Generator(device).set_state(torch.cuda.get_rng_state(device))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func not in (torch.rand, torch.randn) or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        kwargs["generator"] = self.generators[torch.device(kwargs.get("device") or "cpu").type]
-        given = kwargs.pop("size", args)
-        size = list(given[0]) if given and not isinstance(given[0], int) else list(given)
-        if not size:
-            return func(size, **kwargs)
-        rows, rank = size[0], distributed.rank()
-        drawn = func([rows * distributed.world_size(), *size[1:]], **kwargs)
+    def rand(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        return self._draw(torch.rand, shape, torch.device(device), dtype)
+
+    def randn(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        return self._draw(torch.randn, shape, torch.device(device), dtype)
+
+    def _draw(
+        self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None
+    ) -> Tensor:
+        generator = self.generators[device.type]
+        if not shape:
+            return draw(shape, device=device, dtype=dtype, generator=generator)
+        rows, rank = shape[0], distributed.rank()
+        whole = (rows * distributed.world_size(), *shape[1:])
+        drawn = draw(whole, device=device, dtype=dtype, generator=generator)
         # A copy, so that the other processes' rows are freed.
         return drawn[rank * rows : (rank + 1) * rows].clone()
 
@@ -70,13 +73,15 @@ class Randomness:
     def _reseed(self, step: int) -> None:
         torch.manual_seed(mixed_seed(self.seed, distributed.rank(), step))
 
-    def same_everywhere(self) -> contextlib.AbstractContextManager:
+    @property
+    def same_everywhere(self) -> Draws:
         """For what all processes must draw alike."""
-        return contextlib.nullcontext() if self.common is None else self.common
+        return self.common or TORCH_DRAWS
 
-    def of_images(self) -> contextlib.AbstractContextManager:
+    @property
+    def of_images(self) -> Draws:
         """For what is drawn anew for each image: the forward pass."""
-        return contextlib.nullcontext() if self.has_dropout else self.same_everywhere()
+        return TORCH_DRAWS if self.has_dropout else self.same_everywhere
 
     def _own(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"

@@ -30,6 +30,7 @@ from ear_model.model import masking
 from ear_model.model.weights import load_into
 from ear_model.run_dir import checkpoint_dir, checkpoint_steps, load_config, read_metrics, save_config
 from ear_model.training import checkpoint, distributed, graphs, optim
+from ear_model.training.engine import Engine, compile_blocks
 from ear_model.training.randomness import Randomness
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,10 +76,8 @@ class Trainer:
         # After the checks: nothing is drawn or written before they pass.
         torch.manual_seed(train.seed)
         self.model = EAR(config.model)
-        self.model.score.rows_per_noise = train.rows_per_noise
-        self.model.score.loss_chunks = train.loss_chunks
         if train.compile:
-            self.model.backbone.compile_blocks()
+            compile_blocks(self.model.backbone)
         with distributed.all_or_none():
             if saved is not None:
                 load_into(self.model, saved.weights, saved.path / "model.safetensors")
@@ -90,15 +89,13 @@ class Trainer:
         self.randomness = Randomness(self.device, train.seed, has_dropout=has_dropout)
         # With the weights in their place (FSDP's come and go), and before DDP: its hooks are made on another stream
         # than a capture's, and a capture that waits for them fails.
+        self.engine = Engine(self.model, loss_chunks=train.loss_chunks, rows_per_noise=train.rows_per_noise)
         processes = distributed.world_size()
         if self.device.type == "cuda" and graphs.wanted(config):
             parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
             images = train.batch_size // train.accumulate // processes
-            graphs.capture(self.model, images, use_bf16=self.use_bf16, parts=parts)
+            self.engine.capture(images, use_bf16=self.use_bf16, parts=parts)
         self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
-        if self.model.low_copies is not None:
-            # DDP gives every process the weights of the first, past autograd's version counters.
-            self.model.low_copies.refresh(everything=True)
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
         self.batches = Batches(
@@ -256,17 +253,25 @@ class Trainer:
         optim.set_learning_rate(self.optimizer, lr)
         self.model.score.tau = train.finetune_tau if optim.is_finetuning(self.step, train) else train.tau
         total = torch.zeros((), device=self.device)
-        for part in range(train.accumulate):
-            images, labels = self._next_batch(self.step * train.accumulate + part)
-            with self.randomness.same_everywhere():
-                num_masked = masking.draw_num_masked(model.num_tokens, model.min_mask_ratio, model.masking)
-            with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
-                autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16)
-                with autocast, self.randomness.of_images():
-                    loss = self.replica(images, labels, num_masked=num_masked) / train.accumulate
-                loss.backward()
-            total += loss.detach()
-        norm = optim.clipped_step(self.optimizer, train.clip, self.ema)
+        with self.engine.scope():
+            for part in range(train.accumulate):
+                images, labels = self._next_batch(self.step * train.accumulate + part)
+                num_masked = masking.draw_num_masked(
+                    model.num_tokens, model.min_mask_ratio, model.masking, self.randomness.same_everywhere
+                )
+                with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16):
+                        loss = self.replica(
+                            images,
+                            labels,
+                            num_masked=num_masked,
+                            draws=self.randomness.of_images,
+                            **self.engine.options,
+                        )
+                        loss = loss / train.accumulate
+                    loss.backward()
+                total += loss.detach()
+        norm = optim.clipped_step(self.optimizer, train.clip, self.ema, self.engine.copies)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return total, norm
