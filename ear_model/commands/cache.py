@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from ear_model.commands.parsing import parse_command
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,8 +49,6 @@ class Cache:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.commands.parsing import parse_command
-
     command = parse_command(Cache, arguments, "ear cache")
     try:
         write_cache(command)

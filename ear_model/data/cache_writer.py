@@ -24,12 +24,10 @@ from ear_model.data.cache_format import (
     Manifest,
     Shard,
     file_sha256,
-    read_json,
     save_manifest,
-    write_json,
 )
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import require_writable, write_atomically
+from ear_model.files import read_json, require_writable, write_atomically, write_json
 from ear_model.progress import Progress
 from ear_model.tokenizers.latent import LatentTokenizer
 
