@@ -6,7 +6,6 @@ whoever finds all of them finished writes the manifest.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -289,8 +288,3 @@ def _collate(items: list[Tensor | str]) -> _Batch:
     errors = [item for item in items if isinstance(item, str)]
     images = [item for item in items if isinstance(item, Tensor)]
     return (None if errors else torch.stack(images)), errors
-
-
-def processes_from_environment() -> tuple[int, int]:
-    """(rank, world size) that torchrun tells this process; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
