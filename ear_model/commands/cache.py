@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from ear_model.commands.parsing import parse_command
+from ear_model.processes import job_rank, job_size, local_rank
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,8 +50,6 @@ class Cache:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.cli import parse_command
-
     command = parse_command(Cache, arguments, "ear cache")
     try:
         write_cache(command)
@@ -60,13 +61,12 @@ def run(arguments: list[str]) -> int:
 
 def write_cache(command: Cache) -> None:
     """Check everything, then write the cache and print what it holds."""
-    from ear_model.cache_format import file_sha256
-    from ear_model.cache_writer import CacheOptions, CacheWriter, processes_from_environment
-    from ear_model.tokenizers.kl16 import KL16
+    from ear_model.data.cache_format import file_sha256
+    from ear_model.data.cache_writer import CacheOptions, CacheWriter
+    from ear_model.tokenizers.config import KL16
     from ear_model.tokenizers.latent import load_latent_tokenizer
 
-    rank, world_size = processes_from_environment()
-    options = CacheOptions(command.workers, command.batch_size, rank, world_size)
+    options = CacheOptions(command.workers, command.batch_size, job_rank(), job_size())
     device = _device(command.device)
     tokenizer, weights, checksum = None, "", ""
     if command.tokenizer == "pixels":
@@ -108,9 +108,9 @@ def write_cache(command: Cache) -> None:
 def _device(name: str) -> torch.device:
     import torch
 
-    from ear_model.sample import resolve_device
+    from ear_model.devices import resolve_device
 
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return device

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from benchmarks import glyph_data, glyph_run
-from ear_model.judge import ImageTree
-from ear_model.tokenizers import training
-from ear_model.tokenizers.kl16 import AutoencoderConfig
+from ear_model.data.images import LabelledImages
+from ear_model.tokenizers.config import AutoencoderConfig
 from ear_model.tokenizers.latent import load_latent_tokenizer
+from ear_model.training import autoencoder as training
 from tests.model.conftest import write_tree
 
 # 16 latents of 4 numbers, of images of 16 pixels.
@@ -130,7 +130,7 @@ def test_its_tokenizer_is_that_of_train_tokenizer(tmp_path, monkeypatch):
     ticks = itertools.chain([0], itertools.count())
     monkeypatch.setattr(glyph_data, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     monkeypatch.setattr(glyph_data, "pixels", lambda data, chosen: next(images))
-    data = ImageTree(torch.zeros(9, 3, 16, 16, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ("a",))
+    data = LabelledImages(torch.zeros(9, 3, 16, 16, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ("a",))
     tokenizer = glyph_data.train_tokenizer(data, shape, settings, 30.0, report)
     assert len(by_steps) == 30
     assert losses == [(number, pytest.approx(lr), loss) for number, lr, loss in by_steps]

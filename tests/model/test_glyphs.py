@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ear_model import cli, glyphs
+from ear_model import cli
+from ear_model.data import glyphs
 
 
 def test_an_image_depends_on_seed_split_class_and_index_alone():
@@ -93,7 +94,7 @@ def test_the_command_writes_completes_and_refuses(tmp_path, capsys):
     assert not list(tree.rglob(".tmp-*"))
     assert json.loads((tree / glyphs.MANIFEST).read_text())["characters"] == "123"
     assert cli.main([*options, "--num-per-class", "2", "--seed", "1"]) == 1
-    assert "holds other glyphs" in capsys.readouterr().err
+    assert "holds another glyph tree" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
