@@ -16,7 +16,8 @@ from ear_kernels.ops.transformer.functional import (
     self_attention,
 )
 from ear_kernels.runtime import launching
-from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
+from ear_kernels.testing import assert_close_to_eager
+from tests.kernels.generator_fixtures import DEVICE, DTYPES
 from tests.kernels.test_transformer import compare
 
 LOW = DTYPES[-1]
@@ -160,7 +161,9 @@ def test_backward_may_run_again_only_if_told(monkeypatch, half) -> None:
     alone = torch.autograd.grad(out.float().sum(), wanted, retain_graph=True)
     assert all(torch.isfinite(gradient).all() for gradient in alone)
     alone = torch.autograd.grad(x.sum(), norm, retain_graph=True)
-    assert_no_worse_than_eager("branch", alone[0], torch.ones_like(norm[0]), torch.ones_like(norm[0]).double(), 1)
+    assert_close_to_eager(
+        "branch", alone[0], torch.ones_like(norm[0]), torch.ones_like(norm[0]).double(), factor=1, ulps=2
+    )
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, wanted, create_graph=True)
 
