@@ -1,57 +1,17 @@
-"""The command ``ear``: its commands, errors and exit status, and training."""
+"""The command ``ear``: its commands, errors and exit status."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
-import io
-import itertools
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import tyro
+from ear_model.errors import RunError
 
-from ear_model.config import EPOCH_IMAGES, MODELS, RUNS, RunConfig, with_model
-
-if TYPE_CHECKING:
-    from ear_model.commands.evaluate import Scoring
-    from ear_model.ear import EAR
-    from ear_model.sample import Decoder
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a model and leave samples, a loss curve and a report in its run directory."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    """What to train; every field can be set."""
-    out: Path = Path("runs/digits")
-    """Run directory: configuration, metrics, checkpoints and pictures."""
-    resume: bool = False
-    """Go on from the last checkpoint of the run directory, with its own configuration."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda."""
-    judge: Path | None = None
-    """Judge of `ear train-judge` that scores samples at the end; needs --real."""
-    real: Path | None = None
-    """Image tree of held-out real images, for the scores."""
-    dry_run: bool = False
-    """Print steps, parameters and an estimate of speed, memory and GPU-days, and stop; needs no data and no GPU."""
-    gpus: int = 1
-    """Number of GPUs that --dry-run reckons with."""
-
-
-Command = TypeVar("Command")
-
-# Commands with a module of their own, imported when called: its ``run(arguments) -> exit status`` raises what
-# ``main`` turns into one line. ``parse_command`` reads its dataclass.
+# A module each, imported when called: its ``run(arguments) -> exit status`` raises what ``main`` turns into one line.
 COMMAND_MODULES: dict[str, str] = {
+    "train": "ear_model.commands.train",
     "convert": "ear_model.commands.convert",
     "cache": "ear_model.commands.cache",
     "train-tokenizer": "ear_model.commands.train_tokenizer",
@@ -82,33 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt as interrupt:
-        if not _told_elsewhere(interrupt):
+        if not _another_process_reports(interrupt):
             print("ear: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError, ImportError, RunError) as error:
         return _fail(error)
-    except RuntimeError as error:
-        from ear_model.distributed import LostProcessError
-        from ear_model.train import NonFiniteLossError
-
-        if isinstance(error, NonFiniteLossError | LostProcessError):
-            return _fail(error)
-        raise
 
 
 def _fail(error: BaseException) -> int:
-    if not _told_elsewhere(error):
+    if not _another_process_reports(error):
         print("ear: error: " + " ".join(str(error).split()), file=sys.stderr)
     return 1
 
 
-def _told_elsewhere(error: BaseException) -> bool:
-    """Whether another process of a `torchrun` job tells the same; without one torch need not be imported."""
+def _another_process_reports(error: BaseException) -> bool:
+    """Whether another process of a `torchrun` job reports the same; without one torch need not be imported."""
     if "LOCAL_RANK" not in os.environ:
         return False
-    from ear_model.distributed import told_elsewhere
+    from ear_model.training.distributed import another_process_reports
 
-    return told_elsewhere(error)
+    return another_process_reports(error)
 
 
 def _run(arguments: list[str]) -> int:
@@ -118,169 +71,7 @@ def _run(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command in COMMAND_MODULES:
         return importlib.import_module(COMMAND_MODULES[command]).run(rest)
-    if command == "train":
-        return _train(rest)
-    known = ", ".join(["train", *COMMAND_MODULES])
-    raise ValueError(f"unknown command {command!r}; use one of {known}")
-
-
-def parse_command(kind: type[Command], arguments: list[str], program: str, default: Command | None = None) -> Command:
-    """The command's dataclass from its arguments; bad ones as a ValueError of one line."""
-    words = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(words):
-            if default is None:
-                return tyro.cli(kind, args=arguments, prog=program)
-            return tyro.cli(kind, args=arguments, prog=program, default=default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(f"{_one_line(words.getvalue())} (see `{program} --help`)") from None
-
-
-def _one_line(framed: str) -> str:
-    """The message in tyro's frame, up to its first rule, as one line."""
-    lines = [line.strip("│ ") for line in framed.splitlines() if not line.startswith(("╭", "╰"))]
-    message = itertools.takewhile(lambda line: not line.startswith("─"), lines)
-    return " ".join(" ".join(message).split()) or "unusable options"
-
-
-def _train(arguments: list[str]) -> int:
-    presets = ", ".join(RUNS)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            f"usage: ear train PRESET [OPTIONS]\n\nPresets: {presets}. `ear train digits --help` lists the options."
-        )
-        return 0 if arguments else 2
-    preset, options = arguments[0], arguments[1:]
-    if preset not in RUNS:
-        known = f" (it is a model: ear train imagenet256 --model {preset})" if preset in MODELS else ""
-        raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
-    name, options = _take_model_name(options)
-    config = RUNS[preset] if name is None else with_model(RUNS[preset], name)
-    command = parse_command(Train, options, f"ear train {preset}", Train(config=config, out=Path("runs") / preset))
-    if command.dry_run:
-        from ear_model.estimate import estimate_run
-
-        print(estimate_run(command.config, command.gpus, EPOCH_IMAGES.get(preset)).report())
-        return 0
-    from ear_model import graphs
-    from ear_model.distributed import leave_out_gemm_workspace, prefer_expandable_segments, process_group
-
-    prefer_expandable_segments()
-    if graphs.wanted(command.config):
-        leave_out_gemm_workspace()
-    # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
-    switched = any(word.split("=")[0] == "--train.parallel" for word in options)
-    with process_group(command.device):
-        run_training(
-            command.config,
-            command.out,
-            resume=command.resume,
-            device=command.device,
-            judge=command.judge,
-            real=command.real,
-            resume_parallel=command.config.train.parallel if switched else None,
-        )
-    return 0
-
-
-def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
-    """``--model NAME`` or ``--model=NAME`` taken out of the options, which go on to set single fields."""
-    name, others = None, []
-    words = iter(options)
-    for word in words:
-        if word == "--model":
-            name = next(words, None)
-            if name is None or name.startswith("-"):
-                raise ValueError(f"--model needs a name; use one of {', '.join(MODELS)}")
-        elif word.startswith("--model="):
-            name = word.removeprefix("--model=")
-        else:
-            others.append(word)
-    return name, others
-
-
-def run_training(
-    config: RunConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    device: str = "auto",
-    judge: Path | None = None,
-    real: Path | None = None,
-    resume_parallel: Literal["ddp", "fsdp"] | None = None,
-) -> None:
-    """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report.
-
-    A resumed run takes its own configuration, but for ``train.parallel`` if ``resume_parallel`` is given.
-    """
-    from ear_model import checkpoint, distributed
-    from ear_model.commands.evaluate import Scoring
-    from ear_model.sample import Decoder, resolve_device
-    from ear_model.train import Trainer
-
-    started = time.perf_counter()
-    # What would stop the pictures and scores after the training, before it.
-    with distributed.all_or_none():
-        if resume:
-            config = checkpoint.load_config(out)
-            train = dataclasses.replace(config.train, parallel=resume_parallel or config.train.parallel)
-            config = dataclasses.replace(config, train=train)
-        is_scored = config.data == "digits" or judge is not None or real is not None
-        is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
-        where = distributed.local_device(resolve_device(device))
-        decoder = Decoder(config, where) if is_drawn else None
-        scoring = None
-        if is_scored:
-            scoring = Scoring(config, decoder=decoder, judge=judge, real=real, device=str(where))
-    trainer = Trainer(config, out, resume=resume, device=device)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    if trainer.is_main:
-        print(
-            f"{config.data}: {parameters:,} parameters, {config.train.steps} steps of "
-            f"{config.train.batch_size} images on {trainer.where}, from step {trainer.step}; run directory {out}",
-            flush=True,
-        )
-    trainer.run()
-    trained = time.perf_counter()
-    model = trainer.averaged_model()
-    if not trainer.is_main:
-        return
-    left = _leave_pictures(model, config, out, decoder, scoring)
-    from ear_model.train import read_metrics
-
-    last = read_metrics(out)[-1]
-    print(
-        f"loss {last['loss']:.4f} after {last['step']} steps, {trained - started:.0f} s of training, "
-        f"{time.perf_counter() - trained:.0f} s of sampling and scoring\n{left}"
-    )
-
-
-def _leave_pictures(
-    model: EAR, config: RunConfig, out: Path, decoder: Decoder | None, scoring: Scoring | None
-) -> str:
-    """Samples, loss curve and scores of a finished run; returns where they are."""
-    from ear_model import plots
-    from ear_model.sample import class_labels, sample_images
-    from ear_model.train import read_metrics
-
-    metrics = read_metrics(out)
-    plots.save_loss_curve([line["step"] for line in metrics], [line["loss"] for line in metrics], out / "loss.png")
-    left = f"loss curve: {out / 'loss.png'}"
-    if decoder is None:
-        return f"{left}   (no samples: latents need --tokenizer)"
-    num_classes = config.model.num_classes
-    rows = 10 if decoder.image_size > 64 else 64  # of more classes, evenly spaced ones are shown
-    shown = range(0, num_classes, -(-num_classes // rows))
-    labels = class_labels(shown, 10 * len(shown), num_classes)
-    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
-    plots.save_grid(decoder(images), out / "samples.png", columns=10)
-    left = f"samples: {out / 'samples.png'}   {left}"
-    if scoring is not None:
-        print(scoring.score(model, decoder, out, seed=config.train.seed))
-        left = f"{left}   scores: {out / 'evaluation.json'}"
-    return left
+    raise ValueError(f"unknown command {command!r}; use one of {', '.join(COMMAND_MODULES)}")
 
 
 if __name__ == "__main__":

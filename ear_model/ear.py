@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels import LowCopies
-from ear_model import masking
-from ear_model.config import ModelConfig, check_sampling_options, model_config
-from ear_model.sampler import decode_tokens
+from ear_model.config import ModelConfig, check_sampling_options
+from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.model import masking
+from ear_model.model.backbone import Backbone
+from ear_model.model.weights import load_into, load_weights
+from ear_model.presets import model_config
+from ear_model.run_dir import AVERAGES_FILE, WEIGHTS_FILE, latest_checkpoint
+from ear_model.sampling.decoding import decode_tokens
 from ear_model.scores import EnergyScore
-from ear_model.tokenizers import PixelPatches
-from ear_model.transformer import Backbone
+from ear_model.tokenizers.patches import PixelPatches
 
 
 class SelectRows(torch.autograd.Function):
@@ -47,7 +50,6 @@ class EAR(nn.Module):
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
         self.backbone = Backbone(config)
         self.score = EnergyScore(config)
-        self.low_copies: LowCopies | None = None
 
     @classmethod
     def from_preset(cls, name: str) -> EAR:
@@ -66,38 +68,31 @@ class EAR(nn.Module):
         Raises:
             ValueError: no run directory, no checkpoint in it, or a file that is damaged or foreign.
         """
-        from ear_model.checkpoint import load_model
+        path = latest_checkpoint(Path(run_dir)) / (AVERAGES_FILE if ema else WEIGHTS_FILE)
+        config, tensors = load_weights(path)
+        model = cls(config)
+        load_into(model, tensors, path)
+        return model.to(device).eval()
 
-        return load_model(Path(run_dir), ema=ema).to(device).eval()
-
-    def capture(self, batch: int, *, use_bf16: bool, parts: int = 1, num_masked: Iterable[int] | None = None) -> None:
-        """From now on training steps of ``batch`` images replay CUDA graphs (:mod:`ear_model.graphs`).
-
-        To be called in training mode, on a GPU, with the parameters where they will stay. Steps of other sizes go on
-        without.
-
-        Args:
-            batch: images of a step.
-            use_bf16: whether steps run under bfloat16 autocast.
-            parts: graphs that the backbone is divided into, each way; several are for DDP.
-            num_masked: numbers of masked tokens an image that will occur; all that can if None.
-        """
-        if use_bf16:
-            cast = [*self.backbone.decoder_blocks.parameters(), *self.score.generator.parameters()]
-            self.low_copies = LowCopies(cast)
-        self.backbone.capture_blocks(batch, use_bf16=use_bf16, parts=parts)
-        if num_masked is None:
-            config = self.config
-            num_masked = masking.possible_num_masked(config.num_tokens, config.min_mask_ratio, config.masking)
-        self.score.capture_loss([batch * number for number in num_masked], use_bf16=use_bf16)
-
-    def forward(self, images: Tensor, labels: Tensor, *, num_masked: int | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_masked: int | None = None,
+        draws: Draws = TORCH_DRAWS,
+        run_blocks: Callable[[Tensor], Tensor] | None = None,
+        score_loss: Callable[[Tensor, Tensor, Draws], Tensor] | None = None,
+    ) -> Tensor:
         """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.
 
         Args:
             images: images or latents, ``[B, channels, size, size]``, floating point.
             labels: int64 ``[B]``. Values are checked on a CPU only: a look at a GPU tensor would stall the step.
-            num_masked: masked tokens an image; drawn anew for every batch if None (spec 3).
+            num_masked: masked tokens an image; drawn anew for every batch if None (docs/model.md, "Masking").
+            draws: where orders, dropped classes and noise come from.
+            run_blocks: what does the work of ``backbone.run_blocks`` in its place, such as a CUDA graph.
+            score_loss: likewise of ``score.loss``.
 
         Raises:
             ValueError: wrong shapes or labels out of range. TypeError: wrong dtypes.
@@ -105,26 +100,24 @@ class EAR(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images have dtype {images.dtype}; they must be floating point")
         self._check_labels(labels, images.shape[0])
-        if self.low_copies is not None:
-            self.low_copies.refresh()  # does nothing after a step of FusedAdamW
         tokens_BLD = self.tokenizer.encode(images)
         batch, num_tokens, token_dim = tokens_BLD.shape
         if num_masked is None:
-            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking)
+            num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking, draws)
         if not 1 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked is {num_masked}; it must be in 1..{num_tokens}")
-        orders_BL = masking.random_orders(batch, num_tokens, images.device)
+        orders_BL = masking.random_orders(batch, num_tokens, images.device, draws)
         positions_BM = orders_BL[:, :num_masked]
         masked_BL = torch.zeros_like(orders_BL, dtype=torch.bool).scatter(1, positions_BM, True)
 
         classes_BC = self.backbone.embed_classes(labels)
         if self.training:
-            classes_BC = self.backbone.drop_classes(classes_BC)
-        hidden_BLC = self.backbone(tokens_BLD, masked_BL, classes_BC)
+            classes_BC = self.backbone.drop_classes(classes_BC, draws)
+        hidden_BLC = self.backbone(tokens_BLD, masked_BL, classes_BC, run_blocks)
         starts_B1 = torch.arange(batch, device=images.device).unsqueeze(1) * num_tokens
         rows_R = (positions_BM + starts_B1).flatten()
         hidden_RC = SelectRows.apply(hidden_BLC.flatten(0, 1), rows_R)
-        return self.score.loss(hidden_RC, tokens_BLD.reshape(-1, token_dim)[rows_R])
+        return (score_loss or self.score.loss)(hidden_RC, tokens_BLD.reshape(-1, token_dim)[rows_R], draws)
 
     @torch.no_grad()
     def sample(
@@ -138,7 +131,7 @@ class EAR(nn.Module):
         generator: torch.Generator | None = None,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Tensor:
-        """Images or latents ``[B, channels, size, size]`` in float32 (spec 4). The same seed gives the same images.
+        """Images or latents ``[B, channels, size, size]`` in float32; the same seed gives the same images.
 
         Args:
             labels: int64 ``[B]``.
@@ -164,7 +157,7 @@ class EAR(nn.Module):
                 guidance=guidance,
                 guidance_schedule=guidance_schedule,
                 temperature=temperature,
-                generator=generator,
+                draws=Draws(generator),
                 progress=progress,
             )
         finally:

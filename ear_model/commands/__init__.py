@@ -1,1 +1,1 @@
-"""Commands with a module of their own; ``ear_model.cli.COMMAND_MODULES`` names them."""
+"""A module a command; ``ear_model.cli`` calls them."""

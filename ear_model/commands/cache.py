@@ -47,7 +47,7 @@ class Cache:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.cli import parse_command
+    from ear_model.commands.parsing import parse_command
 
     command = parse_command(Cache, arguments, "ear cache")
     try:
@@ -60,9 +60,9 @@ def run(arguments: list[str]) -> int:
 
 def write_cache(command: Cache) -> None:
     """Check everything, then write the cache and print what it holds."""
-    from ear_model.cache_format import file_sha256
-    from ear_model.cache_writer import CacheOptions, CacheWriter, processes_from_environment
-    from ear_model.tokenizers.kl16 import KL16
+    from ear_model.data.cache_format import file_sha256
+    from ear_model.data.cache_writer import CacheOptions, CacheWriter, processes_from_environment
+    from ear_model.tokenizers.config import KL16
     from ear_model.tokenizers.latent import load_latent_tokenizer
 
     rank, world_size = processes_from_environment()
@@ -108,7 +108,7 @@ def write_cache(command: Cache) -> None:
 def _device(name: str) -> torch.device:
     import torch
 
-    from ear_model.sample import resolve_device
+    from ear_model.devices import resolve_device
 
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ear_model.cli import parse_command
+from ear_model.commands.parsing import parse_command
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Convert:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse_command(Convert, arguments, "ear convert")
-    from ear_model import public_checkpoint
+    from ear_model.training import public_checkpoint
 
     if command.source.is_dir():
         for name in ("num_heads", "data", "data_path"):

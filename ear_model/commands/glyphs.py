@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ear_model.cli import parse_command
+from ear_model.commands.parsing import parse_command
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Glyphs:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for options out of range."""
     command = parse_command(Glyphs, arguments, "ear glyphs")
-    from ear_model.glyphs import write_tree
+    from ear_model.data.glyphs import write_tree
 
     if command.workers < 0:
         raise ValueError(f"workers is {command.workers}; it must not be negative")

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import tyro
 
-from ear_model.cli import parse_command
+from ear_model.commands.parsing import parse_command
 from ear_model.config import RunConfig, SamplingConfig
+from ear_model.run_dir import load_config
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Sample:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for what can't be sampled."""
     command = parse_command(Sample, arguments, "ear sample")
-    from ear_model import checkpoint, plots
+    from ear_model import plots
+    from ear_model.data.cache_format import class_names
+    from ear_model.devices import resolve_device
     from ear_model.ear import EAR
     from ear_model.files import require_writable
-    from ear_model.sample import Decoder, class_labels, class_names, resolve_device, sample_images, write_images
+    from ear_model.sampling.decoder import Decoder
+    from ear_model.sampling.images import class_labels, sample_images, write_images
 
     if command.out is not None and command.images_out is not None:
         raise ValueError("--out writes one picture and --images-out many files; give one of them")
     device = resolve_device(command.device)
-    config = checkpoint.load_config(command.run)
+    config = load_config(command.run)
     if command.tokenizer:
         config = dataclasses.replace(config, tokenizer=command.tokenizer)
     sampling = _sampling_options(command, config)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from ear_model.cli import parse_command
-from ear_model.judge import JudgeConfig
+from ear_model.commands.parsing import parse_command
+from ear_model.evaluation.config import JudgeConfig
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TrainJudge:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for trees that a judge can't be trained on."""
     command = parse_command(TrainJudge, arguments, "ear train-judge")
+    from ear_model.devices import resolve_device
+    from ear_model.evaluation.judge import count_parameters, first_image_size, load_tree, split_classes, train_judge
     from ear_model.files import require_writable
-    from ear_model.judge import count_parameters, first_image_size, load_tree, split_classes, train_judge
-    from ear_model.sample import resolve_device
 
     device = resolve_device(command.device)
     size = command.image_size or first_image_size(command.tree)

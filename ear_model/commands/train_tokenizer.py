@@ -11,8 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from ear_model.tokenizers.kl16 import AutoencoderConfig
-from ear_model.tokenizers.training import SMALL, TokenizerTraining, train_autoencoder
+from ear_model.tokenizers.config import SMALL, AutoencoderConfig, TokenizerTraining
+from ear_model.training.autoencoder import train_autoencoder
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class TrainTokenizer:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.cli import parse_command
-    from ear_model.sample import resolve_device
+    from ear_model.commands.parsing import parse_command
+    from ear_model.devices import resolve_device
 
     command = parse_command(TrainTokenizer, arguments, "ear train-tokenizer")
     started = time.perf_counter()

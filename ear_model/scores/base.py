@@ -2,14 +2,15 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+from ear_model.draws import Draws
 
 
 class Score(Protocol):
     """A strictly proper score over tokens and the head that it trains. R rows, C backbone width, D token size."""
 
-    def loss(self, hidden_RC: Tensor, targets_RD: Tensor) -> Tensor:
+    def loss(self, hidden_RC: Tensor, targets_RD: Tensor, draws: Draws) -> Tensor:
         """The mean loss over the rows, a scalar."""
         ...
 
@@ -19,7 +20,7 @@ class Score(Protocol):
         null_hidden_RC: Tensor | None,
         guidance: float,
         temperature: float,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """One token ``[R, D]`` per row.
 

@@ -7,55 +7,14 @@ pad with zeros; a downsampling pads right and below only, as the public weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ear_model.tokenizers.config import KL16, AutoencoderConfig
+
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Shape of an autoencoder; the defaults are KL-16's."""
-
-    channels: int = 128
-    """Channels of the first level; a multiple of ``norm_groups``."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Factor on ``channels`` of each level; every level but the last halves height and width."""
-    residual_blocks: int = 2
-    """Residual blocks of an encoder level; a decoder level has one more."""
-    latent_channels: int = 16
-    """Channels of the latents."""
-    image_channels: int = 3
-    """Channels of the images."""
-    attention: bool = True
-    """Attention after the residual blocks of the encoder's last level; both middles always have it."""
-    norm_groups: int = 32
-    """Groups of the norms. With one channel a group, a norm would take every channel's mean away, and with it the
-    colour of the whole image: leave at least four channels a group, as KL-16 does."""
-
-    def __post_init__(self) -> None:
-        # Metadata of a file gives a list.
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("channels", "residual_blocks", "latent_channels", "image_channels", "norm_groups"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be an integer of at least 1")
-        if self.channels % self.norm_groups:
-            raise ValueError(f"channels is {self.channels}; it must be a multiple of norm_groups, {self.norm_groups}")
-        if not self.multipliers or any(not isinstance(factor, int) or factor < 1 for factor in self.multipliers):
-            raise ValueError(f"multipliers are {self.multipliers}; they must be integers of at least 1, one a level")
-
-    @property
-    def downsampling(self) -> int:
-        """f, height of an image over height of its latents."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-KL16 = AutoencoderConfig()
-KL16_LATENT_SCALE = 0.2325  # 1 / standard deviation of KL-16's latents over ImageNet
 
 
 class Posterior:

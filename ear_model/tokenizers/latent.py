@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ear_model.files import write_atomically
-from ear_model.tokenizers.kl16 import KL16, KL16_LATENT_SCALE, AutoencoderConfig, AutoencoderKL, Posterior
+from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
+from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 
 # One entry of the metadata: safetensors writes several in a random order, and a file's checksum would change with it.
 METADATA_KEY = "ear_model_autoencoder"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ear_model.config import DIGITS, RUNS, ModelConfig, RunConfig, SamplingConfig, TrainConfig
+from ear_model.config import ModelConfig, RunConfig, SamplingConfig, TrainConfig
 from ear_model.ear import EAR
+from ear_model.presets import DIGITS, RUNS
 
 TINY = replace(
     DIGITS,

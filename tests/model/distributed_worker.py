@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ear_model import distributed
 from ear_model.config import RunConfig
-from ear_model.train import NonFiniteLossError, Trainer
+from ear_model.training import distributed
+from ear_model.training.trainer import NonFiniteLossError, Trainer
 from tests.model.conftest import tiny_run
 
 STEPS = 12
@@ -107,7 +107,7 @@ def resume(out: Path) -> dict:
 
 def draws(out: Path) -> dict:
     """What each process draws: the orders' first row and the numbers of masked tokens."""
-    import ear_model.masking as masking
+    from ear_model.model import masking
 
     report: dict = {}
     orders, counts = masking.random_orders, masking.draw_num_masked
@@ -189,7 +189,7 @@ def hang(out: Path) -> None:
             trainer.run(quiet=True)
         except distributed.LostProcessError as error:
             (out / "hang.txt").write_text(str(error))
-            distributed.leave(1)
+            distributed.end_process(1)
 
 
 def main(out: Path) -> None:
@@ -202,4 +202,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     (hang if sys.argv[2:] == ["hang"] else main)(Path(sys.argv[1]))
-    distributed.leave(0)
+    distributed.end_process(0)

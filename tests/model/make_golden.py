@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ear_model.config import RUNS
-from ear_model.train import Trainer
+from ear_model.presets import RUNS
+from ear_model.training.trainer import Trainer
 
 if __name__ == "__main__":
     trainer = Trainer(RUNS["digits"], Path(tempfile.mkdtemp()) / "run", device="cpu")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear_model.tokenizers.kl16 import KL16, AutoencoderKL
+from ear_model.tokenizers.config import KL16
+from ear_model.tokenizers.kl16 import AutoencoderKL
 
 GOLDEN = Path(__file__).with_name("golden_kl16.npz")
 IMAGE_SHAPE = (1, 3, 48, 32)  # not square, to tell rows from columns

@@ -9,15 +9,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from ear_model import cache_format
-from ear_model.cache import LatentCache, draw_latents, load_cache
-from ear_model.cache_writer import CacheOptions, CacheWriter
-from ear_model.data import Batches, load_training_data
-from ear_model.images import ImageFolderData
-from ear_model.npz import NpzCache
-from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL
+from ear_model.data import cache_format
+from ear_model.data.batches import Batches
+from ear_model.data.cache import LatentCache, draw_latents, load_cache
+from ear_model.data.cache_writer import CacheOptions, CacheWriter
+from ear_model.data.images import ImageFolderData
+from ear_model.data.npz import NpzCache
+from ear_model.data.sources import load_training_data
+from ear_model.tokenizers.config import AutoencoderConfig
+from ear_model.tokenizers.kl16 import AutoencoderKL
 from ear_model.tokenizers.latent import load_latent_tokenizer, save_autoencoder
-from ear_model.train import Trainer
+from ear_model.training.trainer import Trainer
 from tests.model.conftest import TINY, randomise, tiny_run, write_tree
 
 SCALE = 0.6

@@ -11,10 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from ear_model import cache_format, cli
-from ear_model.cache import LatentCache
-from ear_model.cache_writer import CacheOptions
-from ear_model.tokenizers.kl16 import AutoencoderConfig, AutoencoderKL
+from ear_model import cli
+from ear_model.data import cache_format
+from ear_model.data.cache import LatentCache
+from ear_model.data.cache_writer import CacheOptions
+from ear_model.tokenizers.config import AutoencoderConfig
+from ear_model.tokenizers.kl16 import AutoencoderKL
 from ear_model.tokenizers.latent import save_autoencoder
 from tests.model.conftest import randomise, write_tree
 from tests.model.test_cache import write

@@ -7,15 +7,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from ear_model import checkpoint
-from ear_model.config import RUNS
 from ear_model.ear import EAR
+from ear_model.model.weights import load_weights, save_weights
+from ear_model.presets import RUNS
+from ear_model.run_dir import checkpoint_steps, latest_checkpoint, save_config
+from ear_model.training import checkpoint
 from tests.model.conftest import TINY, randomise, tiny_run
 
 
 @pytest.fixture
 def run_dir(tmp_path, tiny_model):
-    checkpoint.save_config(tmp_path, tiny_run())
+    save_config(tmp_path, tiny_run())
     averages = {name: parameter.detach() + 1 for name, parameter in tiny_model.named_parameters()}
     checkpoint.save_checkpoint(tmp_path, 2, tiny_model, averages, {"step": 2})
     return tmp_path
@@ -33,7 +35,7 @@ def test_weights_come_back(run_dir, tiny_model):
 
 
 def test_files_are_in_the_public_layout(run_dir):
-    path = checkpoint.latest_checkpoint(run_dir) / "model.safetensors"
+    path = latest_checkpoint(run_dir) / "model.safetensors"
     keys = safetensors.torch.load_file(path).keys()
     assert "decoder_blocks.0.attn.qkv.weight" in keys
     assert "scoreloss.net.res_blocks.0.adaLN_modulation.1.weight" in keys
@@ -50,10 +52,10 @@ def test_the_previous_checkpoint_goes_only_when_the_new_one_is_whole(run_dir, ti
         patch.setattr(torch, "save", full_disk)
         with pytest.raises(OSError, match="No space"):
             checkpoint.save_checkpoint(run_dir, 4, tiny_model, averages, {"step": 4})
-    assert checkpoint.checkpoint_steps(run_dir) == [2]
+    assert checkpoint_steps(run_dir) == [2]
     assert EAR.from_pretrained(run_dir) is not None
     checkpoint.save_checkpoint(run_dir, 4, tiny_model, averages, {"step": 4})
-    assert checkpoint.checkpoint_steps(run_dir) == [4]
+    assert checkpoint_steps(run_dir) == [4]
     assert [entry.name for entry in (run_dir / "checkpoints").iterdir()] == ["step_00000004"]
 
 
@@ -76,7 +78,7 @@ def test_damaged_configuration(run_dir):
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000])
 def test_truncated_weights(run_dir, keep):
-    path = checkpoint.latest_checkpoint(run_dir) / "ema.safetensors"
+    path = latest_checkpoint(run_dir) / "ema.safetensors"
     content = path.read_bytes()
     assert keep < len(content)
     path.write_bytes(content[:keep])
@@ -85,7 +87,7 @@ def test_truncated_weights(run_dir, keep):
 
 
 def test_foreign_weights(run_dir):
-    path = checkpoint.latest_checkpoint(run_dir) / "ema.safetensors"
+    path = latest_checkpoint(run_dir) / "ema.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="not a weight file of ear_model"):
         EAR.from_pretrained(run_dir)
@@ -102,20 +104,20 @@ def test_foreign_weights(run_dir):
 
 
 def test_weights_that_do_not_fit(run_dir, tiny_model):
-    path = checkpoint.latest_checkpoint(run_dir) / "ema.safetensors"
+    path = latest_checkpoint(run_dir) / "ema.safetensors"
     tensors = {name: parameter.detach() for name, parameter in tiny_model.named_parameters()}
     del tensors["backbone.z_proj.bias"]
-    checkpoint.save_weights(path, tensors, TINY)
+    save_weights(path, tensors, TINY)
     with pytest.raises(ValueError, match=r"1 tensors missing \['backbone.z_proj.bias'\]"):
         EAR.from_pretrained(run_dir)
     tensors["backbone.z_proj.bias"] = torch.zeros(3)
-    checkpoint.save_weights(path, tensors, TINY)
+    save_weights(path, tensors, TINY)
     with pytest.raises(ValueError, match=r"z_proj.bias has shape \(3,\)"):
         EAR.from_pretrained(run_dir)
 
 
 def test_trainer_state_never_runs_code(run_dir):
-    path = checkpoint.latest_checkpoint(run_dir)
+    path = latest_checkpoint(run_dir)
     marker = run_dir / "ran"
 
     class Attack:
@@ -131,7 +133,7 @@ def test_trainer_state_never_runs_code(run_dir):
 def test_digits_model_round_trip(tmp_path):
     model = randomise(EAR(RUNS["digits"].model))
     path = tmp_path / "weights.safetensors"
-    checkpoint.save_weights(path, dict(model.named_parameters()), model.config)
-    config, tensors = checkpoint.load_weights(path)
+    save_weights(path, dict(model.named_parameters()), model.config)
+    config, tensors = load_weights(path)
     assert config == model.config
     assert all(torch.equal(tensors[name], parameter) for name, parameter in model.named_parameters())

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ear_model import checkpoint, cli
+from ear_model import cli
+from ear_model.run_dir import save_config
+from ear_model.training import checkpoint
 from tests.model.conftest import tiny_run
 
 
@@ -67,7 +69,7 @@ def test_sample_and_evaluate(trained, tmp_path):
 
 
 def test_class_labels_are_spread_in_order():
-    from ear_model.sample import class_labels
+    from ear_model.sampling.images import class_labels
 
     assert class_labels([3, 7], 6, 10).tolist() == [3, 3, 3, 7, 7, 7]
     assert class_labels([3, 7, 1], 4, 10).tolist() == [3, 3, 7, 1]
@@ -129,7 +131,7 @@ def test_errors_are_one_line(arguments, named, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_sampling_is_one_line(tiny_model, tmp_path, options, named, capsys):
-    checkpoint.save_config(tmp_path, tiny_run())
+    save_config(tmp_path, tiny_run())
     checkpoint.save_checkpoint(tmp_path, 1, tiny_model, dict(tiny_model.named_parameters()), {})
     assert cli.main(["sample", str(tmp_path), *options]) == 1
     captured = capsys.readouterr()
@@ -148,7 +150,7 @@ def test_an_error_in_a_real_process():
 
 
 def test_non_finite_loss_is_one_line(tmp_path, monkeypatch, capsys):
-    from ear_model.train import Trainer
+    from ear_model.training.trainer import Trainer
 
     def nan_step(self):
         self.step += 1

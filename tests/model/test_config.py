@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ear_model.config import MODELS, RUNS, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict, with_model
+from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.presets import MODELS, RUNS, with_model
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RUNS.values()])
@@ -110,8 +111,8 @@ def test_another_model_keeps_the_data():
 
 
 def test_glyph_recipe_has_the_glyphs_classes_and_the_tokenizer_s_latents():
-    from ear_model.glyphs import CHARACTERS
-    from ear_model.tokenizers.training import SMALL, TokenizerTraining
+    from ear_model.data.glyphs import CHARACTERS
+    from ear_model.tokenizers.config import SMALL, TokenizerTraining
 
     model = RUNS["glyphs64"].model
     assert model.num_classes == len(CHARACTERS)

@@ -9,10 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ear_model import checkpoint, cli, public_checkpoint
-from ear_model.config import MODELS, TrainConfig
+from ear_model import cli
+from ear_model.config import TrainConfig
 from ear_model.ear import EAR
-from ear_model.train import Trainer
+from ear_model.model.weights import public_key
+from ear_model.presets import MODELS
+from ear_model.run_dir import checkpoint_steps, load_config
+from ear_model.training import checkpoint, public_checkpoint
+from ear_model.training.trainer import Trainer
 from tests.model.conftest import TINY, tiny_run
 
 ARGS = {
@@ -42,9 +46,7 @@ def public_file(path, config=TINY, steps=6, **changes):
     The groups follow the words of spec 5 by key names, apart from the program's own code.
     """
     model = EAR(config)
-    tensors = {
-        checkpoint.public_key(n): torch.nn.Parameter(torch.randn(p.shape)) for n, p in model.named_parameters()
-    }
+    tensors = {public_key(n): torch.nn.Parameter(torch.randn(p.shape)) for n, p in model.named_parameters()}
     plain = [p for key, p in tensors.items() if p.ndim == 1 or key.endswith(".bias")]
     matrices = [(key, p) for key, p in tensors.items() if not (p.ndim == 1 or key.endswith(".bias"))]
     groups = [
@@ -102,7 +104,7 @@ def test_public_to_run_and_back(tmp_path, capsys):
     assert cli.main(["convert", str(run), "--out", str(back)]) == 0
     assert_same(content, _load(back))
 
-    config = checkpoint.load_config(run)
+    config = load_config(run)
     assert config.model == replace(TINY, alpha=1.5)
     assert (config.train.steps, config.train.warmup_steps, config.train.batch_size) == (20, 4, 8)
     assert config.train.parameter_groups == "public"
@@ -112,7 +114,7 @@ def test_public_to_run_and_back(tmp_path, capsys):
     trainer = Trainer(config, run, resume=True, device="cpu")
     assert trainer.step == 6
     for name, parameter in trainer.model.named_parameters():
-        key = checkpoint.public_key(name)
+        key = public_key(name)
         assert torch.equal(parameter, content["model"][key]), key
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(trainer.optimizer.state[parameter][moment], moments[key][moment]), (key, moment)
@@ -135,7 +137,7 @@ def test_run_to_public_and_back(tmp_path, grouping):
     assert list(content) == ["model", "model_ema", "optimizer", "epoch", "scaler", "args"]
     assert isinstance(content["args"], argparse.Namespace)
     assert cli.main(["convert", str(tmp_path / "a.pth"), "--out", str(second)]) == 0
-    assert checkpoint.load_config(second) == config
+    assert load_config(second) == config
     a, b = checkpoint.load_checkpoint(first), checkpoint.load_checkpoint(second)
     for tensors, others in ((a.weights, b.weights), (a.averages, b.averages)):
         assert tensors.keys() == others.keys()
@@ -166,7 +168,7 @@ def test_sizes_are_told_from_the_shapes(name, count):
     moments = {key: {"step": torch.tensor(float(index))} for index, key in enumerate(weights)}
     states, numbers = public_checkpoint.number_moments(moments, model, "public")
     # Spec 6: the file's order of keys within each group, 1-D parameters and biases first.
-    keys = [checkpoint.public_key(key) for key in weights]
+    keys = [public_key(key) for key in weights]
     first = [i for i, key in enumerate(keys) if weights[list(weights)[i]].ndim == 1 or key.endswith(".bias")]
     assert [int(states[number]["step"]) for number in numbers[0]] == first
     assert keys[int(states[numbers[1][0]]["step"])] == "fake_latent"
@@ -175,7 +177,7 @@ def test_sizes_are_told_from_the_shapes(name, count):
 
 def test_key_order_is_that_of_the_public_model(tiny_model):
     """Its parameters first, then its modules in the order of its constructor (spec 6 lists them so)."""
-    keys = [checkpoint.public_key(name) for name, _ in tiny_model.named_parameters()]
+    keys = [public_key(name) for name, _ in tiny_model.named_parameters()]
     assert keys[:4] == ["fake_latent", "mask_token", "decoder_pos_embed_learned", "class_emb.weight"]
     block = [key.split(".", 2)[2] for key in keys if key.startswith("decoder_blocks.0.") and key.endswith(".weight")]
     assert block == [f"{name}.weight" for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
@@ -193,7 +195,7 @@ def test_without_average_and_optimiser(tmp_path, capsys):
     public_file(source, model_ema=None, optimizer=None, scaler=None)
     assert cli.main(["convert", str(source), "--out", str(run), "--num-heads", "2"]) == 0
     assert "no averages and no optimizer" in capsys.readouterr().out
-    assert checkpoint.checkpoint_steps(run) == [0]
+    assert checkpoint_steps(run) == [0]
     assert len(content["model"]) == len(checkpoint.load_checkpoint(run).averages)
 
 

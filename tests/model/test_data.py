@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from ear_model.data import Batches, load_digits, to_pixels
+from ear_model.data.batches import Batches
+from ear_model.data.digits import load_digits, to_pixels
 
 
 def test_digits_split():

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ear_model import checkpoint, cli, distributed
-from ear_model.randomness import CommonDraws, mixed_seed
-from ear_model.train import Trainer, read_metrics
+from ear_model import cli
+from ear_model.draws import mixed_seed
+from ear_model.run_dir import checkpoint_steps, load_config, read_metrics
+from ear_model.training import checkpoint, distributed
+from ear_model.training.randomness import CommonDraws
+from ear_model.training.trainer import Trainer
 from tests.model import distributed_worker
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +168,7 @@ def test_an_error_on_one_process_is_an_error_on_all(two):
     failures = reports[0]["failures"]
     assert "step 8: loss nan" in failures["nan"]
     assert "the checkpoint of step 6 is kept" in failures["nan"]
-    assert checkpoint.checkpoint_steps(out / "nan") == [6]
+    assert checkpoint_steps(out / "nan") == [6]
     assert "9 images can't be divided among 2 processes" in failures["batch"][0]
     assert "multiple of 32" in failures["accumulate"][0]
     assert failures["one"][0].startswith("process 1: ")
@@ -210,7 +213,7 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tmp_path, cap
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     job = _torchrun("-m", "ear_model.train", "digits", "--out", str(killed), *itertools.chain(*OPTIONS.items()))
     deadline = time.monotonic() + 120
-    while not checkpoint.checkpoint_steps(killed):
+    while not checkpoint_steps(killed):
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         assert job.poll() is None, "the job ended before its first checkpoint"
         time.sleep(0.002)
@@ -224,14 +227,14 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tmp_path, cap
     assert len(lines) <= 1  # the other process, unless torchrun ended it first
     assert all("process 0 lost another process of the job" in line for line in lines)
     assert "SIGKILL" in errors
-    step = checkpoint.checkpoint_steps(killed)[-1]
+    step = checkpoint_steps(killed)[-1]
     assert 5 <= step < 60
     assert checkpoint.load_checkpoint(killed).trainer_state["step"] == step
 
     assert cli.main(["train", "digits", "--out", str(killed), "--resume", "--device", "cpu"]) == 0
     assert f"from step {step}" in capsys.readouterr().out
     assert (killed / "samples.png").is_file()
-    Trainer(checkpoint.load_config(killed), whole, device="cpu").run(quiet=True)
+    Trainer(load_config(killed), whole, device="cpu").run(quiet=True)
     a, b = ([line["loss"] for line in read_metrics(run)] for run in (killed, whole))
     assert len(a) == 12
     assert a == pytest.approx(b, rel=1e-3)  # 60 steps of rounding on one and on two processes
@@ -265,7 +268,7 @@ def test_errors_of_a_job_are_told_once(tmp_path):
         lines = [line for line in errors.splitlines() if line.startswith("ear: error")]
         assert len(lines) == 1
         assert message in lines[0]
-    assert checkpoint.checkpoint_steps(out) == [1]
+    assert checkpoint_steps(out) == [1]
 
 
 def test_another_number_of_processes_draws_anew_with_dropout(two):
@@ -289,7 +292,7 @@ def test_a_single_process_needs_no_group(tmp_path):
 
 
 def test_common_draws_of_every_form(monkeypatch):
-    """Each way to call torch.rand gives the rows of this process; other calls and own generators are left alone."""
+    """A draw gives the rows of this process, of the one generator; torch's own generators are left alone."""
     torch.manual_seed(3)
     whole = torch.rand(6, 5)
     normal = torch.randn(4)
@@ -300,14 +303,11 @@ def test_common_draws_of_every_form(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
         before = torch.get_rng_state()
-        with draws:
-            own = torch.rand(3, 5)
-            assert torch.equal(own, whole[3 * rank : 3 * rank + 3])
-            assert own.untyped_storage().nbytes() == own.numel() * 4
-            assert torch.equal(torch.randn(size=(2,)), normal[2 * rank : 2 * rank + 2])
-            assert torch.rand((), dtype=torch.float64) == scalar
-            generator = torch.Generator().manual_seed(1)
-            assert torch.rand((2, 2), generator=generator).shape == (2, 2)
+        own = draws.rand(3, 5)
+        assert torch.equal(own, whole[3 * rank : 3 * rank + 3])
+        assert own.untyped_storage().nbytes() == own.numel() * 4
+        assert torch.equal(draws.randn(2), normal[2 * rank : 2 * rank + 2])
+        assert draws.rand(dtype=torch.float64) == scalar
         assert torch.equal(torch.get_rng_state(), before)
 
 

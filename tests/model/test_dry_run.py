@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ear_model import cli, estimate
-from ear_model.config import EAR_BASE, EAR_HUGE, EAR_LARGE, RUNS, ModelConfig
+from ear_model import cli
+from ear_model.config import ModelConfig
 from ear_model.ear import EAR
-from ear_model.estimate import estimate_run, mean_mask_ratio, training_flops
-from ear_model.masking import draw_num_masked
+from ear_model.model.masking import draw_num_masked
+from ear_model.presets import EAR_BASE, EAR_HUGE, EAR_LARGE, RUNS
+from ear_model.training import estimate
+from ear_model.training.estimate import estimate_run, mean_mask_ratio, training_flops
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_kernels import energy_loss
-from ear_model import EAR, masking
-from ear_model.checkpoint import our_key, public_key
-from ear_model.tokenizers import PixelPatches
+from ear_model import EAR
+from ear_model.draws import Draws
+from ear_model.model import masking
+from ear_model.model.weights import our_key, public_key
+from ear_model.tokenizers.patches import PixelPatches
+from ear_model.training.loss import TrainingLoss
 from tests.model.conftest import TINY, randomise
 
 
@@ -120,7 +123,7 @@ def test_masks_are_drawn_as_configured(tiny_config, monkeypatch):
     for name, expected in (("truncated_normal", 16), ("cosine", 3)):  # 16 cos(0.9 pi/2) = 2.5
         model = EAR(replace(tiny_config, masking=name))
         seen = []
-        monkeypatch.setattr(model.score, "loss", lambda hidden, target, seen=seen: seen.append(len(target)))
+        monkeypatch.setattr(model.score, "loss", lambda hidden, target, draws, seen=seen: seen.append(len(target)))
         model(images, labels)
         assert seen == [2 * expected]
 
@@ -152,7 +155,7 @@ def test_training_loss_is_the_energy_loss_of_the_masked_tokens(tiny_model, monke
     images, labels = torch.rand(5, 1, 8, 8), torch.randint(0, 10, (5,))
     orders, noise = torch.rand(5, 16).argsort(dim=-1), torch.rand(5 * 12, 2, 8) - 0.5
     monkeypatch.setattr(masking, "random_orders", lambda *arguments: orders)
-    monkeypatch.setattr(model.score, "draw_noise", lambda *shape, like: noise)
+    monkeypatch.setattr(model.score, "draw_noise", lambda *shape, like, draws: noise)
     loss = model(images, labels, num_masked=12)
 
     tokens = model.tokenizer.encode(images)
@@ -189,7 +192,7 @@ def test_classes_are_dropped_in_training_only(tiny_config):
     dropped = (model.backbone.drop_classes(classes) == model.backbone.fake_latent).all(dim=-1)
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.035)
     calls = []
-    model.backbone.drop_classes = lambda tensor: calls.append(1) or tensor
+    model.backbone.drop_classes = lambda tensor, draws: calls.append(1) or tensor
     images, labels = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     model.train()(images, labels)
     model.eval()(images, labels)
@@ -226,7 +229,7 @@ def test_sampling_predicts_every_token_once(tiny_model, monkeypatch, steps, guid
     """The stand-in generator numbers its rows; every token must hold a number of its own."""
     count = [0]
 
-    def numbered(hidden, null_hidden, scale, temperature, generator):
+    def numbered(hidden, null_hidden, scale, temperature, draws):
         assert (null_hidden is None) == (guidance == 1.0)
         first = count[0]
         count[0] += hidden.shape[0]
@@ -263,7 +266,7 @@ def test_guidance_1_is_no_guidance(tiny_model, monkeypatch):
     """Both halves of the guided computation at scale 1 give what the unguided one gives."""
     labels = torch.tensor([0, 5, 9])
     plain = tiny_model.sample(labels, steps=5, guidance=1.0, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("ear_model.sampler.guidance_scale", lambda *arguments: 1.0)
+    monkeypatch.setattr("ear_model.sampling.decoding.guidance_scale", lambda *arguments: 1.0)
     guided = tiny_model.sample(labels, steps=5, guidance=1.5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(guided, plain)
 
@@ -271,8 +274,8 @@ def test_guidance_1_is_no_guidance(tiny_model, monkeypatch):
 def test_guidance_mixes_hidden_states(tiny_model):
     hidden, null_hidden = torch.randn(6, 16), torch.randn(6, 16)
     seed = torch.Generator().manual_seed(1)
-    guided = tiny_model.eval().score.sample(hidden, null_hidden, 2.5, 1.0, seed)
-    mixed = tiny_model.score.sample(2.5 * hidden - 1.5 * null_hidden, None, 1.0, 1.0, seed.manual_seed(1))
+    guided = tiny_model.eval().score.sample(hidden, null_hidden, 2.5, 1.0, Draws(seed))
+    mixed = tiny_model.score.sample(2.5 * hidden - 1.5 * null_hidden, None, 1.0, 1.0, Draws(seed.manual_seed(1)))
     torch.testing.assert_close(guided, mixed)
 
 
@@ -371,10 +374,9 @@ def test_loss_in_chunks_is_the_same_loss():
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
     found = []
     for chunks in (1, 4, 100):
-        model.score.loss_chunks = chunks
         model.zero_grad()
         torch.manual_seed(1)
-        loss = model(images, labels, num_masked=13)
+        loss = model(images, labels, num_masked=13, score_loss=TrainingLoss(model.score, chunks))
         (loss / 3).backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) == sum(1 for _ in model.parameters())  # the loss, and all gradients but the frozen one

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ear_model import evaluate
-from ear_model.data import load_digits
+from ear_model.data.digits import load_digits
+from ear_model.evaluation import digits as evaluate
 
 
 def test_energy_distance_is_the_u_statistic():

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ear_model import checkpoint, cli
-from ear_model.evaluate_judge import feature_statistics, frechet_distance
-from ear_model.fidelity import evaluate_fidelity, inception_score, load_statistics
-from ear_model.sample import Decoder, class_labels, sample_batches
+from ear_model import cli
+from ear_model.ear import EAR
+from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, load_statistics
+from ear_model.evaluation.judged import feature_statistics, frechet_distance
+from ear_model.run_dir import save_config
+from ear_model.sampling.decoder import Decoder
+from ear_model.sampling.images import class_labels, sample_batches
+from ear_model.training import checkpoint
 from tests.model.conftest import tiny_run
 
 
@@ -80,7 +84,7 @@ def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsy
     run = tmp_path / "run"
     config = tiny_run()
     run.mkdir()
-    checkpoint.save_config(run, config)
+    save_config(run, config)
     checkpoint.save_checkpoint(run, 1, tiny_model, dict(tiny_model.named_parameters()), {})
     options = ["--fidelity", str(statistics_file), "--num", "40", "--batch-size", "16", "--device", "cpu"]
     assert cli.main(["evaluate", str(run), *options]) == 0
@@ -93,7 +97,7 @@ def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsy
     scores = json.loads((run / "evaluation.json").read_text())["fidelity"]
     sampling = config.sampling
     assert (scores["guidance"], scores["temperature"]) == (sampling.guidance, sampling.temperature)
-    model = checkpoint.load_model(run).eval()
+    model = EAR.from_pretrained(run).eval()
     batches = sample_batches(
         model,
         class_labels(range(10), 40, 10),
@@ -113,7 +117,7 @@ def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsy
 def test_what_is_missing_is_named_before_sampling(statistics_file, tiny_model, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    checkpoint.save_config(run, tiny_run())
+    save_config(run, tiny_run())
     real_import = builtins.__import__
 
     def without_fidelity(name, *arguments, **options):

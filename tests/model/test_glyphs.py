@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ear_model import cli, glyphs
+from ear_model import cli
+from ear_model.data import glyphs
 
 
 def test_an_image_depends_on_seed_split_class_and_index_alone():

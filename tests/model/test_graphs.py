@@ -5,6 +5,7 @@ What surrounds the loss's graphs is tested on a CPU too, with calls in the place
 
 import copy
 import functools
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from ear_kernels import FusedAdamW
-from ear_model import masking
-from ear_model.config import EAR_BASE, MODELS, RUNS
 from ear_model.ear import EAR
-from ear_model.graphs import CapturedLoss, can_capture
-from ear_model.train import Trainer, read_metrics
+from ear_model.model import masking
+from ear_model.presets import EAR_BASE, MODELS, RUNS
+from ear_model.run_dir import read_metrics
+from ear_model.training.engine import Engine
+from ear_model.training.graphs import CapturedBlocks, CapturedLoss, can_capture
+from ear_model.training.loss import TrainingLoss
+from ear_model.training.trainer import Trainer
 from tests.model.conftest import randomise, tiny_run
 
 SMALL = replace(EAR_BASE, width=128, depth=3, num_heads=2, generator_width=128, generator_depth=2, num_classes=10)
@@ -27,16 +31,24 @@ def make(dropout: float) -> EAR:
     return randomise(EAR(replace(SMALL, dropout=dropout, attention_dropout=dropout))).cuda().train()
 
 
-def gradients(model: EAR, seed: int, *, add: bool = False) -> list[torch.Tensor]:
+def gradients(model: EAR, seed: int, engine: Engine | None = None, *, add: bool = False) -> list[torch.Tensor]:
+    engine = engine or Engine(model)
     torch.manual_seed(3)
     images, labels = torch.randn(4, 16, 16, 16, device="cuda"), torch.arange(4, device="cuda")
     if not add:
         model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = model(images, labels, num_masked=200)
-    loss.backward()
+    with engine.scope():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(images, labels, num_masked=200, **engine.options)
+        loss.backward()
     return [loss.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def captured_blocks(model: EAR, images: int, *, parts: int = 1) -> Engine:
+    engine = Engine(model)
+    engine.blocks = CapturedBlocks(model.backbone, images, use_bf16=True, parts=parts)
+    return engine
 
 
 def assert_alike(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -49,41 +61,42 @@ def assert_alike(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 def test_replayed_gradients_are_those_of_single_launches(parts) -> None:
     model = make(0.0)
     plain = [gradients(model, seed) for seed in (1, 2)]
-    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
+    engine = captured_blocks(model, 4, parts=parts)
     for seed in (1, 2):
-        assert_alike(gradients(model, seed), plain[seed - 1])
+        assert_alike(gradients(model, seed, engine), plain[seed - 1])
 
 
 @pytest.mark.gpu
 def test_parameters_that_an_optimiser_changed_are_read() -> None:
     model = make(0.0)
-    model.backbone.capture_blocks(4, use_bf16=True)
+    engine = captured_blocks(model, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    before = gradients(model, 1)
+    before = gradients(model, 1, engine)
     optimizer.step()
-    after = gradients(model, 1)
+    after = gradients(model, 1, engine)
     assert (after[0] - before[0]).abs() > 1e-3
-    model.backbone.captured = None
     assert_alike(after, gradients(model, 1))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)])
 def test_steps_of_a_whole_captured_model(kind) -> None:
-    """Graphs read 16-bit copies, which our optimiser brings along; after another one's step they are refreshed."""
+    """Graphs read 16-bit copies, which our optimiser writes; after another one's step they are cast anew."""
     losses = []
     for captured in (True, False):
         model = make(0.0)
+        engine = Engine(model)
         if captured:
-            model.capture(4, use_bf16=True, num_masked=[200])
+            engine.capture(4, use_bf16=True, num_masked=[200])
+            assert engine.copies is not None
         optimizer = kind(model.parameters(), lr=0.02)
         losses.append([])
         for seed in range(4):
-            losses[-1].append(gradients(model, seed)[0])
-            optimizer.update() if isinstance(optimizer, FusedAdamW) else optimizer.step()
+            losses[-1].append(gradients(model, seed, engine)[0])
+            optimizer.update(copies=engine.copies) if isinstance(optimizer, FusedAdamW) else optimizer.step()
         with torch.no_grad():
             model.backbone.decoder_blocks[0].attn.qkv.weight.zero_()
-        losses[-1].append(gradients(model, 9)[0])
+        losses[-1].append(gradients(model, 9, engine)[0])
     one, other = torch.stack(losses[0]), torch.stack(losses[1])
     torch.testing.assert_close(one, other, rtol=5e-3, atol=0)
     assert one.std() > 1e-2
@@ -93,10 +106,10 @@ def test_steps_of_a_whole_captured_model(kind) -> None:
 def test_accumulated_gradients_add_up() -> None:
     model = make(0.0)
     single = [gradients(model, seed) for seed in (1, 2, 3)]
-    model.backbone.capture_blocks(4, use_bf16=True)
-    gradients(model, 1)
-    gradients(model, 2, add=True)
-    total = gradients(model, 3, add=True)
+    engine = captured_blocks(model, 4)
+    gradients(model, 1, engine)
+    gradients(model, 2, engine, add=True)
+    total = gradients(model, 3, engine, add=True)
     assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
 
 
@@ -107,22 +120,27 @@ def test_dropout_draws_anew_and_capturing_draws_nothing(parts) -> None:
     torch.manual_seed(9)
     expected = torch.rand(3, device="cuda")
     torch.manual_seed(9)
-    model.backbone.capture_blocks(4, use_bf16=True, parts=parts)
+    engine = captured_blocks(model, 4, parts=parts)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
-    losses = [gradients(model, seed)[0] for seed in (5, 6, 5)]
+    losses = [gradients(model, seed, engine)[0] for seed in (5, 6, 5)]
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=0)
-    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, 7))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, 7, engine))
 
 
 @pytest.mark.gpu
-def test_other_batches_eval_and_copies_go_without() -> None:
+def test_other_batches_and_eval_go_without() -> None:
     model = make(0.0)
-    model.backbone.capture_blocks(2, use_bf16=True)
-    plain = gradients(model, 1)
-    assert copy.deepcopy(model).backbone.captured is None
-    model.backbone.captured = None
-    assert_alike(plain, gradients(model, 1))
+    engine = captured_blocks(model, 2)
+    assert_alike(gradients(model, 1, engine), gradients(model, 1))
+    model.eval()
+    images, labels = torch.randn(2, 16, 16, 16, device="cuda"), torch.arange(2, device="cuda")
+    losses = []
+    for options in (engine.options, {}):
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            losses.append(model(images, labels, num_masked=200, **options))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
 
 
 @pytest.mark.gpu
@@ -132,8 +150,8 @@ def test_a_run_with_graphs_has_the_curve_of_one_without(tmp_path, accumulate) ->
     for name, graphs in (("with", True), ("without", False)):
         config = tiny_run(steps=12, accumulate=accumulate, cuda_graphs=graphs, checkpoint_every=6)
         trainer = Trainer(config, tmp_path / name, device="cuda")
-        assert (trainer.model.backbone.captured is not None) == graphs
-        assert (trainer.model.score.captured is not None) == graphs
+        assert isinstance(trainer.engine.blocks, CapturedBlocks) == graphs
+        assert isinstance(trainer.engine.loss, CapturedLoss) == graphs
         trainer.run(quiet=True)
         losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=0)
@@ -162,8 +180,9 @@ def test_what_was_never_captured_is_not(monkeypatch) -> None:
 def test_nothing_is_captured_on_a_cpu(tmp_path) -> None:
     assert RUNS["imagenet256"].train.cuda_graphs
     trainer = Trainer(tiny_run(), tmp_path / "run", device="cpu")
-    assert trainer.model.backbone.captured is None
-    assert trainer.model.score.captured is None
+    assert trainer.engine.blocks is None
+    assert isinstance(trainer.engine.loss, TrainingLoss)
+    assert trainer.engine.copies is None
 
 
 @pytest.fixture
@@ -186,21 +205,33 @@ def small(device: str) -> EAR:
     return randomise(EAR(replace(SMALL, dropout=0.0, attention_dropout=0.0, depth=1))).to(device).train()
 
 
-def one_step(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> torch.Tensor:
+Loss = TrainingLoss | CapturedLoss
+
+
+def captured_loss(model: EAR, counts: list[int], *, chunks: int = 1, rows_per_noise: int = 1) -> CapturedLoss:
+    use_bf16 = next(model.parameters()).is_cuda
+    return CapturedLoss(TrainingLoss(model.score, chunks, rows_per_noise), counts, use_bf16=use_bf16)
+
+
+def one_step(
+    model: EAR, masked: int, weight: float = 1.0, loss: Loss | None = None, *, add: bool = False
+) -> torch.Tensor:
     device = next(model.parameters()).device
     torch.manual_seed(masked)
     images, labels = torch.randn(2, 16, 16, 16, device=device), torch.arange(2, device=device)
     if not add:
         model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        loss = model(images, labels, num_masked=masked) * weight
-    loss.backward()
-    return loss.detach().clone()
+        value = model(images, labels, num_masked=masked, score_loss=loss) * weight
+    value.backward()
+    return value.detach().clone()
 
 
-def loss_and_gradients(model: EAR, masked: int, weight: float = 1.0, *, add: bool = False) -> list[torch.Tensor]:
-    loss = one_step(model, masked, weight, add=add)
-    return [loss, *(parameter.grad.clone() for parameter in model.parameters())]
+def loss_and_gradients(
+    model: EAR, masked: int, weight: float = 1.0, loss: Loss | None = None, *, add: bool = False
+) -> list[torch.Tensor]:
+    value = one_step(model, masked, weight, loss, add=add)
+    return [value, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
 def prepare(request, device: str) -> None:
@@ -213,24 +244,25 @@ def prepare(request, device: str) -> None:
 def test_the_loss_of_a_graph_and_its_gradients(request, device, chunks, per_noise) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.loss_chunks, model.score.rows_per_noise = chunks, per_noise
+    uncaptured = TrainingLoss(model.score, chunks, per_noise)
     cases = ((180, 1.0), (256, 0.5), (201, 1.0), (180, 2.0))
-    plain = [loss_and_gradients(model, *case) for case in cases]
+    plain = [loss_and_gradients(model, *case, uncaptured) for case in cases]
     random_state = torch.get_rng_state()
-    model.score.capture_loss([2 * number for number in (180, 201, 256)], use_bf16=device == "cuda")
+    captured = captured_loss(
+        model, [2 * number for number in (180, 201, 256)], chunks=chunks, rows_per_noise=per_noise
+    )
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert not model.score.captured.takes(torch.zeros(2 * 190, SMALL.width))
+    assert not captured.takes(torch.zeros(2 * 190, SMALL.width))
     for case, expected in zip(cases, plain, strict=True):
-        replays = model.score.captured.replays
-        assert_alike(loss_and_gradients(model, *case), expected)
-        assert model.score.captured.replays == replays + 2
+        replays = captured.replays
+        assert_alike(loss_and_gradients(model, *case, captured), expected)
+        assert captured.replays == replays + 2
     # A number of tokens without a graph, and a parameter that changes in its place.
-    loss_and_gradients(model, 190)
+    loss_and_gradients(model, 190, loss=captured)
     with torch.no_grad():
         model.score.generator.input_proj.weight.mul_(3)
-    replayed = loss_and_gradients(model, 201)
-    model.score.captured = None
-    assert_alike(replayed, loss_and_gradients(model, 201))
+    replayed = loss_and_gradients(model, 201, loss=captured)
+    assert_alike(replayed, loss_and_gradients(model, 201, loss=uncaptured))
     assert (replayed[0] - plain[2][0]).abs() > 1e-3
 
 
@@ -238,22 +270,20 @@ def test_the_loss_of_a_graph_and_its_gradients(request, device, chunks, per_nois
 def test_another_tau_is_captured_anew(request, device) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
-    first = loss_and_gradients(model, 180)
+    captured = captured_loss(model, [360])
+    first = loss_and_gradients(model, 180, loss=captured)
     # A loss that is alive has nodes of the parameters in autograd, which belong to its stream.
     hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
-    alive = model.score.loss(hidden, targets)
+    alive = captured(hidden, targets)
     plain = model.score.loss_of(hidden, targets, model.score.draw_noise(360, SMALL.num_samples, like=hidden))
     parameters = list(model.parameters())
     model.score.tau = 0.9
-    second = loss_and_gradients(model, 180)
-    captures = getattr(model.score.captured, "captures", None)
-    model.score.captured = None
+    second = loss_and_gradients(model, 180, loss=captured)
     assert_alike(second, loss_and_gradients(model, 180))
     assert (first[0] - second[0]).abs() > 1e-3
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     if device == "cpu":
-        assert captures == 2
+        assert captured.captures == 2
     assert alive.isfinite()
     assert plain.isfinite()
 
@@ -263,9 +293,9 @@ def test_gradients_of_losses_add_up(request, device) -> None:
     prepare(request, device)
     model = small(device)
     single = [loss_and_gradients(model, number) for number in (180, 201)]
-    model.score.capture_loss([360, 402], use_bf16=device == "cuda")
-    loss_and_gradients(model, 180)
-    total = loss_and_gradients(model, 201, add=True)
+    captured = captured_loss(model, [360, 402])
+    loss_and_gradients(model, 180, loss=captured)
+    total = loss_and_gradients(model, 201, loss=captured, add=True)
     assert_alike(total[1:], [sum(parts) for parts in zip(*(each[1:] for each in single), strict=True)])
 
 
@@ -275,10 +305,10 @@ def test_frozen_parameters_of_the_generator_get_no_gradient(request, device) -> 
     model = small(device)
     model.score.generator.requires_grad_(False)
     model.score.generator.input_proj.requires_grad_(True)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    captured = captured_loss(model, [360])
     torch.manual_seed(1)
     hidden, targets = torch.randn(360, SMALL.width, device=device), torch.randn(360, 16, device=device)
-    model.score.loss(hidden, targets).backward()
+    captured(hidden, targets).backward()
     given = {name for name, parameter in model.score.generator.named_parameters() if parameter.grad is not None}
     assert given == {"input_proj.weight", "input_proj.bias"}
 
@@ -286,11 +316,10 @@ def test_frozen_parameters_of_the_generator_get_no_gradient(request, device) -> 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_that_were_overwritten_are_refused(request, device) -> None:
     prepare(request, device)
-    model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    captured = captured_loss(small(device), [360])
     hidden = torch.randn(360, SMALL.width, device=device)
     targets = torch.randn(360, 16, device=device)
-    first, second = model.score.loss(hidden, targets), model.score.loss(hidden, targets)
+    first, second = captured(hidden, targets), captured(hidden, targets)
     with pytest.raises(RuntimeError, match="gradients of this loss are gone"):
         first.backward()
     second.backward(retain_graph=True)
@@ -304,11 +333,11 @@ def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> No
     model = small(device)
     plain = loss_and_gradients(model, 180)
     names = [name for name, _ in model.named_parameters()]
-    model.score.capture_loss([360], use_bf16=device == "cuda")
+    captured = captured_loss(model, [360])
     frozen = model.score.generator.noise_embed
     for trained in (False, True):
         frozen.requires_grad_(trained)
-        one_step(model, 180)
+        one_step(model, 180, loss=captured)
         found = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert (found["score.generator.noise_embed.weight"] is not None) == trained
         kept = [(found[name], other) for name, other in zip(names, plain[1:], strict=True) if found[name] is not None]
@@ -319,30 +348,52 @@ def test_parameters_that_are_frozen_later_and_freed_again(request, device) -> No
 def test_gradients_that_are_set_to_zero_in_place(request, device) -> None:
     prepare(request, device)
     model = small(device)
-    model.score.capture_loss([360], use_bf16=device == "cuda")
-    first = loss_and_gradients(model, 180)
+    captured = captured_loss(model, [360])
+    first = loss_and_gradients(model, 180, loss=captured)
     for _ in range(2):
         model.zero_grad(set_to_none=False)
-        again = loss_and_gradients(model, 180, add=True)
-        assert_alike(again, first)
+        repeated = loss_and_gradients(model, 180, loss=captured, add=True)
+        assert_alike(repeated, first)
 
 
-def test_copies_are_refreshed_in_every_step(tiny_model) -> None:
-    calls = []
-    tiny_model.low_copies = SimpleNamespace(refresh=lambda: calls.append(1))
-    tiny_model(torch.randn(2, 1, 8, 8), torch.tensor([3, 4]))
-    assert calls == [1]
+def test_the_copies_hold_around_forward_and_backward(tmp_path) -> None:
+    events = []
+
+    class Copies:
+        def __enter__(self) -> None:
+            events.append("enter")
+
+        def __exit__(self, *error) -> None:
+            events.append("leave")
+
+    trainer = Trainer(tiny_run(accumulate=2), tmp_path / "run", device="cpu")
+    trainer.engine.copies = Copies()
+    trainer.model.backbone.z_proj.weight.register_hook(lambda gradient: events.append("backward"))
+    update = trainer.optimizer.update
+    trainer.optimizer.update = lambda *arguments, copies: events.append(copies) or update(*arguments)
+    trainer.train_step()
+    assert events == ["enter", "backward", "backward", "leave", trainer.engine.copies]
 
 
-def test_no_graph_in_eval_mode_or_of_a_copy(on_a_cpu) -> None:
+def test_no_graph_in_eval_mode_or_without_gradients(on_a_cpu) -> None:
     model = small("cpu")
-    model.score.capture_loss([360], use_bf16=False)
-    assert copy.deepcopy(model).score.captured is None
+    captured = captured_loss(model, [360])
     images, labels = torch.randn(2, 16, 16, 16), torch.arange(2)
     with torch.no_grad():
-        model(images, labels, num_masked=180)
-    model.eval()(images, labels, num_masked=180).backward()
-    assert model.score.captured.replays == 0
+        model(images, labels, num_masked=180, score_loss=captured)
+    model.eval()(images, labels, num_masked=180, score_loss=captured).backward()
+    assert captured.replays == 0
+
+
+def test_a_copied_or_pickled_model_has_no_engine(on_a_cpu) -> None:
+    model = small("cpu")
+    before = len(pickle.dumps(model))
+    loss_and_gradients(model, 180, loss=captured_loss(model, [360]))
+    model.zero_grad(set_to_none=True)
+    assert len(pickle.dumps(model)) == before
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not [name for name, part in other.named_modules() if "training" in type(part).__module__]
+        assert_alike(loss_and_gradients(other, 180), loss_and_gradients(model, 180))
 
 
 def test_every_number_of_masked_tokens_is_known() -> None:

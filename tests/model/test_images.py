@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ear_model.data import Batches
-from ear_model.images import ImageFolderData, UnreadableImageError, centre_crop, find_images, read_image
+from ear_model.data.batches import Batches
+from ear_model.data.images import ImageFolderData, UnreadableImageError, centre_crop, find_images, read_image
 from tests.model.conftest import write_tree
 
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from scipy import linalg
 
-from ear_model import cli, glyphs
-from ear_model.evaluate_judge import (
+from ear_model import cli
+from ear_model.data import glyphs
+from ear_model.evaluation.config import JudgeConfig
+from ear_model.evaluation.judge import ImageTree, Judge, load_tree, split_classes, train_judge
+from ear_model.evaluation.judged import (
     JudgedComparison,
     _flat,
     feature_statistics,
     frechet_distance,
     nearest_distances,
 )
-from ear_model.judge import ImageTree, Judge, JudgeConfig, load_tree, split_classes, train_judge
 
 SMALL = JudgeConfig(channels=(8, 16, 32, 32), epochs=8, batch_size=32, lr=1e-2)
 
@@ -168,7 +170,7 @@ def test_trees_that_are_none_are_named(damage, named, tmp_path, capsys):
 
 
 def test_files_that_are_no_judge_are_refused(judge, tmp_path, tiny_model):
-    from ear_model.checkpoint import save_weights
+    from ear_model.model.weights import save_weights
 
     path = tmp_path / "judge.safetensors"
     with pytest.raises(ValueError, match="is not there"):

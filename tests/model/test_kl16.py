@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from ear_model.tokenizers.kl16 import KL16, AutoencoderConfig, AutoencoderKL, Posterior
+from ear_model.tokenizers.config import KL16, AutoencoderConfig
+from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import load_latent_tokenizer, save_autoencoder
 from tests.model.conftest import randomise
 from tests.model.make_golden_kl16 import (

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ear_model import masking
+from ear_model.model import masking
 
 # Computed by hand from spec 4: (tokens masked before, after) each step.
 # L=16, N=4: floor(16 cos(22.5deg)) = floor(14.78), floor(16 cos 45deg) = floor(11.31), floor(16 cos 67.5deg) =

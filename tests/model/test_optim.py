@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ear_kernels import FusedAdamW
-from ear_model import optim
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
+from ear_model.training import optim
 
 
 def _names(model, groups):

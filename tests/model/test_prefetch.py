@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from ear_model.data import Batches, load_digits
-from ear_model.prefetch import Prefetcher
+from ear_model.data.batches import Batches
+from ear_model.data.digits import load_digits
+from ear_model.data.prefetch import Prefetcher
 
 
 def _threads() -> list[str]:

@@ -1,17 +1,19 @@
 """Many samples as files, and latents decoded to images."""
 
 import dataclasses
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ear_model import checkpoint, cli
+from ear_model import cli
+from ear_model.data.cache_format import class_names
 from ear_model.ear import EAR
-from ear_model.sample import Decoder, class_labels, class_names, sample_batches, to_bytes, write_images
+from ear_model.run_dir import save_config
+from ear_model.sampling.decoder import Decoder
+from ear_model.sampling.images import class_labels, sample_batches, to_bytes, write_images
+from ear_model.training import checkpoint
 from tests.model.conftest import TINY, randomise, tiny_run
 
 
@@ -42,7 +44,7 @@ def test_the_tree_is_whole_balanced_and_resumed(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "images"
     model = randomise(EAR(TINY))
     run.mkdir()
-    checkpoint.save_config(run, tiny_run())
+    save_config(run, tiny_run())
     checkpoint.save_checkpoint(run, 1, model, dict(model.named_parameters()), {})
     command = ["sample", str(run), "--num", "20", "--images-out", str(out), "--batch-size", "6", "--device", "cpu"]
     assert cli.main(command) == 0
@@ -107,13 +109,14 @@ def test_latents_are_decoded_by_the_runs_tokenizer(latent_run, tmp_path, monkeyp
             assert latents.shape[0] <= 32
             return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
-    module = types.ModuleType("ear_model.tokenizers.latent")
-    module.load_latent_tokenizer = lambda path, device: Doubling() if path == str(weights) else None
-    monkeypatch.setitem(sys.modules, "ear_model.tokenizers.latent", module)
+    monkeypatch.setattr(
+        "ear_model.sampling.decoder.load_latent_tokenizer",
+        lambda path, device: Doubling() if path == str(weights) else None,
+    )
     run, config = tmp_path / "run", dataclasses.replace(latent_run, tokenizer=str(weights))
     model = randomise(EAR(config.model))
     run.mkdir()
-    checkpoint.save_config(run, config)
+    save_config(run, config)
     checkpoint.save_checkpoint(run, 1, model, dict(model.named_parameters()), {})
     latents = torch.randn(40, 16, 8, 8)
     decoder = Decoder(config)

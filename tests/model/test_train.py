@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ear_model import checkpoint
-from ear_model.config import RUNS
-from ear_model.train import NonFiniteLossError, Trainer, read_metrics
+from ear_model.model.weights import load_weights, save_weights
+from ear_model.presets import RUNS
+from ear_model.run_dir import checkpoint_steps, latest_checkpoint, load_config, read_metrics
+from ear_model.training.trainer import NonFiniteLossError, Trainer
 from tests.model.conftest import tiny_run
 
 GOLDEN = Path(__file__).with_name("golden_digits_loss.json")
@@ -59,7 +60,7 @@ def test_run_directory(tmp_path):
     out = tmp_path / "run"
     trainer = Trainer(tiny_run(), out, device="cpu")
     trainer.run(quiet=True)
-    assert checkpoint.load_config(out) == tiny_run()
+    assert load_config(out) == tiny_run()
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"git_revision", "command", "device", "python"} <= environment.keys()
@@ -67,7 +68,7 @@ def test_run_directory(tmp_path):
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(line["loss"]) for line in metrics)
     assert {"gradient_norm", "lr", "tau", "images_per_second"} <= metrics[0].keys()
-    assert checkpoint.checkpoint_steps(out) == [6]
+    assert checkpoint_steps(out) == [6]
     averaged = trainer.averaged_model()
     assert torch.equal(averaged.backbone.z_proj.weight, trainer.ema.averages["backbone.z_proj.weight"])
 
@@ -113,19 +114,19 @@ def test_killed_process_resumes_bit_for_bit(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not checkpoint.checkpoint_steps(killed):
+    while not checkpoint_steps(killed):
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         assert process.poll() is None, "training ended before its first checkpoint"
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    step = checkpoint.checkpoint_steps(killed)[-1]
+    step = checkpoint_steps(killed)[-1]
     assert step < 40, "the process was too quick to be killed"
     subprocess.run(command(killed, "--resume"), check=True, stdout=subprocess.DEVNULL, timeout=240)
     subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL, timeout=240)
     for name in ("model.safetensors", "ema.safetensors"):
-        a = checkpoint.load_weights(checkpoint.latest_checkpoint(killed) / name)[1]
-        b = checkpoint.load_weights(checkpoint.latest_checkpoint(whole) / name)[1]
+        a = load_weights(latest_checkpoint(killed) / name)[1]
+        b = load_weights(latest_checkpoint(whole) / name)[1]
         assert _equal(a, b), name
     assert [line["step"] for line in read_metrics(killed)] == [line["step"] for line in read_metrics(whole)]
 
@@ -168,8 +169,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
     trainer.train_step = poisoned
     with pytest.raises(NonFiniteLossError, match=r"step 5: loss nan.*checkpoint of step 3 is kept"):
         trainer.run(quiet=True)
-    assert checkpoint.checkpoint_steps(out) == [3]
-    tensors = checkpoint.load_weights(checkpoint.latest_checkpoint(out) / "model.safetensors")[1]
+    assert checkpoint_steps(out) == [3]
+    tensors = load_weights(latest_checkpoint(out) / "model.safetensors")[1]
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert read_metrics(out)[-1]["step"] == 3
 
@@ -185,9 +186,9 @@ def test_directories_in_use_and_other_architectures(tmp_path):
         Trainer(tiny_run(lr=5e-4), out, resume=True, device="cpu")
     with pytest.raises(ValueError, match="not a directory"):
         Trainer(tiny_run(), tmp_path / "new", resume=True, device="cpu")
-    path = checkpoint.latest_checkpoint(out) / "model.safetensors"
+    path = latest_checkpoint(out) / "model.safetensors"
     other = replace(tiny_run().model, alpha=0.5)
-    checkpoint.save_weights(path, dict(trainer.model.named_parameters()), other)
+    save_weights(path, dict(trainer.model.named_parameters()), other)
     with pytest.raises(ValueError, match="another architecture"):
         Trainer(tiny_run(), out, resume=True, device="cpu")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ear_model import cli
-from ear_model.cache import LatentCache
-from ear_model.images import ImageFolderData
-from ear_model.tokenizers import training
-from ear_model.tokenizers.kl16 import AutoencoderConfig
+from ear_model.data.cache import LatentCache
+from ear_model.data.images import ImageFolderData
+from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.latent import load_latent_tokenizer
-from ear_model.tokenizers.training import AutoencoderSteps, TokenizerTraining, train_autoencoder
+from ear_model.training import autoencoder as training
+from ear_model.training.autoencoder import AutoencoderSteps, train_autoencoder
 from tests.model.conftest import write_tree
 
 TINY = AutoencoderConfig(

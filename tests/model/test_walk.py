@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from ear_model import checkpoint, cli
-from ear_model.config import RUNS
-from ear_model.data import Dataset
-from ear_model.glyphs import CLASS_NAMES
-from ear_model.judge import load_tree
+from ear_model import cli
+from ear_model.data.batches import Dataset
+from ear_model.data.glyphs import CLASS_NAMES
+from ear_model.evaluation.judge import load_tree
+from ear_model.presets import RUNS
+from ear_model.run_dir import load_config, save_config
 
 SMALL_MODEL = (
     *("--model.num-classes", "4", "--model.width", "64", "--model.depth", "2"),
@@ -73,14 +74,14 @@ def test_images_to_scores(trees, tmp_path, capsys):
     ear("cache", trees / "train", *encoded, "--out", cache, "--workers", 0, "--device", "cpu")
     given = ("--data-path", cache, "--tokenizer", tokenizer, "--model.image-size", 4)
     ear("train", "glyphs64", *given, *SMALL_MODEL, *SHORT, "--out", run, "--device", "cpu")
-    assert checkpoint.load_config(run).model.masking == "cosine"
+    assert load_config(run).model.masking == "cosine"
     check_run(trees, run, "--train-images", trees / "train")
     ear("sample", run, "--num", 8, "--images-out", tmp_path / "images", "--device", "cpu")
     assert load_tree(tmp_path / "images", 16).class_names == CLASS_NAMES[:4]
 
-    wide = replace(checkpoint.load_config(run), model=replace(RUNS["glyphs64"].model, image_size=8))
+    wide = replace(load_config(run), model=replace(RUNS["glyphs64"].model, image_size=8))
     (tmp_path / "wide").mkdir()
-    checkpoint.save_config(tmp_path / "wide", wide)
+    save_config(tmp_path / "wide", wide)
     judged = ("--judge", trees / "judge.safetensors", "--real", trees / "test")
     assert cli.main([str(word) for word in ("evaluate", tmp_path / "wide", *judged)]) == 1
     assert "makes images of 32 pixels" in capsys.readouterr().err
@@ -93,8 +94,8 @@ def test_training_scores_by_a_judge(trees, tmp_path, monkeypatch, capsys):
         tree = load_tree(trees / "train", 16)
         return Dataset(tree.images.float() / 127.5 - 1, tree.labels)
 
-    monkeypatch.setattr("ear_model.train.load_training_data", from_tree)
-    monkeypatch.setattr("ear_model.data.load_training_data", from_tree)
+    monkeypatch.setattr("ear_model.training.trainer.load_training_data", from_tree)
+    monkeypatch.setattr("ear_model.evaluation.scoring.load_training_data", from_tree)
     run = tmp_path / "run"
     judged = ("--judge", trees / "judge.safetensors", "--real", trees / "test")
     ear("train", "glyphs64", *SMALL_MODEL, *PIXELS, *SHORT, "--out", run, "--device", "cpu", *judged)
@@ -121,7 +122,7 @@ def test_training_scores_by_a_judge(trees, tmp_path, monkeypatch, capsys):
 def test_what_can_not_be_scored_is_named(trees, options, named, tmp_path, capsys):
     run = RUNS["glyphs64"]
     size = 64 if named.startswith("images of") else 16
-    checkpoint.save_config(tmp_path, replace(run, model=replace(run.model, image_size=size, channels=3)))
+    save_config(tmp_path, replace(run, model=replace(run.model, image_size=size, channels=3)))
     given = [option.format(root=trees) for option in options]
     assert cli.main(["evaluate", str(tmp_path), *given]) == 1
     captured = capsys.readouterr()

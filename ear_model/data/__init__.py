@@ -1,0 +1,1 @@
+"""What a run reads: images, digits, glyphs, latent caches, and the batches made of them."""

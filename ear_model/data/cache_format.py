@@ -1,0 +1,251 @@
+"""The files of a latent cache.
+
+    CACHE/manifest.json             what it holds; written last, so a cache with one is whole
+    CACHE/shard-00000.safetensors   moments [n, flips, 2 c, h, w] or images uint8 [n, 3, H, W]; labels int64 [n]
+    CACHE/build/                    the plan and the finished shards, from which `ear cache` goes on
+    CACHE/verified.json             sizes and times of the shards whose checksums were right when last looked at
+
+Moments are mean and log variance of the tokenizer's posterior, unscaled, of the image and (flips = 2) of its mirror
+image, side by side so that one image is one read. Pixels are kept once: their mirror image costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ear_model.config import RunConfig
+from ear_model.files import write_atomically
+
+FORMAT = "ear_model_cache"
+VERSION = 1
+MANIFEST, BUILD, STAMP = "manifest.json", "build", "verified.json"
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
+
+Verify = Literal["full", "size"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache."""
+
+    file: str
+    count: int
+    """Images in it."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds."""
+
+    kind: Literal["moments", "pixels"]
+    tokenizer: str
+    """kl16, autoencoder or pixels."""
+    weights: str
+    """Name of the tokenizer's weight file; empty for pixels."""
+    weights_sha256: str
+    """Its checksum; empty for pixels."""
+    latent_scale: float
+    """Factor on the latents; 1 for pixels."""
+    downsampling: int
+    """Height of an image over height of what is cached; 1 for pixels."""
+    image_size: int
+    """Height and width of the images in pixels."""
+    image_shape: tuple[int, int, int]
+    """(channels, height, width) of what the model reads."""
+    dtype: str
+    """fp16, fp32 or uint8."""
+    flips: bool
+    """Whether training draws mirror images too."""
+    classes: tuple[str, ...]
+    """Class names; label i is the i-th."""
+    shards: tuple[Shard, ...]
+
+    def __len__(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one image in a shard: ``[flips, 2 c, h, w]`` or ``[3, H, W]``."""
+        if self.kind == "pixels":
+            return self.image_shape
+        channels, height, width = self.image_shape
+        return (1 + self.flips, 2 * channels, height, width)
+
+    @property
+    def key(self) -> str:
+        """Name of the shards' tensor."""
+        return "images" if self.kind == "pixels" else "moments"
+
+
+def save_manifest(cache: Path, manifest: Manifest) -> None:
+    """Write CACHE/manifest.json."""
+    write_json(cache / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
+
+
+def load_manifest(cache: Path) -> Manifest:
+    """Read CACHE/manifest.json.
+
+    Raises:
+        ValueError: no cache there, one that is not finished, another version's, or a damaged manifest.
+    """
+    if not cache.is_dir():
+        raise ValueError(f"{cache} is not a directory; give the --out of an `ear cache`")
+    path = cache / MANIFEST
+    if not path.is_file():
+        if (cache / BUILD).is_dir():
+            raise ValueError(f"{cache} is not finished (no {MANIFEST}); run its `ear cache` command again to go on")
+        raise ValueError(f"{cache} is no cache (no {MANIFEST}); give the --out of an `ear cache`")
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is no manifest of a cache; give the --out of an `ear cache`")
+    version = values.pop("version", None)
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version!r}; this program reads {VERSION}: write it anew by `ear cache`"
+        )
+    try:
+        values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
+        for name in ("image_shape", "classes"):
+            values[name] = tuple(values[name])
+        manifest = Manifest(**values)
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); write the cache anew by `ear cache`") from error
+    return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    def require(name: str, good: bool) -> None:
+        if not good:
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+
+    require("kind", manifest.kind in ("moments", "pixels"))
+    require("dtype", manifest.dtype in (("uint8",) if manifest.kind == "pixels" else ("fp16", "fp32")))
+    require("latent_scale", math.isfinite(manifest.latent_scale) and manifest.latent_scale > 0)
+    require("classes", len(manifest.classes) > 0)
+    shape = manifest.image_shape
+    require("image_shape", len(shape) == 3 and all(isinstance(side, int) and side > 0 for side in shape))
+    require("image_size", all(side * manifest.downsampling == manifest.image_size for side in shape[1:]))
+    for shard in manifest.shards:
+        if shard.count < 1 or Path(shard.file).name != shard.file:
+            raise ValueError(f"shard {shard}")
+    require("shards", len(manifest.shards) > 0)
+
+
+def class_names(config: RunConfig) -> tuple[str, ...] | None:
+    """The names of the run's classes, if its cache is still there: entry "classes" of ``manifest.json``."""
+    if config.data != "cache" or not config.data_path:
+        return None
+    try:
+        names = json.loads((Path(config.data_path) / MANIFEST).read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # They become directories: nothing that points elsewhere.
+    usable = isinstance(names, list) and all(
+        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
+    )
+    return tuple(names) if usable and len(set(names)) == len(names) else None
+
+
+def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> None:
+    """Make sure that the shards are those that were written.
+
+    Args:
+        cache: the directory.
+        manifest: its manifest.
+        verify: "size" looks at presence and size alone. "full" also reads every shard whose checksum was not seen to
+            be right at its present size and ctime, and notes those that are in CACHE/verified.json (if the
+            directory can be written). So only the first run of a machine pays for it, and a shard that is replaced or
+            edited is read again. What it can't notice is a disk that changes bytes under an unchanged file; remove
+            verified.json to look again.
+
+    Raises:
+        ValueError: a shard is missing, has another size, or a wrong checksum.
+    """
+    if verify not in ("full", "size"):
+        raise ValueError(f"verify is {verify!r}; it must be 'full' or 'size'")
+    missing = [shard.file for shard in manifest.shards if not (cache / shard.file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{cache} lacks {_some(missing)} of its {len(manifest.shards)} shards; copy the cache again, or run its "
+            "`ear cache` command again, which writes what is missing"
+        )
+    for shard in manifest.shards:
+        size = (cache / shard.file).stat().st_size
+        if size != shard.size:
+            raise ValueError(f"{cache / shard.file} has {size} bytes; it must have {shard.size}: {_REMEDY}")
+    if verify == "size":
+        return
+    states = {shard.file: _state(cache / shard.file, shard.sha256) for shard in manifest.shards}
+    known = _read_stamp(cache)
+    unknown = [shard for shard in manifest.shards if known.get(shard.file) != states[shard.file]]
+    # hashlib lets other threads run, so that a fast disk is used up.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = list(pool.map(lambda shard: file_sha256(cache / shard.file), unknown))
+    wrong = [shard.file for shard, found in zip(unknown, sums, strict=True) if found != shard.sha256]
+    if wrong:
+        raise ValueError(f"{cache}: wrong checksum of {_some(wrong)}: {_REMEDY}")
+    if unknown:
+        try:
+            write_json(cache / STAMP, states)
+        except OSError:
+            return  # a read-only cache is verified every time
+
+
+_REMEDY = "copy the shard again, or remove it and run its `ear cache` command again"
+
+
+def _state(path: Path, sha256: str) -> list[Any]:
+    stat = path.stat()
+    # The time of change of the inode: a copy that keeps the times of its files has a new one, and is read anew.
+    return [stat.st_size, stat.st_ctime_ns, sha256]
+
+
+def _read_stamp(cache: Path) -> dict[str, Any]:
+    try:
+        return read_json(cache / STAMP)
+    except (OSError, ValueError):
+        return {}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a dict as JSON, atomically."""
+    text = json.dumps(values, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a dict from JSON. Raises ValueError if it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (no object)")
+    return values
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,1 @@
+"""Scores of samples: on digits, by a judge, by Inception."""

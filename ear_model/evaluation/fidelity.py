@@ -1,0 +1,161 @@
+"""FID and Inception Score as the paper reports them: torch-fidelity's Inception and a statistics file (spec 6)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ear_model.evaluation.judged import feature_statistics, frechet_distance
+
+# uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
+Extractor = Callable[[Tensor], Sequence[Tensor]]
+
+SPLITS = 10  # parts of the samples that Inception Scores are computed on, everywhere
+
+
+@dataclass(frozen=True)
+class FidelityEvaluation:
+    """Scores of one sampling setting."""
+
+    guidance: float
+    temperature: float
+    steps: int
+    num_samples: int
+    fid: float
+    """Frechet distance of Inception features to the statistics file."""
+    inception_score: float
+    """Mean over ten splits."""
+    inception_score_std: float
+    """Standard deviation over those splits."""
+    statistics: str
+    """The statistics file."""
+
+
+def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """``mu [F]`` and ``sigma [F, F]`` of a statistics file. Raises ValueError if it is not one."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; give an .npz statistics file with mu and sigma")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = file["mu"], file["sigma"]
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is no statistics file with mu and sigma ({error})") from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}; they must be [F] and [F, F]"
+        )
+    return mean, covariance
+
+
+def inception_extractor(device: torch.device) -> Extractor:
+    """torch-fidelity's Inception-v3, whose weights it downloads once.
+
+    Raises:
+        ValueError: torch-fidelity is not installed, or its weights can't be had.
+    """
+    try:
+        from torch_fidelity.utils import create_feature_extractor
+    except ImportError as error:
+        raise ValueError(
+            "FID and IS need torch-fidelity, which is not installed; pip install 'ear-kernels[eval]'"
+        ) from error
+    try:
+        extractor: Any = create_feature_extractor(
+            "inception-v3-compat", ["2048", "logits_unbiased"], cuda=device.type == "cuda", verbose=False
+        )
+    except Exception as error:
+        raise ValueError(f"torch-fidelity can't load its Inception weights ({error})") from error
+
+    def extract(images: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return extractor(images.to(device))
+
+    return extract
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016, Eq. 1), mean and standard deviation over ``splits`` of shuffled images.
+
+    Args:
+        logits: ``[N, classes]``, N >= splits.
+        splits: parts that it is computed on; torch-fidelity's ten.
+        seed: of the shuffle; torch-fidelity's.
+
+    Raises:
+        ValueError: fewer images than splits.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"{len(logits)} images; an Inception Score over {splits} splits needs at least that many")
+    shuffled = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))].double()
+    scores = []
+    bounds = [index * len(logits) // splits for index in range(splits + 1)]
+    log_probabilities = shuffled.log_softmax(dim=1)
+    for part in (log_probabilities[a:b] for a, b in itertools.pairwise(bounds)):
+        probabilities = part.exp()
+        marginal = probabilities.mean(dim=0)
+        divergences = torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)
+        scores.append(divergences.sum(dim=1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def evaluate_fidelity(
+    batches: Iterable[Tensor],
+    extractor: Extractor,
+    statistics: tuple[np.ndarray, np.ndarray],
+    *,
+    guidance: float,
+    temperature: float,
+    steps: int,
+    where: str,
+) -> FidelityEvaluation:
+    """FID and IS of samples.
+
+    Args:
+        batches: uint8 images ``[b, 3, S, S]``; they are read once and not kept.
+        extractor: see :func:`inception_extractor`.
+        statistics: mean and covariance of the real images, see :func:`load_statistics`.
+        guidance, temperature, steps: what the samples were drawn with; copied into the result.
+        where: the statistics file, likewise.
+
+    Raises:
+        ValueError: statistics of another number of features, or too few images.
+    """
+    features, logits = [], []
+    for images in batches:
+        part_features, part_logits = extractor(images)
+        if part_features.shape[1] != len(statistics[0]):
+            raise ValueError(
+                f"{where} has {len(statistics[0])} features; the extractor gives {part_features.shape[1]}"
+            )
+        features.append(part_features.float().cpu())
+        logits.append(part_logits.float().cpu())
+    all_features = torch.cat(features)
+    score, deviation = inception_score(torch.cat(logits))
+    return FidelityEvaluation(
+        guidance=guidance,
+        temperature=temperature,
+        steps=steps,
+        num_samples=len(all_features),
+        fid=frechet_distance(*feature_statistics(all_features), *statistics),
+        inception_score=score,
+        inception_score_std=deviation,
+        statistics=where,
+    )
+
+
+def report_fidelity(results: list[FidelityEvaluation]) -> str:
+    """The scores as a few lines of text."""
+    lines = ["guidance  temperature      FID  Inception Score"]
+    for result in results:
+        lines.append(
+            f"{result.guidance:8.1f}  {result.temperature:11.1f}  {result.fid:7.2f}  "
+            f"{result.inception_score:8.2f} +- {result.inception_score_std:.2f}  ({result.num_samples} images)"
+        )
+    return "\n".join(lines)

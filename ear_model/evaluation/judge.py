@@ -1,0 +1,284 @@
+"""A classifier trained on real images, by which samples are judged, and the image trees that both come from.
+
+Shapes: N images, K classes, F features, S image size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ear_model.evaluation.config import JudgeConfig
+from ear_model.files import write_atomically
+
+FORMAT = "ear_judge 1"
+
+
+@dataclass(frozen=True)
+class ImageTree:
+    """An image tree ``DIR/<class>/<image>`` in memory."""
+
+    images: Tensor
+    """uint8 ``[N, 3, S, S]``."""
+    labels: Tensor
+    """int64 ``[N]``."""
+    class_names: tuple[str, ...]
+    """Directory names, sorted: the name of each label."""
+
+    def select(self, indices: Tensor) -> ImageTree:
+        """The images of those indices."""
+        return ImageTree(self.images[indices], self.labels[indices], self.class_names)
+
+
+def load_tree(path: Path, image_size: int, max_per_class: int = 0, seed: int = 0) -> ImageTree:
+    """Read an ImageFolder tree, every image's shorter side resized to ``image_size`` and its centre cut out.
+
+    Args:
+        path: directory with a directory of images for every class.
+        image_size: S; an image of that size is read as it is.
+        max_per_class: at most so many images of a class, drawn by ``seed``; 0 is all. They take
+            ``3 * S * S`` bytes each.
+        seed: of that draw.
+
+    Raises:
+        ValueError: no tree, no images, or an image that can't be read, by name.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+    try:
+        folder = ImageFolder(str(path))
+    except OSError as error:
+        raise ValueError(f"{path} is no image tree DIR/<class>/<image>: {error}") from error
+    order = np.random.default_rng(seed).permutation(len(folder.samples)) if max_per_class else None
+    chosen = range(len(folder.samples)) if order is None else _first_of_each(folder.targets, order, max_per_class)
+    images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
+    for position, index in enumerate(chosen):
+        file = folder.samples[index][0]
+        try:
+            picture = folder.loader(file)
+        except OSError as error:
+            raise ValueError(f"{file} is no readable image ({error})") from error
+        if picture.size != (image_size, image_size):
+            picture = center_crop(resize(picture, [image_size], antialias=True), [image_size, image_size])
+        images[position] = pil_to_tensor(picture)
+    labels = torch.tensor([folder.targets[index] for index in chosen])
+    return ImageTree(images, labels, tuple(folder.classes))
+
+
+def first_image_size(path: Path) -> int:
+    """The shorter side of a tree's first image. Raises ValueError if ``path`` is no image tree."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        folder = ImageFolder(str(path))
+        return min(folder.loader(folder.samples[0][0]).size)
+    except OSError as error:
+        raise ValueError(f"{path} is no image tree DIR/<class>/<image>: {error}") from error
+
+
+def _first_of_each(labels: list[int], order: np.ndarray, count: int) -> list[int]:
+    """The first ``count`` indices of every label in ``order``, ascending."""
+    seen: dict[int, int] = {}
+    chosen = []
+    for index in order.tolist():
+        seen[labels[index]] = seen.get(labels[index], 0) + 1
+        if seen[labels[index]] <= count:
+            chosen.append(index)
+    return sorted(chosen)
+
+
+def split_classes(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of ``count`` images of every class, drawn by ``seed``, and of all the others."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    first = torch.tensor(_first_of_each(labels.tolist(), order.numpy(), count), dtype=torch.int64)
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[first] = False
+    return first, others.nonzero().flatten()
+
+
+class Judge:
+    """A trained classifier of 8-bit images.
+
+    Args:
+        model: the network, from images scaled to -1..1 to logits.
+        class_names: a name for every logit.
+        image_size: S, of the images it was trained on.
+        config: how it was trained.
+        accuracy: on real images that it was not trained on.
+        num_held_out: how many those were.
+    """
+
+    def __init__(
+        self,
+        model: ResNet,
+        class_names: tuple[str, ...],
+        image_size: int,
+        config: JudgeConfig,
+        accuracy: float,
+        num_held_out: int,
+    ) -> None:
+        self.model, self.class_names, self.image_size = model.eval(), class_names, image_size
+        self.config, self.accuracy, self.num_held_out = config, accuracy, num_held_out
+
+    @torch.no_grad()
+    def look(self, images: Tensor, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+        """Features ``[N, F]`` in float32 (pooled, before the last layer) and predicted labels ``[N]``, on the CPU.
+
+        Raises:
+            ValueError: images that are not uint8 ``[N, 3, S, S]``.
+        """
+        size = self.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}; this judge reads uint8 [N, 3, {size}, {size}]"
+            )
+        device = next(self.model.parameters()).device
+        features, predictions = [], []
+        for part in images.split(batch_size):
+            pooled = self.model.forward_head(self.model.forward_features(_scale(part.to(device))), pre_logits=True)
+            features.append(pooled.float().cpu())
+            predictions.append(self.model.fc(pooled).argmax(dim=1).cpu())
+        return torch.cat(features), torch.cat(predictions)
+
+    def save(self, path: Path) -> None:
+        """Write weights as safetensors, everything else in the metadata."""
+        metadata = {
+            "format": FORMAT,
+            "class_names": json.dumps(self.class_names),
+            "image_size": str(self.image_size),
+            "config": json.dumps(asdict(self.config)),
+            "accuracy": repr(self.accuracy),
+            "num_held_out": str(self.num_held_out),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Judge:
+        """Read what :meth:`save` wrote. Raises ValueError if it is not there, damaged or something else."""
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; `ear train-judge` writes it")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no judge (format {metadata.get('format')!r}; this program reads {FORMAT!r})")
+        try:
+            values = json.loads(metadata["config"])
+            config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
+            class_names = tuple(json.loads(metadata["class_names"]))
+            model = _network(config, len(class_names))
+            model.load_state_dict(tensors)
+            size, accuracy, held_out = (metadata[key] for key in ("image_size", "accuracy", "num_held_out"))
+            return cls(model.to(device), class_names, int(size), config, float(accuracy), int(held_out))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is a damaged judge ({error})") from error
+
+
+def _network(config: JudgeConfig, num_classes: int) -> ResNet:
+    """timm's ResNet with one block a stage and a stem of three small convolutions."""
+    block: Any = BasicBlock
+    return ResNet(
+        block,
+        (1, 1, 1, 1),
+        num_classes=num_classes,
+        stem_type="deep",
+        stem_width=max(1, config.channels[0] // 2),
+        channels=config.channels,
+    )
+
+
+def _scale(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def train_judge(
+    train: ImageTree,
+    held_out: ImageTree,
+    config: JudgeConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    log: Callable[[str], object] | None = None,
+) -> Judge:
+    """Train a classifier on real images; its accuracy is that on ``held_out``. On a CPU, a seed gives one judge.
+
+    Args:
+        train: what it learns.
+        held_out: real images that it is tested on, of the same classes and size.
+        config: network and training; the defaults of :class:`JudgeConfig` if None.
+        device: where to train.
+        log: gets a line an epoch.
+
+    Raises:
+        ValueError: fewer than two classes, or trees of other classes or sizes.
+    """
+    config = config or JudgeConfig()
+    if len(train.class_names) < 2:
+        raise ValueError(f"a judge needs at least two classes; this tree has {train.class_names}")
+    if held_out.class_names != train.class_names or held_out.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"the held-out tree has {len(held_out.class_names)} classes of images {tuple(held_out.images.shape[1:])},"
+            f" the training tree {len(train.class_names)} of {tuple(train.images.shape[1:])}; they must be the same"
+        )
+    if len(held_out.labels) == 0:
+        raise ValueError("there are no held-out images to test the judge on")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = _network(config, len(train.class_names)).to(device)
+    draws = torch.Generator().manual_seed(config.seed)
+    batch_size = min(config.batch_size, len(train.labels))
+    steps = -(-len(train.labels) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs * steps)
+    images, labels = train.images.to(device), train.labels.to(device)
+    for epoch in range(config.epochs):
+        model.train()
+        order = torch.randperm(len(labels), generator=draws).to(device)
+        total = torch.zeros((), device=device)
+        for part in order.split(batch_size):
+            batch = _shift(_scale(images[part]), config.shift, draws)
+            loss = functional.cross_entropy(model(batch), labels[part])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(part)
+        if log is not None:
+            log(f"judge: epoch {epoch + 1}/{config.epochs}, loss {total.item() / len(labels):.4f}")
+    judge = Judge(model, train.class_names, train.images.shape[-1], config, 0.0, len(held_out.labels))
+    judge.accuracy = float((judge.look(held_out.images)[1] == held_out.labels).double().mean())
+    return judge
+
+
+def _shift(images: Tensor, limit: int, draws: torch.Generator) -> Tensor:
+    """Every image moved by its own random whole pixels, edge pixels repeated into what is laid open."""
+    limit = min(limit, images.shape[-1] // 8)
+    if limit == 0:
+        return images
+    count, _, height, width = images.shape
+    padded = functional.pad(images, (limit,) * 4, mode="replicate")
+    offsets = torch.randint(0, 2 * limit + 1, (2, count, 1), generator=draws).to(images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(parameter.numel() for parameter in model.parameters())

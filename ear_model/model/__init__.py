@@ -1,0 +1,1 @@
+"""The backbone, its masking, and the files of its weights. Nothing here knows how it is trained or sampled."""

@@ -1,0 +1,235 @@
+"""The bidirectional backbone (spec 3): class tokens, image tokens, learned positions, pre-norm ViT blocks.
+
+Parameters have the names of the public EAR checkpoint. Shapes: B images, L tokens, D token size, C width.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ear_kernels.functional_transformer import (
+    dropout_add_layer_norm,
+    norm_gelu_mlp,
+    norm_self_attention,
+    project,
+    self_attention,
+)
+from ear_model.config import ModelConfig
+from ear_model.draws import TORCH_DRAWS, Draws
+
+# Where our kernels don't take the attention (float32, heads wider than 80): cuDNN's is the fastest on a Hopper GPU.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+# Deviation of the sinusoid that positions start from; a known token is projected to about that much.
+SINUSOID_STD = 0.25
+
+# What is still to be added to the residual stream: a linear's output without its bias, and that bias.
+Pending = tuple[Tensor, Tensor]
+
+
+class TransformerBlock(Block):
+    """timm's pre-norm ViT block, its parameters and its maths, with its memory-bound parts in our kernels.
+
+    The MLP's dropout, residual and the next norm are one operation. So a block hands its MLP's output on as
+    ``pending``, and the block after adds it.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, pending: Pending | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Pending]:
+        """
+        Args:
+            hidden: the residual stream ``[B, L, C]``.
+            pending: the MLP output ``[B, L, C]`` of the block before and its bias, not yet dropped out and added;
+                None for the first block.
+            seeds: int64 ``[3, 1]``, what the kernels' dropout draws from.
+
+        Returns:
+            The residual stream without this block's MLP, and that MLP's pending output.
+        """
+        seed = seeds.unbind() if seeds is not None else (None, None, None)
+        attention: Any = self.attn
+        mlp: Any = self.mlp
+        first, second = mlp.fc1, mlp.fc2
+        norm1: Any = self.norm1
+        norm2: Any = self.norm2
+        dropout = mlp.drop1.p if self.training else 0.0
+        attention_dropout = attention.attn_drop.p if self.training else 0.0
+        qkv = (attention.qkv.weight, attention.qkv.bias, attention.num_heads)
+        if pending is None:
+            mixed = self_attention(norm1(hidden), *qkv, dropout=attention_dropout)
+        else:
+            hidden, mixed = norm_self_attention(
+                pending[0],
+                hidden,
+                norm1.weight,
+                norm1.bias,
+                pending[1],
+                *qkv,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                eps=norm1.eps,
+                seed=seed[0],
+            )
+        hidden, out = norm_gelu_mlp(
+            project(mixed, attention.proj.weight),
+            hidden,
+            norm2.weight,
+            norm2.bias,
+            attention.proj.bias,
+            first.weight,
+            first.bias,
+            second.weight,
+            None,
+            dropout=dropout,
+            eps=norm2.eps,
+            seeds=(seed[1], seed[2]),
+        )
+        # A copy: FSDP frees a block's gathered parameters when it returns.
+        return hidden, (out, second.bias.clone())
+
+
+def sinusoid_2d(num_tokens: int, width: int) -> Tensor:
+    """Positions of a square grid of tokens, row by row, as float32 ``[num_tokens, width]``.
+
+    The first half of a position depends on the row, the second on the column: sine, then cosine, at ``width // 4``
+    frequencies whose periods go from 4 tokens to 4 times the grid. Mean square 1, but for the ``width % 4`` last
+    columns, which are 0.
+    """
+    side = math.isqrt(num_tokens)
+    frequencies = math.pi / 2 * torch.logspace(0, -math.log2(side), width // 4, base=2)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
+    return nn.functional.pad(torch.cat([rows, columns], dim=2).flatten(0, 1), (0, width % 4))
+
+
+class Backbone(nn.Module):
+    """Maps known and masked tokens and a class to a hidden state per token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.class_tokens = config.class_tokens
+        self.label_dropout = config.label_dropout
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.class_emb = nn.Embedding(config.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.empty(1, width))
+        self.z_proj = nn.Linear(config.token_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
+        self.decoder_blocks = nn.ModuleList(
+            TransformerBlock(
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                qkv_bias=True,
+                proj_drop=config.dropout,
+                attn_drop=config.attention_dropout,
+                norm_layer=norm,
+            )
+            for _ in range(config.depth)
+        )
+        self.decoder_norm = norm(width)
+        self.dropout = config.dropout
+        self.position_init = config.position_init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal 0.02 for the embeddings, xavier-uniform linears, zero biases (spec 3); ``position_init``."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        embeddings = (
+            self.class_emb.weight,
+            self.fake_latent,
+            self.mask_token,
+            self.decoder_pos_embed_learned,
+        )
+        for parameter in embeddings:
+            nn.init.normal_(parameter, std=0.02)
+        if self.position_init == "sinusoid":
+            # At 0.02 positions are a tenth of what a known token is projected to, and are learned late.
+            with torch.no_grad():
+                positions = self.decoder_pos_embed_learned[0, self.class_tokens :]
+                positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
+
+    def embed_classes(self, labels_B: Tensor) -> Tensor:
+        """Class embeddings ``[B, C]``."""
+        return self.class_emb(labels_B)
+
+    def null_class(self, batch: int) -> Tensor:
+        """The null class's embedding ``[B, C]``."""
+        return self.fake_latent.expand(batch, -1)
+
+    def drop_classes(self, classes_BC: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
+        """The embeddings with ``label_dropout`` of the images turned to the null class (training)."""
+        dropped = draws.rand(classes_BC.shape[0], 1, device=classes_BC.device) < self.label_dropout
+        return torch.where(dropped, self.fake_latent, classes_BC)
+
+    def forward(
+        self,
+        tokens_BLD: Tensor,
+        masked_BL: Tensor,
+        classes_BC: Tensor,
+        run_blocks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states ``[B, L, C]``; the contents of masked tokens are not read.
+
+        Args:
+            tokens_BLD: tokens.
+            masked_BL: which of them are masked.
+            classes_BC: class embeddings.
+            run_blocks: does the work of :meth:`run_blocks`, which does it if None.
+        """
+        batch = tokens_BLD.shape[0]
+        embedded_BLC = self.z_proj(tokens_BLD)
+        embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
+        prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
+        hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
+        return (run_blocks or self.run_blocks)(hidden)[:, self.class_tokens :]
+
+    def run_blocks(self, hidden: Tensor, pending: Pending | None = None, part: slice = slice(None)) -> Any:
+        """The blocks and the final norm over ``[B, class_tokens + L, C]``.
+
+        With a ``part`` that stops before the last block: those blocks alone, from and to the stream and what is
+        pending.
+        """
+        dropout = self.dropout if self.training else 0.0
+        blocks = list(self.decoder_blocks)[part]
+        seeds = None
+        if dropout and hidden.is_cuda:
+            seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            for number, block in enumerate(blocks):
+                own = None if seeds is None else seeds[3 * number : 3 * number + 3]
+                hidden, pending = block(hidden, pending, own)
+        if part.stop is not None:
+            return hidden, pending
+        last = None if seeds is None else seeds[-1]
+        # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
+        dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
+        norm: Any = self.decoder_norm
+        assert pending is not None
+        _, normed = dropout_add_layer_norm(
+            pending[0],
+            hidden,
+            norm.weight,
+            norm.bias,
+            pending[1],
+            dropout=dropout,
+            eps=norm.eps,
+            seed=last,
+            dtype=dtype,
+        )
+        return normed

@@ -1,0 +1,77 @@
+"""Generation orders, training mask ratios and the unmasking schedule (spec 3 and 4)."""
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from ear_model.draws import TORCH_DRAWS, Draws
+
+MASK_RATIO_STD = 0.25
+
+
+def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
+    """A uniformly random permutation of the tokens per image, int64 ``[batch, num_tokens]``."""
+    return draws.rand(batch, num_tokens, device=device).argsort(dim=-1)
+
+
+def mask_ratio(uniform: float, minimum: float) -> float:
+    """The quantile ``uniform`` in [0, 1) of a normal of mean 1, std 0.25 truncated to [minimum, 1]."""
+    normal = NormalDist(1.0, MASK_RATIO_STD)
+    low = normal.cdf(minimum)
+    quantile = low + uniform * (0.5 - low)
+    return min(1.0, max(minimum, normal.inv_cdf(quantile)))
+
+
+def draw_num_masked(
+    num_tokens: int, minimum: float, masking: str = "truncated_normal", draws: Draws = TORCH_DRAWS
+) -> int:
+    """Tokens to mask in this batch, ``ceil(L * ratio)``, drawn on the CPU.
+
+    A count on the host, so the shapes of the step are known without waiting for the device.
+
+    Args:
+        num_tokens: L.
+        minimum: smallest ratio of "truncated_normal".
+        masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
+            share that :func:`unmasking_schedule` has left at a random moment when there are far fewer steps than
+            tokens: 2/pi on average, down to one token.
+        draws: where the ratio comes from.
+    """
+    uniform = float(draws.rand(dtype=torch.float64))
+    if masking == "cosine":
+        return max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * uniform)))
+    return math.ceil(num_tokens * mask_ratio(uniform, minimum))
+
+
+def possible_num_masked(num_tokens: int, minimum: float, masking: str = "truncated_normal") -> range:
+    """All that :func:`draw_num_masked` can return."""
+    fewest = 1 if masking == "cosine" else max(1, math.ceil(num_tokens * minimum))
+    return range(fewest, num_tokens + 1)
+
+
+def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
+    """How many tokens are masked before and after each decoding step (spec 4).
+
+    After step s, ``max(1, min(left - 1, floor(L cos(pi/2 (s+1)/N))))`` tokens stay masked; the last step predicts
+    all that is left. With more steps than tokens some steps predict nothing.
+
+    Returns:
+        N pairs ``(left, keep)``; step s predicts ``left - keep`` tokens.
+    """
+    schedule = []
+    left = num_tokens
+    for step in range(steps):
+        keep = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / steps))
+        keep = 0 if step == steps - 1 else max(1, min(left - 1, keep))
+        schedule.append((left, keep))
+        left = keep
+    return schedule
+
+
+def guidance_scale(guidance: float, schedule: str, num_tokens: int, keep: int) -> float:
+    """Guidance of the step after which ``keep`` tokens stay masked: constant, or 1 + (g - 1)(L - keep)/L."""
+    if schedule == "constant":
+        return guidance
+    return 1 + (guidance - 1) * (num_tokens - keep) / num_tokens

@@ -1,0 +1,119 @@
+"""Models and runs by name."""
+
+from dataclasses import replace
+
+from ear_model.config import ModelConfig, RunConfig, SamplingConfig, TrainConfig
+
+EAR_BASE = ModelConfig()
+EAR_LARGE = replace(EAR_BASE, width=1024, depth=32, num_heads=16, generator_width=1280, generator_depth=8)
+EAR_HUGE = replace(EAR_BASE, width=1280, depth=40, num_heads=16, generator_width=1536, generator_depth=12)
+DIGITS = ModelConfig(
+    image_size=8,
+    channels=1,
+    patch_size=2,
+    num_classes=10,
+    width=96,
+    depth=3,
+    num_heads=4,
+    class_tokens=4,
+    dropout=0.0,
+    attention_dropout=0.0,
+    generator_width=64,
+    generator_depth=3,
+)
+
+# Latents of 64-pixel images under the tokenizer that `ear train-tokenizer` makes by default (docs/recipes.md).
+GLYPHS = ModelConfig(
+    image_size=8,
+    channels=8,
+    num_classes=48,
+    width=384,
+    depth=10,
+    num_heads=6,
+    class_tokens=16,
+    dropout=0.0,
+    attention_dropout=0.0,
+    generator_width=512,
+    generator_depth=3,
+    num_samples=2,
+    masking="cosine",
+    position_init="sinusoid",
+)
+
+MODELS: dict[str, ModelConfig] = {
+    "digits": DIGITS,
+    "ear_base": EAR_BASE,
+    "ear_large": EAR_LARGE,
+    "ear_huge": EAR_HUGE,
+    "glyphs": GLYPHS,
+}
+
+IMAGENET_IMAGES = 1_281_167
+# A batch of 2,048 goes into an epoch 625 times; the rest is left over, as in the public code. 750 epochs, the first
+# 100 of them warming up, and 50 of fine-tuning.
+_STEPS_PER_EPOCH = IMAGENET_IMAGES // 2048
+_IMAGENET = TrainConfig(
+    steps=800 * _STEPS_PER_EPOCH,
+    warmup_steps=100 * _STEPS_PER_EPOCH,
+    finetune_steps=50 * _STEPS_PER_EPOCH,
+    log_every=50,
+)
+
+RUNS: dict[str, RunConfig] = {
+    "digits": RunConfig(
+        data="digits",
+        model=DIGITS,
+        train=TrainConfig(
+            steps=2600,
+            batch_size=64,
+            lr=3e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            ema=0.99,
+            checkpoint_every=260,
+        ),
+        sampling=SamplingConfig(steps=16, guidance=2.0, temperature=0.7),
+    ),
+    "glyphs64": RunConfig(
+        data="cache",
+        model=GLYPHS,
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=512,
+            lr=1e-3,
+            generator_lr_scale=0.5,
+            schedule="cosine",
+            warmup_steps=500,
+            ema=0.999,
+        ),
+        sampling=SamplingConfig(steps=64, guidance=2.0, temperature=0.8),
+    ),
+    "imagenet256": RunConfig(data="cache", model=EAR_BASE, train=_IMAGENET),
+    "imagenet512": RunConfig(
+        data="cache",
+        model=replace(EAR_BASE, image_size=32),
+        train=_IMAGENET,
+        sampling=SamplingConfig(guidance=4.0),
+    ),
+}
+
+# Images of an epoch of those runs' data; the glyphs are those of docs/recipes.md.
+EPOCH_IMAGES = {"digits": 1347, "glyphs64": 192_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model preset of that name. Raises ValueError for an unknown one."""
+    if name not in MODELS:
+        raise ValueError(f"unknown preset {name!r}; use one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def with_model(run: RunConfig, name: str) -> RunConfig:
+    """A run with the model preset of that name, with the run's own image size, channels, patches and classes.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    data_fields = ("image_size", "channels", "patch_size", "num_classes")
+    data_shape = {field_name: getattr(run.model, field_name) for field_name in data_fields}
+    return replace(run, model=replace(model_config(name), **data_shape))

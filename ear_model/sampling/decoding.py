@@ -1,0 +1,76 @@
+"""The decoding loop, a pure function of model, labels and draws (docs/model.md, "Sampling").
+
+Everything that depends on the schedule is a number of the host, so the loop never waits for the device and each
+step has a shape known before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ear_model.config import ModelConfig
+from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
+
+
+class DecodingModel(Protocol):
+    """What the loop needs of a model: its sizes, its backbone and its score."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def backbone(self) -> Any: ...
+
+    @property
+    def score(self) -> Any: ...
+
+
+def decode_tokens(
+    model: DecodingModel,
+    labels_B: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    guidance_schedule: str,
+    temperature: float,
+    draws: Draws = TORCH_DRAWS,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> Tensor:
+    """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
+    batch, num_tokens = labels_B.shape[0], model.config.num_tokens
+    device = labels_B.device
+    guided = guidance != 1
+    tokens_BLD = torch.zeros(batch, num_tokens, model.config.token_dim, device=device)
+    orders_BL = random_orders(batch, num_tokens, device, draws)
+    ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first
+    classes = model.backbone.embed_classes(labels_B)
+    if guided:
+        classes = torch.cat([classes, model.backbone.null_class(batch)])
+
+    schedule: Iterable[tuple[int, int]] = unmasking_schedule(num_tokens, steps)
+    for left, keep in progress(schedule) if progress is not None else schedule:
+        if left == keep:
+            continue
+        masked_BL = ranks_BL < left
+        predicted_Bk = orders_BL[:, keep:left]
+        if guided:
+            hidden = model.backbone(tokens_BLD.repeat(2, 1, 1), masked_BL.repeat(2, 1), classes)
+            hidden_RC, null_hidden_RC = (_gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2))
+        else:
+            hidden = model.backbone(tokens_BLD, masked_BL, classes)
+            hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
+        scale = guidance_scale(guidance, guidance_schedule, num_tokens, keep)
+        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, temperature, draws)
+        index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1])
+        tokens_BLD = tokens_BLD.scatter(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
+    return tokens_BLD
+
+
+def _gather_tokens(values_BLC: Tensor, positions_Bk: Tensor) -> Tensor:
+    """``values_BLC`` at the given positions, ``[B, k, C]``."""
+    return values_BLC.gather(1, positions_Bk.unsqueeze(-1).expand(-1, -1, values_BLC.shape[-1]))

@@ -1,0 +1,1 @@
+"""Training: the loop, its engine, its processes and its checkpoints."""

@@ -1,0 +1,452 @@
+"""Checkpoints of the public EAR code (spec 6): ``checkpoint-last.pth``, read and written.
+
+The file is a dict of ``model`` and ``model_ema`` (state dicts with the public keys), ``optimizer`` (the state of an
+AdamW), ``epoch`` (the last finished one), ``scaler`` and ``args`` (an argparse.Namespace).
+
+An optimiser's state knows its parameters by number only. The public code numbers them by group, each in the order of
+the model's state dict: (1) 1-D parameters and all biases, (2) the other backbone parameters, (3) the generator's
+matrices, which have an ``lr_scale``. That is our grouping "public".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.data.sources import load_training_data
+from ear_model.draws import mixed_seed
+from ear_model.ear import EAR
+from ear_model.files import require_writable, write_atomically
+from ear_model.model.weights import check_fit, our_key, public_key
+from ear_model.presets import MODELS, RUNS
+from ear_model.run_dir import CONFIG_FILE, load_config, save_config
+from ear_model.training import checkpoint, optim
+
+PUBLIC_CLASS_TOKENS = 64
+OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
+_SCALER = torch.amp.GradScaler("cpu").state_dict()
+_GROUP_DEFAULTS = {
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+
+
+@dataclass(frozen=True)
+class PublicCheckpoint:
+    """What a ``checkpoint-last.pth`` holds; tensors by our names, in the file's order."""
+
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor] | None
+    optimizer: dict[str, Any] | None
+    epoch: int
+    scaler: dict[str, Any] | None
+    args: dict[str, Any]
+
+
+def read_public(path: Path) -> PublicCheckpoint:
+    """Read a checkpoint of the public EAR code. Nothing in it is executed.
+
+    Raises:
+        ValueError: not there, damaged, a pickle of more than tensors, numbers and a Namespace, or not of EAR.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; give a checkpoint-last.pth or a run directory")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        unsafe = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        if unsafe:
+            raise ValueError(f"{path} is refused: it asks to run code on loading ({unsafe[:150]})") from error
+        raise ValueError(f"{path} is truncated or no torch file") from error
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or no torch file ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
+        raise ValueError(f"{path} has no state dict 'model'; a checkpoint-last.pth of the public EAR code has one")
+    model = content["model"]
+    if any(key.startswith(("diffloss.", "encoder_blocks.")) for key in model):
+        raise ValueError(f"{path} holds a MAR model (encoder, diffusion head); only EAR checkpoints can be converted")
+    if not any(key.startswith("scoreloss.net.") for key in model):
+        raise ValueError(f"{path} has no generator (no key begins with scoreloss.net.); it is no EAR checkpoint")
+    averages = content.get("model_ema")
+    if averages is not None and not (_is_state_dict(averages) and averages.keys() == model.keys()):
+        raise ValueError(f"{path}: model_ema has other tensors than model")
+    args = content.get("args")
+    values = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return PublicCheckpoint(
+        weights=_ours(model),
+        averages=None if averages is None else _ours(averages),
+        optimizer=content.get("optimizer"),
+        epoch=int(content.get("epoch", 0)),
+        scaler=content.get("scaler"),
+        args=values,
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {our_key(key): tensor for key, tensor in tensors.items()}
+
+
+def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {public_key(name): tensor for name, tensor in tensors.items()}
+
+
+def _meta_model(config: ModelConfig) -> EAR:
+    """The model without memory: names, shapes and their order."""
+    with torch.device("meta"):
+        return EAR(config)
+
+
+# Configurations
+
+
+def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int | None, where: str) -> ModelConfig:
+    """The architecture, from the tensors' shapes; what no shape shows from ``args``, or the paper's value.
+
+    Raises:
+        ValueError: tensors missing, or a size whose number of heads is not known.
+    """
+    try:
+        width = weights["backbone.fake_latent"].shape[1]
+        token_dim = weights["backbone.z_proj.weight"].shape[1]
+        positions = weights["backbone.decoder_pos_embed_learned"].shape[1]
+        num_classes = weights["backbone.class_emb.weight"].shape[0]
+        hidden = weights["backbone.decoder_blocks.0.mlp.fc1.weight"].shape[0]
+        generator_width, noise_dim = weights["score.generator.noise_embed.weight"].shape
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{where} is no EAR checkpoint: {error} is missing or has another shape") from error
+    depth = _count(weights, "backbone.decoder_blocks.")
+    class_tokens = int(args.get("buffer_size", PUBLIC_CLASS_TOKENS))
+    patch_size = int(args.get("patch_size", 1))
+    side = math.isqrt(max(0, positions - class_tokens))
+    if side < 1 or side * side + class_tokens != positions or token_dim % patch_size**2:
+        raise ValueError(
+            f"{where}: {positions} positions are not {class_tokens} class tokens and a square of image tokens "
+            f"of {token_dim} numbers in patches of {patch_size} x {patch_size}"
+        )
+    if num_heads is None:
+        known = {(model.width, model.depth): model.num_heads for model in MODELS.values()}
+        if (width, depth) not in known:
+            raise ValueError(
+                f"{where}: width {width} and depth {depth} are none of EAR-B, L, H, and no tensor shows the number "
+                "of attention heads; give --num-heads"
+            )
+        num_heads = known[width, depth]
+    paper = ModelConfig()
+    return ModelConfig(
+        image_size=side * patch_size,
+        channels=token_dim // patch_size**2,
+        patch_size=patch_size,
+        num_classes=num_classes,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=hidden / width,
+        class_tokens=class_tokens,
+        dropout=float(args.get("proj_dropout", paper.dropout)),
+        attention_dropout=float(args.get("attn_dropout", paper.attention_dropout)),
+        generator_width=generator_width,
+        generator_depth=_count(weights, "score.generator.res_blocks."),
+        noise_dim=noise_dim,
+        alpha=float(args.get("alpha", paper.alpha)),
+        num_samples=2 * int(args.get("score_batch_mul", paper.num_samples // 2)),
+        min_mask_ratio=float(args.get("mask_ratio_min", paper.min_mask_ratio)),
+        label_dropout=float(args.get("label_drop_prob", paper.label_dropout)),
+    )
+
+
+def _count(weights: dict[str, Tensor], prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def infer_training(args: dict[str, Any], step: int, epoch: int) -> TrainConfig:
+    """The training that goes on as the public code would: its arguments, in steps instead of epochs."""
+    paper = TrainConfig()
+    # At any schedule of the public code `step` optimiser steps took epoch + 1 epochs.
+    per_epoch = step / (epoch + 1)
+    steps = round(args["epochs"] * per_epoch) if "epochs" in args and step else paper.steps
+    accumulate = int(args.get("accumulation_steps", paper.accumulate))
+    batch_size = paper.batch_size
+    if "batch_size" in args:
+        batch_size = int(args["batch_size"]) * int(args.get("world_size", 1)) * accumulate
+    return replace(
+        paper,
+        steps=max(step, steps, 1),
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=float(args.get("lr") or paper.lr),
+        generator_lr_scale=float(args.get("score_lrscale", paper.generator_lr_scale)),
+        parameter_groups="public",
+        schedule="constant" if args.get("lr_schedule", "constant") == "constant" else "cosine",
+        warmup_steps=round(args["warmup_epochs"] * per_epoch) if "warmup_epochs" in args and step else 0,
+        weight_decay=float(args.get("weight_decay", paper.weight_decay)),
+        clip=float(args.get("grad_clip") or paper.clip),
+        ema=float(args.get("ema_rate", paper.ema)),
+        tau=float(args.get("train_temperature", paper.tau)),
+        seed=int(args.get("seed", paper.seed)),
+    )
+
+
+# Optimiser states
+
+
+def _grouped_names(model: EAR, grouping: Literal["paper", "public"]) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optim.parameter_groups(model, replace(TrainConfig(), parameter_groups=grouping))
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
+def moments_by_name(
+    optimizer: dict[str, Any], model: EAR, grouping: Literal["paper", "public"], where: str
+) -> dict[str, dict[str, Tensor]]:
+    """An AdamW state by parameter name.
+
+    Raises:
+        ValueError: groups of other sizes, or moments of other shapes than ``grouping`` of ``model`` has.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    expected = _grouped_names(model, grouping)
+    try:
+        indices = [list(group["params"]) for group in optimizer["param_groups"]]
+        states = optimizer["state"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: 'optimizer' is no state of a torch optimiser ({error!r})") from error
+    if [len(group) for group in indices] != [len(group) for group in expected]:
+        raise ValueError(
+            f"{where}: the optimiser has groups of {[len(group) for group in indices]} parameters; "
+            f"EAR's has {[len(group) for group in expected]}"
+        )
+    moments = {}
+    for group, names in zip(indices, expected, strict=True):
+        for index, name in zip(group, names, strict=True):
+            if index not in states:
+                continue
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensor = states[index].get(key)
+                if tensor is None or tensor.shape != shapes[name]:
+                    shape = None if tensor is None else tuple(tensor.shape)
+                    raise ValueError(f"{where}: {key} of {name} has shape {shape}; it must be {tuple(shapes[name])}")
+            moments[name] = states[index]
+    return moments
+
+
+def number_moments(
+    moments: dict[str, dict[str, Tensor]], model: EAR, grouping: Literal["paper", "public"]
+) -> tuple[dict[int, dict[str, Tensor]], list[list[int]]]:
+    """The inverse of :func:`moments_by_name`: states by number, and the numbers of each group."""
+    groups = _grouped_names(model, grouping)
+    names = [name for group in groups for name in group]
+    states = {index: moments[name] for index, name in enumerate(names) if name in moments}
+    numbers = iter(range(len(names)))
+    return states, [[next(numbers) for _ in group] for group in groups]
+
+
+# The two directions
+
+
+def import_run(
+    source: Path,
+    out: Path,
+    *,
+    num_heads: int | None = None,
+    data: Literal["digits", "cache", "npz"] | None = None,
+    data_path: str | None = None,
+) -> str:
+    """Make a run directory of a public checkpoint, which ``ear train --resume`` goes on with. Returns a report.
+
+    Args:
+        source: a ``checkpoint-last.pth``.
+        out: run directory to make.
+        num_heads: attention heads, for sizes other than EAR-B, L and H.
+        data: data set of the run, if not what the file says.
+        data_path: its directory.
+
+    Raises:
+        ValueError: ``out`` is in use; a file that is no EAR checkpoint, or wants to run code; unknown heads.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; give a new --out")
+    public = read_public(source)
+    own = public.args.get(OWN_CONFIG)
+    if own is not None:
+        config = from_dict(RunConfig, json.loads(own), f"{source}: {OWN_CONFIG}")
+        if num_heads not in (None, config.model.num_heads):
+            raise ValueError(f"--num-heads is {num_heads}; {source} was written with {config.model.num_heads}")
+    else:
+        model_config = infer_model(public.weights, public.args, num_heads, str(source))
+        config = RunConfig(data="npz", data_path=str(public.args.get("cached_path", "")), model=model_config)
+    model = _meta_model(config.model)
+    check_fit(model, public.weights, source)
+    if public.averages is not None:
+        check_fit(model, public.averages, source)
+    moments = {}
+    if public.optimizer is not None:
+        if list(public.weights) != [name for name, _ in model.named_parameters()]:
+            raise ValueError(
+                f"{source}: its tensors are in another order than the public code's, so the numbers of its optimiser "
+                "can't be understood"
+            )
+        moments = moments_by_name(public.optimizer, model, "public", str(source))
+    step = max((int(state["step"]) for state in moments.values()), default=0)
+    if own is None:
+        train = infer_training(public.args, step, public.epoch)
+        if public.optimizer is not None and "betas" in public.optimizer["param_groups"][0]:
+            beta1, beta2 = public.optimizer["param_groups"][0]["betas"]
+            train = replace(train, beta1=float(beta1), beta2=float(beta2))
+        config = replace(config, train=train)
+    config = replace(config, data=data or config.data, data_path=config.data_path if data_path is None else data_path)
+    states, _ = number_moments(moments, model, config.train.parameter_groups)
+    groups = optim.make_optimizer(model, config.train).state_dict()["param_groups"]
+    if public.optimizer is not None:
+        for group, theirs in zip(groups, public.optimizer["param_groups"], strict=True):
+            group["lr"] = theirs["lr"]
+    generator = torch.Generator().manual_seed(mixed_seed(config.train.seed, step))
+    state = {
+        "optimizer": {"state": states, "param_groups": groups},
+        "step": step,
+        "cpu_rng": generator.get_state(),
+        "cuda_rng": None,
+        "process_rng": [],
+        "public": {
+            "epoch": public.epoch,
+            "step": step,
+            "scaler": public.scaler,
+            "args": public.args,
+            "param_groups": None if public.optimizer is None else public.optimizer["param_groups"],
+        },
+    }
+    require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(public.weights))
+    save_config(out, config)
+    averages = public.weights if public.averages is None else public.averages
+    checkpoint.save_checkpoint(out, step, model, averages, state, weights=public.weights)
+    missing = [name for name in ("averages", "optimizer") if getattr(public, name) is None]
+    note = f"; the file has no {' and no '.join(missing)}, which start anew" if missing else ""
+    return (
+        f"{source}: {len(public.weights)} tensors, {sum(t.numel() for t in public.weights.values()):,} parameters, "
+        f"epoch {public.epoch}, step {step}{note}\n"
+        f"run directory: {out}   go on: ear train {next(iter(RUNS))} --out {out} --resume"
+    )
+
+
+def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
+    """Write a run's last checkpoint as a ``checkpoint-last.pth`` of the public code. Returns a report.
+
+    Args:
+        run_dir: run directory.
+        out: file to write.
+        epoch: last finished epoch; counted if None.
+
+    Raises:
+        ValueError: ``out`` exists; no whole checkpoint; an epoch that can't be counted as the data set is not here.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new --out")
+    saved = checkpoint.load_checkpoint(run_dir)
+    run = load_config(run_dir)
+    where = str(saved.path)
+    model = _meta_model(saved.config)
+    for tensors in (saved.weights, saved.averages):
+        check_fit(model, tensors, saved.path)
+    state = saved.trainer_state
+    public = state.get("public") or {}
+    moments = moments_by_name(state["optimizer"], model, run.train.parameter_groups, where)
+    states, numbers = number_moments(moments, model, "public")
+    if epoch is None:
+        epoch = _finished_epochs(run, state["step"], public)
+    our_groups = state["optimizer"]["param_groups"]
+    groups = []
+    for index, group in enumerate(numbers):
+        values = {**_GROUP_DEFAULTS, "betas": our_groups[index]["betas"], "eps": our_groups[index]["eps"]}
+        values["weight_decay"] = our_groups[index]["weight_decay"]
+        if index == 2:
+            values["lr_scale"] = our_groups[index]["lr_scale"]
+        if public.get("param_groups"):
+            values = dict(public["param_groups"][index])
+        groups.append({**values, "lr": our_groups[index]["lr"], "params": group})
+    args = public.get("args") or {**_public_args(run), OWN_CONFIG: json.dumps(to_dict(run))}
+    order = [name for name, _ in model.named_parameters()]
+    content = {
+        "model": _public({name: saved.weights[name] for name in order}),
+        "model_ema": _public({name: saved.averages[name] for name in order}),
+        "optimizer": {"state": states, "param_groups": groups},
+        "epoch": epoch,
+        "scaler": public.get("scaler") or dict(_SCALER),
+        "args": argparse.Namespace(**args),
+    }
+    require_writable(out, needed_bytes=4 * _bytes(saved.weights))
+    write_atomically(out, lambda path: torch.save(content, path))
+    note = ""
+    if run.train.parameter_groups == "paper":
+        note = "; the public code will train the generator's biases and norms at the full rate (docs/distributed.md)"
+    return f"{out}: {len(order)} tensors, epoch {epoch}, step {state['step']}{note}"
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _finished_epochs(run: RunConfig, step: int, public: dict[str, Any]) -> int:
+    """The last finished epoch, counted from 0 as the public code does."""
+    if public:
+        if step == public["step"] or not public["step"]:
+            return public["epoch"]
+        return max(0, step * (public["epoch"] + 1) // public["step"] - 1)
+    try:
+        images = len(load_training_data(run))
+    except ValueError as error:
+        raise ValueError(f"can't count epochs: {error}; give --epoch") from error
+    return max(0, step * run.train.batch_size // images - 1)
+
+
+def _public_args(run: RunConfig) -> dict[str, Any]:
+    """The public program's arguments that say what this run does."""
+    model, train = run.model, run.train
+    return {
+        "model": next((name for name, known in MODELS.items() if known == model), "ear"),
+        "patch_size": model.patch_size,
+        "vae_embed_dim": model.channels,
+        "class_num": model.num_classes,
+        "buffer_size": model.class_tokens,
+        "attn_dropout": model.attention_dropout,
+        "proj_dropout": model.dropout,
+        "scoreloss_d": model.generator_depth,
+        "scoreloss_w": model.generator_width,
+        "score_batch_mul": max(1, model.num_samples // 2),
+        "noise_channels": model.noise_dim,
+        "alpha": model.alpha,
+        "mask_ratio_min": model.min_mask_ratio,
+        "label_drop_prob": model.label_dropout,
+        "train_temperature": train.tau,
+        "batch_size": train.batch_size // train.accumulate,
+        "accumulation_steps": train.accumulate,
+        "lr": train.lr,
+        "lr_schedule": train.schedule,
+        "score_lrscale": train.generator_lr_scale,
+        "weight_decay": train.weight_decay,
+        "grad_clip": train.clip,
+        "ema_rate": train.ema,
+        "seed": train.seed,
+        "cached_path": run.data_path,
+        "use_cached": run.data == "npz",
+    }

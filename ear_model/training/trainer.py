@@ -1,0 +1,424 @@
+"""The training loop: a run directory from a configuration, interrupted and resumed at will."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_model.config import RunConfig, TrainConfig
+from ear_model.data.batches import Batches, TrainingData
+from ear_model.data.prefetch import Prefetcher
+from ear_model.data.sources import load_training_data
+from ear_model.devices import resolve_device
+from ear_model.ear import EAR
+from ear_model.errors import RunError
+from ear_model.files import require_writable, write_atomically
+from ear_model.model import masking
+from ear_model.model.weights import load_into
+from ear_model.run_dir import checkpoint_dir, checkpoint_steps, load_config, read_metrics, save_config
+from ear_model.training import checkpoint, distributed, graphs, optim
+from ear_model.training.engine import Engine, compile_blocks
+from ear_model.training.randomness import Randomness
+
+METRICS_FILE = "metrics.jsonl"
+DDP_GRAPHS = 4  # parts of the backbone whose gradients DDP exchanges one after another
+
+
+class NonFiniteLossError(RunError):
+    """The loss or its gradient became NaN or infinite; the same error on every process."""
+
+    on_every_process = True
+
+
+class Trainer:
+    """One training run. ``step`` optimiser steps are done; :meth:`run` does the rest.
+
+    On several processes (``distributed.process_group``) every one of them makes a Trainer and calls the same methods;
+    the main one writes.
+
+    Args:
+        config: what to train.
+        run_dir: where everything is written; must be new or empty, or a run to resume.
+        resume: go on from the last checkpoint of ``run_dir``, written on any number of processes.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        ValueError: a directory in use, not writable or too full; a configuration that differs from the run's in more
+            than ``train.parallel``; a number of processes that does not divide the batch.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, resume: bool = False, device: str = "auto") -> None:
+        self.config, self.run_dir = config, run_dir
+        train = config.train
+        self.is_main = distributed.is_main()
+        saved: checkpoint.Checkpoint | None = None
+        with distributed.all_or_none():
+            self.device = distributed.local_device(resolve_device(device))
+            _check_processes(train)
+            self._check_run_dir(resume)
+            data = load_training_data(config)
+            self._check_data(data)
+            if resume and checkpoint_steps(run_dir):
+                saved = checkpoint.load_checkpoint(run_dir)
+        # After the checks: nothing is drawn or written before they pass.
+        torch.manual_seed(train.seed)
+        self.model = EAR(config.model)
+        if train.compile:
+            compile_blocks(self.model.backbone)
+        with distributed.all_or_none():
+            if saved is not None:
+                load_into(self.model, saved.weights, saved.path / "model.safetensors")
+            else:
+                self._start_run_dir()
+        self.model.to(self.device).train()
+        self.use_bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
+        has_dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
+        self.randomness = Randomness(self.device, train.seed, has_dropout=has_dropout)
+        # With the weights in their place (FSDP's come and go), and before DDP: its hooks are made on another stream
+        # than a capture's, and a capture that waits for them fails.
+        self.engine = Engine(self.model, loss_chunks=train.loss_chunks, rows_per_noise=train.rows_per_noise)
+        processes = distributed.world_size()
+        if self.device.type == "cuda" and graphs.wanted(config):
+            parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
+            images = train.batch_size // train.accumulate // processes
+            self.engine.capture(images, use_bf16=self.use_bf16, parts=parts)
+        self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
+        self.optimizer = optim.make_optimizer(self.model, train)
+        self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
+        self.batches = Batches(
+            data,
+            train.batch_size // train.accumulate,
+            train.seed,
+            distributed.rank(),
+            distributed.world_size(),
+        )
+        self._ahead: Prefetcher | None = None
+        self._ahead_index = 0
+        self.step = 0
+        self.public: dict | None = None  # what a converted public checkpoint said and we don't use
+        if saved is not None:
+            self._restore(saved)
+        if self.is_main:
+            self._truncate_metrics()
+
+    @property
+    def where(self) -> str:
+        """The device, and the processes where there are several."""
+        processes = distributed.world_size()
+        if processes == 1:
+            return str(self.device)
+        return f"{processes} processes on {self.device.type} ({self.config.train.parallel})"
+
+    def _check_run_dir(self, resume: bool) -> None:
+        exists = self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir()))
+        if resume:
+            saved = load_config(self.run_dir)
+            # How the model is spread over the processes does not show in a checkpoint.
+            if replace(saved, train=replace(saved.train, parallel=self.config.train.parallel)) != self.config:
+                raise ValueError(f"{self.run_dir} was trained with another configuration; resume takes its own")
+        elif exists:
+            raise ValueError(f"{self.run_dir} exists already; give a new --out, or --resume to go on with it")
+
+    def _start_run_dir(self) -> None:
+        if not self.is_main:
+            return
+        weight_bytes = sum(parameter.numel() * 4 for parameter in self.model.parameters())
+        # Weights, average and two moments, of the checkpoint that is written and of the one before.
+        require_writable(self.run_dir / METRICS_FILE, needed_bytes=2 * 4 * weight_bytes)
+        save_config(self.run_dir, self.config)
+        self._write_environment()
+
+    def _check_data(self, data: TrainingData) -> None:
+        model = self.config.model
+        expected = (model.channels, model.image_size, model.image_size)
+        if tuple(data.image_shape) != expected:
+            raise ValueError(
+                f"{self.config.data} has images of shape {tuple(data.image_shape)}; the model reads {expected}"
+            )
+        if data.num_classes > model.num_classes:
+            raise ValueError(
+                f"{self.config.data} has {data.num_classes} classes; the model knows {model.num_classes}"
+            )
+
+    def _write_environment(self) -> None:
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "processes": distributed.world_size(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "packages": {
+                name: _version(name) for name in ("ear-kernels", "torch", "triton", "numpy", "timm", "safetensors")
+            },
+            "git_revision": _git_revision(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        text = json.dumps(environment, indent=2) + "\n"
+        write_atomically(self.run_dir / "environment.json", lambda path: path.write_text(text))
+
+    def _truncate_metrics(self) -> None:
+        """Drop what an interrupted run logged after the checkpoint that we go on from."""
+        path = self.run_dir / METRICS_FILE
+        kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step] if path.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Everything but the weights, which the model has before it is spread over the processes."""
+        own = dict(self.model.named_parameters())
+        self.ema.averages = {
+            name: distributed.spread_like(saved.averages[name], own[name]) for name in self.ema.averages
+        }
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        optimizer_state = saved.trainer_state["optimizer"]
+        for index, moments in optimizer_state["state"].items():
+            for key, value in moments.items():
+                moments[key] = distributed.spread_like(value, parameters[index])
+        self.optimizer.load_state_dict(optimizer_state)
+        self.step = saved.trainer_state["step"]
+        self.public = saved.trainer_state.get("public")
+        self.randomness.restore(saved.trainer_state, self.step)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step; the same files on any number of processes.
+
+        To be called by all processes; the main one writes and the others go on.
+        """
+        optimizer_state = self.optimizer.state_dict()
+        state = {
+            "optimizer": {
+                "state": {
+                    index: distributed.gather_to_main(moments) for index, moments in optimizer_state["state"].items()
+                },
+                "param_groups": optimizer_state["param_groups"],
+            },
+            "step": self.step,
+            "public": self.public,
+            **self.randomness.state(),
+        }
+        weights = distributed.gather_to_main(dict(self.model.named_parameters()))
+        averages = distributed.gather_to_main(self.ema.averages)
+        if self.is_main:
+            checkpoint.save_checkpoint(self.run_dir, self.step, self.model, averages, state, weights=weights)
+        return checkpoint_dir(self.run_dir, self.step)
+
+    def averaged_model(self) -> EAR:
+        """A copy of the model with the averaged weights, in eval mode; to be called by all processes."""
+        if self.replica is not self.model or distributed.world_size() == 1:
+            model = copy.deepcopy(self.model)
+            self.ema.copy_to(model)
+            return model.eval()
+        # Modules of FSDP can't be copied. Random numbers for weights that are replaced must not be missing later.
+        with torch.random.fork_rng():
+            model = EAR(self.config.model).to(self.device)
+        model.load_state_dict({name: distributed.whole(average) for name, average in self.ema.averages.items()})
+        return model.eval()
+
+    def _next_batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of this process's part of micro-batch ``index``, on the device."""
+        if self.device.type != "cuda" and self.config.data == "digits":
+            return self.batches[index]  # in memory: nothing to read ahead
+        if self._ahead is None or self._ahead_index != index:
+            self._stop_reading()
+            self._ahead = Prefetcher(self.batches, index, self.device)
+        self._ahead_index = index + 1
+        return next(self._ahead)
+
+    def _stop_reading(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One optimiser step. Returns loss and gradient norm as tensors on the device, without waiting for it.
+
+        The loss is that of this process's images. Every process masks the same number of tokens of as many images, so
+        the mean of the processes' losses and gradients is the loss and gradient of the whole batch.
+        """
+        train, model = self.config.train, self.config.model
+        lr = optim.learning_rate(self.step, train)
+        optim.set_learning_rate(self.optimizer, lr)
+        self.model.score.tau = train.finetune_tau if optim.is_finetuning(self.step, train) else train.tau
+        total = torch.zeros((), device=self.device)
+        with self.engine.scope():
+            for part in range(train.accumulate):
+                images, labels = self._next_batch(self.step * train.accumulate + part)
+                num_masked = masking.draw_num_masked(
+                    model.num_tokens, model.min_mask_ratio, model.masking, self.randomness.same_everywhere
+                )
+                with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16):
+                        loss = self.replica(
+                            images,
+                            labels,
+                            num_masked=num_masked,
+                            draws=self.randomness.of_images,
+                            **self.engine.options,
+                        )
+                        loss = loss / train.accumulate
+                    loss.backward()
+                total += loss.detach()
+        norm = optim.clipped_step(self.optimizer, train.clip, self.ema, self.engine.copies)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total, norm
+
+    def run(self, *, quiet: bool = False) -> None:
+        """Train to the last step, with checkpoints, metrics and a progress bar.
+
+        Raises:
+            NonFiniteLossError: at the step it names, on all processes; the last good checkpoint is kept.
+            LostProcessError: another process died.
+        """
+        with distributed.lost_process_errors(lambda: f"; training stopped, {self._kept()}"):
+            try:
+                self._run(Progress(self, quiet=quiet) if self.is_main else None)
+            finally:
+                self._stop_reading()
+
+    def _run(self, progress: Progress | None) -> None:
+        train = self.config.train
+        pending: list[tuple[Tensor, Tensor]] = []
+        with progress or contextlib.nullcontext():
+            while self.step < train.steps:
+                pending.append(self.train_step())
+                save = self.step % train.checkpoint_every == 0 or self.step == train.steps
+                if not (save or self.step % train.log_every == 0):
+                    continue
+                loss, norm = self._read(pending)
+                if progress is not None:
+                    progress.tell(loss, norm, len(pending))
+                pending.clear()
+                if save:
+                    self.save()
+
+    def _kept(self) -> str:
+        steps = checkpoint_steps(self.run_dir)
+        return f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
+
+    def _read(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Mean loss and last gradient norm of the steps since the last look: the only wait for the device.
+
+        The processes' losses are averaged here, all these steps in one exchange, so that all of them see the same.
+        """
+        values = distributed.mean(torch.stack([torch.stack(pair) for pair in pending])).tolist()
+        first = self.step - len(values) + 1
+        for offset, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteLossError(
+                    f"step {first + offset}: loss {loss}, gradient norm {norm}; training stopped, {self._kept()}"
+                )
+        return sum(loss for loss, _ in values) / len(values), values[-1][1]
+
+
+class Progress:
+    """What a run tells while it trains: metrics.jsonl, TensorBoard, and a bar or a line now and then."""
+
+    def __init__(self, trainer: Trainer, *, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.trainer, self.quiet = trainer, quiet
+        self.metrics = (trainer.run_dir / METRICS_FILE).open("a")
+        self.board = _tensorboard(trainer.run_dir)
+        self.bar = tqdm(
+            total=trainer.config.train.steps,
+            initial=trainer.step,
+            unit="step",
+            disable=True if quiet else None,
+            dynamic_ncols=True,
+        )
+        self.started, self.started_step, self.last_print = time.perf_counter(), trainer.step, 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+
+    def tell(self, loss: float, norm: float, steps: int) -> None:
+        """Loss and gradient norm of the last ``steps`` steps."""
+        train, step = self.trainer.config.train, self.trainer.step
+        elapsed = time.perf_counter() - self.started
+        done = step - self.started_step
+        line = {
+            "step": step,
+            "loss": loss,
+            "gradient_norm": norm,
+            "lr": optim.learning_rate(step - 1, train),
+            "tau": self.trainer.model.score.tau,
+            "images_per_second": train.batch_size * done / elapsed,
+        }
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.board is not None:
+            for key in ("loss", "gradient_norm", "lr", "images_per_second"):
+                self.board.add_scalar(key, line[key], step)
+        self.bar.update(steps)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_second']:.0f} images/s")
+        if self.bar.disable and not self.quiet and (elapsed - self.last_print > 20 or step == train.steps):
+            # Not a terminal (a log file, CI): a line now and then instead of a bar.
+            remaining = elapsed / done * (train.steps - step)
+            print(
+                f"step {step}/{train.steps}  loss {loss:.4f}  "
+                f"{line['images_per_second']:.0f} images/s  {remaining:.0f} s left",
+                flush=True,
+            )
+            self.last_print = elapsed
+
+
+def _check_processes(train: TrainConfig) -> None:
+    if train.parallel == "fsdp" and train.loss_chunks > 1:
+        raise ValueError(f"loss_chunks is {train.loss_chunks} and parallel is fsdp; use 1 with fsdp, or ddp")
+    processes, part = distributed.world_size(), train.batch_size // train.accumulate
+    if part % processes:
+        split = f" in {train.accumulate} parts of {part}" if train.accumulate > 1 else ""
+        raise ValueError(
+            f"a batch of {train.batch_size} images{split} can't be divided among {processes} processes; "
+            f"give a --train.batch-size that is a multiple of {processes * train.accumulate}"
+        )
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this program runs from, "-dirty" if changed; None outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
