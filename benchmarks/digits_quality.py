@@ -29,6 +29,7 @@ from ear_model.data.digits import load_digits
 from ear_model.ear import EAR
 from ear_model.evaluation.digits import evaluate_digits
 from ear_model.presets import RUNS
+from ear_model.training.loss import TrainingLoss
 from ear_model.training.trainer import Trainer
 
 SHARES, AT_ONCE, DRAWS, ROWS = (1, 4, 16), 6, 64, 16_384
@@ -62,10 +63,10 @@ def variance(model: EAR) -> dict[int, float]:
         hidden = model.backbone(tokens, masked, classes).flatten(0, 1)
     parameters, found = list(model.train().score.generator.parameters()), {}
     for share in SHARES:
-        model.score.rows_per_noise, gradients = share, []
+        loss_of, gradients = TrainingLoss(model.score, rows_per_noise=share), []
         for draw in range(DRAWS):
             torch.manual_seed(1000 + draw)
-            gradient = torch.autograd.grad(model.score.loss(hidden, tokens.flatten(0, 1)), parameters)
+            gradient = torch.autograd.grad(loss_of(hidden, tokens.flatten(0, 1)), parameters)
             gradients.append(torch.cat([each.flatten() for each in gradient]).double())
         found[share] = float(torch.stack(gradients).var(dim=0).sum())
     return {share: value / found[SHARES[0]] for share, value in found.items()}
