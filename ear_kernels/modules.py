@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import functional
-from ear_kernels.dispatch import choose_backend
 from ear_kernels.noise_pool import pool_arrangement
+from ear_kernels.runtime.backend import choose_backend
 from ear_kernels.targets import GaussianTarget
 
 

@@ -20,6 +20,10 @@ def pytest_report_header(config) -> str:
 
 def pytest_collection_modifyitems(items) -> None:
     if torch.cuda.is_available():
+        # What takes the device it is given runs on the GPU there: `-m gpu` is every test of a kernel.
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.ops.column_sums import launchers
-from ear_kernels.ops.column_sums.launchers import column_sums
+from ear_kernels.runtime import column_sums as launchers
+from ear_kernels.runtime.column_sums import column_sums
 from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 SHAPES = [(1, 1), (5, 3), (528, 70), (600, 3, 24), (launchers.SPLIT_ROWS + 1, 5), (9000, 40)]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional_transformer import dropout_add_layer_norm, gelu_mlp, project, qkv_heads
 from ear_kernels.ops.transformer import reference
+from ear_kernels.ops.transformer.functional import dropout_add_layer_norm, gelu_mlp, project, qkv_heads
 from tests.kernels.generator_fixtures import DEVICE, DTYPES, assert_no_worse_than_eager
 
 
@@ -199,6 +199,26 @@ def test_bad_dropout_is_named(dropout) -> None:
         dropout_add_layer_norm(x, x, x[0], x[0], dropout=dropout)
     with pytest.raises(ValueError, match="weight_out"):
         gelu_mlp(x, torch.ones(6, 4, device=DEVICE), None, torch.ones(3, 5, device=DEVICE), None)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "reason"),
+    [
+        (4, torch.float64, r"dtype torch.float64 \(the kernels take float32, float16 and bfloat16\)"),
+        (8200, torch.float32, r"width 8200 \(the kernels take 1 to 8192\)"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said(monkeypatch, width, dtype, reason) -> None:
+    x = torch.ones(2, width, device=DEVICE, dtype=dtype)
+    for backend in ("auto", "triton"):
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+        if backend == "auto":
+            torch.testing.assert_close(dropout_add_layer_norm(x, x, x[0], x[0])[0], 2 * x)
+            continue
+        with pytest.raises(NotImplementedError, match=reason):
+            dropout_add_layer_norm(x, x, x[0], x[0])
+        with pytest.raises(NotImplementedError, match=reason):
+            project(x, x)
 
 
 @pytest.mark.gpu

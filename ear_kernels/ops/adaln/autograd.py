@@ -3,30 +3,25 @@
 Importing this imports Triton; ``ear_kernels.functional`` does so at the first call that needs it.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ear_kernels.launch import dependent_launch, launch_options
-from ear_kernels.ops.adaln import kernels
-from ear_kernels.ops.column_sums.launchers import column_sums
+from ear_kernels.ops.generator import kernels_adaln as kernels
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.launching import (
+    RowConfig,
+    dense_rows,
+    dependent_launch,
+    next_power_of_two,
+    row_grid,
+    row_warps,
+)
 
 MAX_WIDTH = 8192
 """Widest row: one program holds a row and its column sums in registers."""
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """Launch of a backward kernel that walks over rows. ``programs`` is a constant, not the number of SMs:
-    the order of the column sums must not depend on the device. ``registers`` caps a thread's registers (None:
-    no cap)."""
-
-    warps: int
-    stages: int
-    programs: int
-    registers: int | None = None
 
 
 # Block of columns -> config. (One row a unit, runs of rows.) The fastest of 36 launches each on an H200
@@ -43,7 +38,7 @@ BACKWARD_ROWS: dict[int, tuple[RowConfig, RowConfig]] = {
 
 def backward_config(width: int, group: int) -> RowConfig:
     """The static config of ``adaln_bwd_kernel`` for rows of ``width`` in runs of ``group``."""
-    single, runs = BACKWARD_ROWS[max(512, block_of(width))]
+    single, runs = BACKWARD_ROWS[max(512, next_power_of_two(width))]
     return single if group == 1 else runs
 
 
@@ -62,32 +57,11 @@ UNIT_ROWS = 16
 """Most rows of one run (rows that share their modulation) that one unit of work takes."""
 
 
-def block_of(width: int) -> int:
-    """Smallest power of two that holds a row."""
-    return 1 << max(width - 1, 0).bit_length()
-
-
-def warps_of(width: int) -> int:
-    """Static table: 8 elements a thread at the generator's widths (1024 -> 4 warps, 1280 and 1536 -> 8)."""
-    return min(16, max(1, block_of(width) // 256))
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """``tensor [R, W]`` itself if its rows are dense in memory (any row stride, 0 included), else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def units_of(group: int, unit_rows: int | None = None) -> tuple[int, int]:
     """(units a run, rows a unit) for runs of ``group`` rows; at most ``unit_rows`` (``UNIT_ROWS``) rows a
     unit."""
     unit_rows = min(group, UNIT_ROWS if unit_rows is None else unit_rows)
     return -(-group // unit_rows), unit_rows
-
-
-def backward_grid(units: int, most: int) -> tuple[int, int]:
-    """(programs, units a program) with ``most`` programs at most."""
-    units_per_program = -(-units // most)
-    return -(-units // units_per_program), units_per_program
 
 
 def launch_forward(
@@ -114,7 +88,7 @@ def launch_forward(
     Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
     ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
     ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
-    ``dependent``, ``followed`` by a dependent kernel: see :func:`ear_kernels.launch.dependent_launch`.
+    ``dependent``, ``followed`` by a dependent kernel: see :func:`ear_kernels.runtime.launching.dependent_launch`.
     """
     rows, width = out.shape
     if rows == 0:
@@ -149,7 +123,7 @@ def launch_forward(
         eps,
         temperature,
         WIDTH=width,
-        BLOCK=block_of(width),
+        BLOCK=next_power_of_two(width),
         HAS_INDEX=index is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_SHIFT=shift is not None,
@@ -158,7 +132,7 @@ def launch_forward(
         SAVE_STATS=stats is not None,
         DEPENDENT=dependent,
         FOLLOWED=followed,
-        num_warps=warps_of(width),
+        num_warps=row_warps(width),
         **dependent_launch(dependent),
     )
 
@@ -207,7 +181,7 @@ def launch_backward(
     chunks, unit_rows = units_of(group, unit_rows)
     units = rows // group * chunks
     config = backward_config(width, group)
-    programs, units_per_program = backward_grid(units, config.programs)
+    programs, units_per_program = row_grid(units, config.programs)
     partials = grad_out.new_empty((programs, max(sums, 1), width), dtype=torch.float32)
     ffn, gate, grad_ffn, grad_gate = previous if previous is not None else (hidden, scale, grad_hidden, grad_scale)
     residual = grad_residual if grad_residual is not None else grad_out
@@ -250,7 +224,7 @@ def launch_backward(
         grad_ffn.stride(0),
         grad_gate.stride(0),
         WIDTH=width,
-        BLOCK=block_of(width),
+        BLOCK=next_power_of_two(width),
         HAS_INDEX=index is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
@@ -264,7 +238,7 @@ def launch_backward(
         SUM_MODULATION=sum_modulation,
         SUMS=sums,
         STAGES=config.stages,
-        **launch_options(config.warps, config.registers, hidden),
+        num_warps=config.warps,
     )
     return ColumnSums(**dict(zip(names, column_sums(partials).unbind(), strict=False)))
 
@@ -281,7 +255,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated ``[R, W]`` in ``dtype``, mean and rstd
     ``[R]``."""
-    hidden, shift, scale = as_rows(hidden), as_rows(shift), as_rows(scale)
+    hidden, shift, scale = dense_rows(hidden), dense_rows(shift), dense_rows(scale)
     out = hidden.new_empty(hidden.shape, dtype=dtype)
     mean, rstd = (hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(2))
     launch_forward(
@@ -324,7 +298,7 @@ def _backward(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, shift, scale (in their dtypes and shapes), weight and bias (``[W]``, float32)."""
-    grad_out, hidden, scale = as_rows(grad_out), as_rows(hidden), as_rows(scale)
+    grad_out, hidden, scale = dense_rows(grad_out), dense_rows(hidden), dense_rows(scale)
     rows, width = hidden.shape
     entries = rows // group
     chunks, _ = units_of(group)
@@ -390,21 +364,6 @@ LIBRARY.impl("adaln_fwd", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("adaln_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("ear_kernels::adaln_fwd", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("ear_kernels::adaln_bwd", _backward_fake, lib=LIBRARY)
-
-
-def refuse_double_backward(name: str) -> None:
-    """Raise in a backward that runs with ``create_graph=True``: its gradient would be silently wrong."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name}: the Triton backward has no derivative of its own (create_graph=True); "
-            "set EAR_KERNELS_BACKEND=eager for second-order gradients"
-        )
-
-
-def graph_is_kept() -> bool:
-    """Whether the running backward may run again (``retain_graph=True``); yes where torch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask() if ask is not None else True
 
 
 class AdaLNModulate(torch.autograd.Function):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator import inference, passes
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
+from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.copies import low as low_copy
 
 
 def _forward(
@@ -156,7 +156,7 @@ class GeneratorBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        adaln.refuse_double_backward("mlp_generator")
+        refuse_double_backward("mlp_generator")
         hidden, conditioning, index, inverse, *tensors = ctx.saved_tensors
         count = len(ctx.dtypes)
         arguments = (
@@ -178,7 +178,7 @@ class GeneratorBlocks(torch.autograd.Function):
                     "mlp_generator: backward ran before and has overwritten what it saved; "
                     "give the first call retain_graph=True"
                 )
-            ctx.spent = not adaln.graph_is_kept()
+            ctx.spent = not graph_is_kept()
             grad_hidden, grad_conditioning, *gradients = _backward(*arguments, reuse=ctx.spent)
         return (grad_hidden, grad_conditioning, None, None, None, None, None, None, *gradients)
 

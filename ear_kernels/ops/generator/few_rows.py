@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ear_kernels.ops.adaln import autograd as adaln
-from ear_kernels.ops.generator import kernels
+from ear_kernels.ops.generator import kernels_few_rows as kernels
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, FINAL_PARAMETERS
-from ear_kernels.ops.silu_ffn import configs
+from ear_kernels.runtime.launching import dense_rows, next_power_of_two, processor
 
 MOST_ROWS = 64
 """Above this the launchers of ``ops/generator/passes.py`` run: one tile holds all rows."""
@@ -119,7 +118,7 @@ def _few_rows(
 
     ``inputs``: noise_embed weight, bias, input_proj weight, bias.
     """
-    z, noise = adaln.as_rows(z), adaln.as_rows(noise)
+    z, noise = dense_rows(z), dense_rows(noise)
     rows, width = noise.shape[0], inputs[0].shape[0]
     layers = len(parameters) // BLOCK_PARAMETERS + 1
     output_dim = parameters[-2].shape[0]
@@ -142,7 +141,7 @@ def _few_rows(
     phases = 2 + 3 * layers - 1
     spans = [(0, phases)] if cuda else [(phase, phase + 1) for phase in range(phases)]
     for first, last in spans:
-        kernels.generator_kernel[(configs.processors(z),)](
+        kernels.generator_kernel[(processor(z).count,)](
             noise,
             z,
             table,
@@ -176,7 +175,7 @@ def _few_rows(
             STAGES=config.stages,
             STAGES_MOD=config.stages_mod,
             AHEAD=config.ahead,
-            BLOCK=adaln.block_of(width),
+            BLOCK=next_power_of_two(width),
             LINES=triton.next_power_of_2(triton.cdiv(width, line)),
             LINE=line,
             num_warps=config.warps,

@@ -17,7 +17,8 @@ from torch import Tensor
 from ear_kernels.ops.adaln import autograd as adaln
 from ear_kernels.ops.generator import passes
 from ear_kernels.ops.silu_ffn import autograd as ffn_ops
-from ear_kernels.ops.silu_ffn import configs
+from ear_kernels.runtime.gemm import linear
+from ear_kernels.runtime.launching import dense_rows, is_on_hopper
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Plan:
         streams: of "beside".
         urgent: "beside" runs the chain, not the modulations, on another stream, one of high priority.
         dependent: the chain's Triton kernels are launched before their predecessor has ended
-            (:func:`ear_kernels.launch.dependent_launch`).
+            (:func:`ear_kernels.runtime.launching.dependent_launch`).
     """
 
     modulation: str = "each"
@@ -49,7 +50,7 @@ TABLE: tuple[tuple[int, int, Plan], ...] = (
 
 def plan_for(rows: int, width: int, tensor: Tensor) -> Plan:
     """The static table's entry for ``[rows, width]`` on this tensor's device."""
-    if not configs.on_hopper(tensor):
+    if not is_on_hopper(tensor):
         return TABLE[0][2]
     return [plan for least, narrowest, plan in TABLE if rows >= least and width >= narrowest][-1]
 
@@ -75,7 +76,7 @@ class _Modulations:
         if self.beside:
             self._start(plan)
         elif plan.modulation != "each":
-            self._outputs = [ffn_ops.linear(activated, *linear) for linear in linears]
+            self._outputs = [linear(activated, *weights) for weights in linears]
 
     def _start(self, plan: Plan) -> None:
         device = self._activated.device
@@ -91,17 +92,17 @@ class _Modulations:
         for stream in others:
             if stream != self._caller:
                 stream.wait_stream(self._caller)
-        for layer, (linear, out) in enumerate(zip(self._linears, self._outputs, strict=True)):
+        for layer, (weights, out) in enumerate(zip(self._linears, self._outputs, strict=True)):
             stream = others[layer % len(others)]
             with torch.cuda.stream(stream):
-                ffn_ops.linear(self._activated, *linear, out)
+                linear(self._activated, *weights, out)
                 self._events.append(stream.record_event())
 
     def take(self, layer: int) -> Tensor:
         """The layer's modulation, for the current stream; nothing is kept of it here."""
         out = self._outputs[layer]
         if out is None:
-            return ffn_ops.linear(self._activated, *self._linears[layer])
+            return linear(self._activated, *self._linears[layer])
         if self._events:
             torch.cuda.current_stream(out.device).wait_event(self._events[layer])
         if not self.beside:
@@ -128,7 +129,7 @@ def forward(
     plan = plan_for(rows, width, conditioning)
     # A product of weights for a GEMM of all rows pays only if those are many.
     combined = passes.output_weights(final, width) if rows >= passes.COMBINE_ROWS else None
-    hidden, conditioning = adaln.as_rows(hidden), conditioning.contiguous()
+    hidden, conditioning = dense_rows(hidden), conditioning.contiguous()
     out = conditioning.new_empty((rows, len(final[2])))
     if not rows:
         return out
@@ -166,14 +167,14 @@ def forward(
             if fused is not None:
                 hidden = fused[0]
             else:
-                pending = (ffn_ops.linear(active, weight_out, bias_out), gate)
+                pending = (linear(active, weight_out, bias_out), gate)
             del mod, u, scale, gate, active
         mod = modulations.take(len(blocks))
         if wide is not None and combined is not None:
             normalise(None, mod, [None, None], 1.0, wide[:, :width])
-            ffn_ops.linear(wide, *combined, out)
+            linear(wide, *combined, out)
         else:
             normalise(mod[:, :width], mod[:, width:], [None, None], 1.0, mod[:, :width])
-            ffn_ops.linear(mod[:, :width], final[2], final[3], out)
+            linear(mod[:, :width], final[2], final[3], out)
     modulations.join()
     return out

@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.adaln import autograd as adaln
-from ear_kernels.ops.column_sums.launchers import column_sums
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
 from ear_kernels.ops.silu_ffn import autograd as ffn_ops
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.gemm import linear, weight_gradient
+from ear_kernels.runtime.launching import dense_rows
 
 SAVED_PER_BLOCK = 6
 """Tensors forward saves a block: mod, u (empty for group = 1), pre, ffn, mean, rstd."""
@@ -80,7 +82,7 @@ def forward(
     blocks, final = split(parameters)
     entries, width = conditioning.shape
     rows = entries * group
-    hidden = adaln.as_rows(hidden)
+    hidden = dense_rows(hidden)
     wide = conditioning.new_empty((entries, 2 * width)) if group == 1 else None
     activated = ffn_ops.silu(conditioning.contiguous(), wide[:, width:] if wide is not None else None)
     saved: list[Tensor] = []
@@ -113,7 +115,7 @@ def forward(
         return stats
 
     for norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, weight_mod, bias_mod in blocks:
-        mod = ffn_ops.linear(activated, weight_mod, bias_mod)
+        mod = linear(activated, weight_mod, bias_mod)
         shift, scale, gate = mod[:, :width], mod[:, width : 2 * width], mod[:, 2 * width :]
         u = shift if group == 1 else hidden.new_empty((rows, width))
         stats = normalise(shift, scale, [norm_weight, norm_bias], temperature, u)
@@ -124,7 +126,7 @@ def forward(
         if fused is not None:
             hidden, ffn = fused
         else:
-            ffn = ffn_ops.linear(active, weight_out, bias_out)
+            ffn = linear(active, weight_out, bias_out)
             pending = (ffn, gate)
         if save:
             assert pre is not None
@@ -132,25 +134,18 @@ def forward(
             saved.extend((mod, hidden.new_empty(0) if group == 1 else u, pre, ffn, *stats))
         del u, active, pre, mod
     if wide is not None:
-        scale = ffn_ops.linear(activated, final[0][width:], final[1][width:])
+        scale = linear(activated, final[0][width:], final[1][width:])
         stats = normalise(None, scale, None, 1.0, wide[:, :width])
         weight, bias = output_weights(final, width)
-        out = ffn_ops.linear(wide, weight, bias)
+        out = linear(wide, weight, bias)
         saved += [hidden, *stats, scale, wide] if save else []
     else:
-        mod = ffn_ops.linear(activated, final[0], final[1])
+        mod = linear(activated, final[0], final[1])
         u = hidden.new_empty((rows, width))
         stats = normalise(mod[:, :width], mod[:, width:], None, 1.0, u)
-        out = ffn_ops.linear(u, final[2], final[3])
+        out = linear(u, final[2], final[3])
         saved += [hidden, *stats, mod, u] if save else []
     return [out, *saved]
-
-
-def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad^T @ x`` by cuBLAS in ``dtype``: a float32 master weight gets the float32 accumulator, unrounded."""
-    if grad.dtype != dtype and dtype == torch.float32 and grad.is_cuda:
-        return torch.mm(grad.t(), x, out_dtype=dtype)
-    return torch.mm(grad.t(), x).to(dtype)
 
 
 def backward(
@@ -173,8 +168,8 @@ def backward(
     depth = len(blocks)
     entries, width = conditioning.shape
     rows = entries * group
-    hidden = adaln.as_rows(hidden)
-    grad_out = adaln.as_rows(grad_out)
+    hidden = dense_rows(hidden)
+    grad_out = dense_rows(grad_out)
     gradients: list[Tensor | None] = [None] * len(parameters)
 
     def put(layer: int, slot: int, value: Tensor | None) -> None:
@@ -300,7 +295,7 @@ def backward(
         h = previous_hidden if previous_hidden is not None else hidden
 
     grad_conditioning = conditioning.new_empty((entries, width))
-    ffn_ops.silu_backward(grad_activated, adaln.as_rows(conditioning), grad_pre=grad_conditioning)
+    ffn_ops.silu_backward(grad_activated, dense_rows(conditioning), grad_pre=grad_conditioning)
     grad_tokens = _sum_samples(grad_hidden, hidden, index, inverse)
     done = [gradient for gradient in gradients if gradient is not None]
     assert len(done) == len(parameters)

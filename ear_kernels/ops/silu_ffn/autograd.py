@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ear_kernels.launch import dependent_launch
-from ear_kernels.ops.adaln.autograd import (
-    as_rows,
-    backward_grid,
-    block_of,
-    modulation_rows,
-    refuse_double_backward,
-    units_of,
-    warps_of,
-)
-from ear_kernels.ops.column_sums.launchers import column_sums
-from ear_kernels.ops.silu_ffn import configs, kernels
+from ear_kernels.ops.adaln.autograd import modulation_rows, units_of
+from ear_kernels.ops.generator import kernels_ffn as kernels
+from ear_kernels.ops.silu_ffn import configs
 from ear_kernels.ops.silu_ffn.configs import GemmConfig
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.gemm import linear
+from ear_kernels.runtime.launching import (
+    dense_rows,
+    dependent_launch,
+    next_power_of_two,
+    processor,
+    row_grid,
+    row_warps,
+)
 
 _EPILOGUE_NUMBERS = {"silu": 1, "gate": 2, "dsilu": 3}
 _SILU_BLOCK = 4096
@@ -31,13 +33,6 @@ POINTWISE_PROGRAMS = 1056
 """Programs of a pointwise backward: 8 for each of an H200's SMs; a constant for the sake of the order of its sums."""
 
 POINTWISE_STAGES = 2
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """``x @ weight^T + bias`` by cuBLAS (its bias epilogue is free); float32 follows the matmul precision setting."""
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out) if out is not None else torch.mm(x, weight.t())
-    return torch.addmm(bias, x, weight.t(), out=out) if out is not None else torch.addmm(bias, x, weight.t())
 
 
 def launch_linear(
@@ -57,7 +52,7 @@ def launch_linear(
 
     ``b`` is ``[N, K]`` except for "dsilu", where it is the forward weight ``[K, N]`` as it is. For "dsilu",
     ``residual`` is the pre-activation and the return value its gradient's column sums ``[N]`` (float32).
-    ``dependent``: see :func:`ear_kernels.launch.dependent_launch`.
+    ``dependent``: see :func:`ear_kernels.runtime.launching.dependent_launch`.
     """
     rows, n = out.shape
     k = a.shape[1]
@@ -69,7 +64,7 @@ def launch_linear(
     def described(tensor: Tensor | None, width: int) -> TensorDescriptor | None:
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, [config.bm, width])
 
-    kernels.linear_kernel[(min(tiles_m * tiles_n, configs.processors(a) * config.per_sm),)](
+    kernels.linear_kernel[(min(tiles_m * tiles_n, processor(a).count * config.per_sm),)](
         described(a, config.bk),
         TensorDescriptor.from_tensor(b, [config.bn, config.bk] if transposed else [config.bk, config.bn]),
         bias,
@@ -122,7 +117,7 @@ def silu_backward(
         grad_pre = pre.new_empty((rows, width))
     if rows == 0:
         return grad_pre, pre.new_zeros((width,), dtype=torch.float32)
-    programs, rows_per_program = backward_grid(rows, POINTWISE_PROGRAMS)
+    programs, rows_per_program = row_grid(rows, POINTWISE_PROGRAMS)
     partials = pre.new_empty((programs, width), dtype=torch.float32)
     into = active if active is not None else grad_pre
     kernels.silu_bwd_kernel[(programs,)](
@@ -138,10 +133,10 @@ def silu_backward(
         grad_pre.stride(0),
         into.stride(0),
         WIDTH=width,
-        BLOCK=block_of(width),
+        BLOCK=next_power_of_two(width),
         STORE_ACTIVE=active is not None,
         STAGES=POINTWISE_STAGES,
-        num_warps=warps_of(width),
+        num_warps=row_warps(width),
     )
     return grad_pre, column_sums(partials)
 
@@ -166,8 +161,8 @@ def gate_residual(hidden: Tensor, ffn: Tensor, gate: Tensor, group: int) -> Tens
         gate.stride(0),
         out.stride(0),
         WIDTH=width,
-        BLOCK=block_of(width),
-        num_warps=warps_of(width),
+        BLOCK=next_power_of_two(width),
+        num_warps=row_warps(width),
     )
     return out
 
@@ -184,7 +179,7 @@ def gate_backward(
         return grad_out.new_zeros((width,), dtype=torch.float32)
     chunks, unit_rows = units_of(group)
     units = rows // group * chunks
-    programs, units_per_program = backward_grid(units, POINTWISE_PROGRAMS)
+    programs, units_per_program = row_grid(units, POINTWISE_PROGRAMS)
     partials = grad_out.new_empty((programs, width), dtype=torch.float32)
     kernels.gate_bwd_kernel[(programs,)](
         grad_out,
@@ -204,8 +199,8 @@ def gate_backward(
         grad_ffn.stride(0),
         grad_gate.stride(0),
         WIDTH=width,
-        BLOCK=block_of(width),
-        num_warps=warps_of(width),
+        BLOCK=next_power_of_two(width),
+        num_warps=row_warps(width),
     )
     return column_sums(partials)
 
@@ -281,7 +276,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out ``[R, W]``, pre-activation ``[R, V]``, FFN output ``[R, W]``); the last two are empty without ``save``."""
-    hidden, modulated, gate = as_rows(hidden), as_rows(modulated), as_rows(gate)
+    hidden, modulated, gate = dense_rows(hidden), dense_rows(modulated), dense_rows(gate)
     pre, active = silu_linear(modulated, weight_in, bias_in, save)
     fused = gated_linear(active, weight_out, bias_out, hidden, gate, save) if group == 1 else None
     if fused is not None:
@@ -322,7 +317,7 @@ def _backward(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of modulated, gate, weight_in, bias_in (float32), weight_out, bias_out (float32)."""
-    grad_out, gate, modulated = as_rows(grad_out), as_rows(gate), as_rows(modulated)
+    grad_out, gate, modulated = dense_rows(grad_out), dense_rows(gate), dense_rows(modulated)
     rows, width = grad_out.shape
     chunks, _ = units_of(group)
     entries = rows // group

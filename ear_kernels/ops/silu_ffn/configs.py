@@ -8,10 +8,11 @@ cuBLAS's; the measurements behind each entry are in docs/performance_generator.m
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ear_kernels.runtime.launching import is_describable, is_on_hopper
 
 EPILOGUES = ("silu", "gate", "dsilu")
 """GEMM + bias + SiLU; GEMM + bias, times gate, plus residual; GEMM times SiLU'(pre)."""
@@ -109,44 +110,17 @@ def overriding(**plans: GemmConfig | None) -> Iterator[None]:
         _overrides.update(before)
 
 
-@lru_cache
-def _properties(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.multi_processor_count
-
-
-def processors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; 4 in the interpreter."""
-    return _properties(tensor.device.index)[1] if tensor.device.type == "cuda" else 4
-
-
-def on_hopper(tensor: Tensor) -> bool:
-    """Whether the tensor is on a GPU of compute capability 9."""
-    return tensor.device.type == "cuda" and _properties(tensor.device.index)[0] == 9
-
-
-def describable(*tensors: Tensor) -> bool:
-    """Whether a TMA descriptor can hold these matrices: dense rows, 16-byte aligned."""
-    return all(
-        tensor.stride(-1) == 1
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) > 0
-        and tensor.data_ptr() % 16 == 0
-        for tensor in tensors
-    )
-
-
 def plan(epilogue: str, rows: int, width: int, *operands: Tensor, save: bool = False) -> GemmConfig | None:
     """The Triton config for a GEMM ``[rows, width]`` with this epilogue, or None for cuBLAS and a pointwise kernel.
 
     ``save``: it also stores what backward needs.
     """
     first = operands[0]
-    if first.dtype == torch.float32 or rows == 0 or not describable(*operands):
+    if first.dtype == torch.float32 or rows == 0 or not is_describable(*operands):
         return None
     if epilogue in _overrides:
         return _overrides[epilogue]
-    if not on_hopper(first):
+    if not is_on_hopper(first):
         return None
     entry = [entry for entry in HOPPER[epilogue] if rows >= entry.rows and width >= entry.width][-1]
     return entry.saving if save else entry.config

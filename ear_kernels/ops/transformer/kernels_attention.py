@@ -9,18 +9,22 @@ the query and a fixed odd number c of the key's position, and is dropped if that
 ``threshold``. Rows are independent of each other, and any two elements of a row are: affine hashing is pairwise
 independent. It is one multiply-add, where Philox costs more than the products of matrices.
 
-SHARED says how the second product of a chain takes the matrix the kernel has computed: as the left operand from
-registers (False: for mma.sync, with one or two warps), or transposed as the right operand, which goes through shared
-memory (True). With four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is
-miscompiled by ptxas 12.8 (docs/performance_generator.md).
+The second product of a chain takes the matrix that the kernel has computed either transposed as the right operand,
+which goes through shared memory, or (SPLIT) as the left operand from registers, for mma.sync with two warps. With
+four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is miscompiled by ptxas 12.8
+(docs/performance_generator.md).
 
-BLOCK_D holds a head's features, or the first 64 of them where BLOCK_E is not 0: then the other DIM - 64 are in a
-block of their own (names that end in _E), and SHARED is False. 80 features in one block would be 128, 60 % more work
-for the tensor cores; 16 more go into 16. EVEN: no masks of rows; FULL: none of features either.
+BLOCK_D holds a head's features, or the first 64 of them where there are more (SPLIT): then the other DIM - 64 are in
+a block of 16 of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the
+tensor cores. EVEN: no masks of rows; FULL: none of features either.
 """
 
 import triton
 import triton.language as tl
+
+BM = tl.constexpr(64)  # queries of a tile
+BLOCK_E = tl.constexpr(16)
+STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def attention_fwd_kernel(
     qkv,  # [B, L, 3W]
     out,  # [B, L, W], out
     lse,  # [B H, L] float32, out: log2 of the sum of a row's exponentials
-    draws,  # [2, B H, L] int32: r, s
+    draws,  # [2, B H, L] int32: r, s; None without dropout
     length,
     heads,
     scale_log2,  # log2(e) / sqrt(D)
@@ -81,42 +85,38 @@ def attention_fwd_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
-    FULL: tl.constexpr,
-    SHARED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
+    SPLIT: tl.constexpr = DIM > BLOCK_D
+    REST: tl.constexpr = DIM - BLOCK_D
+    FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
     head = tl.program_id(1)
     width = heads * DIM
     stride = 3 * width
     start = tl.cast(head // heads, tl.int64) * length
     base = qkv + start * stride + (head % heads) * DIM
-    column = draws + tl.cast(head, tl.int64) * length
+    vector = tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
-    if BLOCK_E:
-        REST: tl.constexpr = DIM - BLOCK_D
+    if SPLIT:
         cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
-    if BLOCK_E:
+    if SPLIT:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
         acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
-    if DROPOUT:
-        r = _keys(column, rows, length, EVEN)
-        s = _keys(column + total, rows, length, EVEN)
+    if draws is not None:
+        r = _keys(draws + vector, rows, length, EVEN)
+        s = _keys(draws + total + vector, rows, length, EVEN)
     top = tl.full([BM], -float("inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
-        if BLOCK_E:
+        if SPLIT:
             k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
             logits = tl.dot(q_E, k_E.T, logits)
         logits *= scale_log2
@@ -127,29 +127,28 @@ def attention_fwd_kernel(
         p = tl.exp2(logits - higher[:, None])
         norm = norm * shrink + tl.sum(p, 1)
         top = higher
-        if DROPOUT:
+        if draws is not None:
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             p = tl.where(bits >= threshold, p, 0.0)
         v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
-        if SHARED:
-            acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
-        else:
+        if SPLIT:
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        if BLOCK_E:
             # After the block of 64: before it, sm_90 takes 34 registers more.
             v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
             acc_E = tl.dot(p.to(v.dtype), v_E, acc_E * shrink[:, None])
+        else:
+            acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
     factor = keep_scale / norm
     place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
-    result = (acc * factor[None, :]).T if SHARED else acc * factor[:, None]
-    if BLOCK_E:
+    result = acc * factor[:, None] if SPLIT else (acc * factor[None, :]).T
+    if SPLIT:
         place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
         _store(place_E, acc_E * factor[:, None], rows, cols_E, length, REST, EVEN, FULL)
     _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
-        tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm))
+        tl.store(lse + vector + rows, top + tl.log2(norm))
     else:
-        tl.store(lse + tl.cast(head, tl.int64) * length + rows, top + tl.log2(norm), mask=rows < length)
+        tl.store(lse + vector + rows, top + tl.log2(norm), mask=rows < length)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -158,7 +157,7 @@ def attention_bwd_query_kernel(
     out,  # [B, L, W]
     grad_out,  # [B, L, W]
     lse,  # [B H, L] float32
-    draws,  # [2, B H, L] int32
+    draws,  # [2, B H, L] int32, or None
     grad_qkv,  # [B, L, 3W], out: the query's third
     delta,  # [B H, L] float32, out: sum over the features of out * grad_out
     partials,  # [B blocks, W] float32, out: column sums of the query's gradient over a block
@@ -169,16 +168,13 @@ def attention_bwd_query_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
-    FULL: tl.constexpr,
-    SHARED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """``ds = p (dp - delta)``, ``dq = ds k / sqrt(D)`` for BM queries of a head."""
+    SPLIT: tl.constexpr = DIM > BLOCK_D
+    REST: tl.constexpr = DIM - BLOCK_D
+    FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
     head = tl.program_id(1)
     width = heads * DIM
     stride = 3 * width
@@ -188,15 +184,14 @@ def attention_bwd_query_kernel(
     vector = tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
-    if BLOCK_E:
-        REST: tl.constexpr = DIM - BLOCK_D
+    if SPLIT:
         cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
     g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
     y = _rows(out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
     d = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-    if BLOCK_E:
+    if SPLIT:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
         g_E = _rows(grad_out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
         y_E = _rows(out + start * width + offset + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
@@ -208,15 +203,15 @@ def attention_bwd_query_kernel(
     else:
         tl.store(delta + vector + rows, d, mask=rows < length)
         log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
-    if DROPOUT:
+    if draws is not None:
         r = _keys(draws + vector, rows, length, EVEN)
         s = _keys(draws + total + vector, rows, length, EVEN)
-    acc = tl.zeros([BLOCK_D, BM] if SHARED else [BM, BLOCK_D], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
-        if BLOCK_E:
+        if SPLIT:
             k_E = _rows(base + width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
             logits = tl.dot(q_E, k_E.T, logits)
         p = tl.exp2(logits * scale_log2 - log_sum[:, None])
@@ -225,25 +220,24 @@ def attention_bwd_query_kernel(
         # Here, not beside k: there sm_80 spills 8 B. sm_90 gets the same code either way.
         v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         dp = tl.dot(g, v.T)
-        if BLOCK_E:
+        if SPLIT:
             v_E = _rows(base + 2 * width + BLOCK_D, cols, cols_E, stride, length, REST, EVEN, FULL)
             dp = tl.dot(g_E, v_E.T, dp)
-        if DROPOUT:
+        if draws is not None:
             bits = r[:, None] * _column(cols)[None, :] + s[:, None]
             dp = tl.where(bits >= threshold, dp * keep_scale, 0.0)
         ds = (p * (dp - d[:, None])).to(k.dtype)
-        if BLOCK_E:
+        if SPLIT:
             acc_E = tl.dot(ds, k_E, acc_E)
-        if SHARED:
-            acc = tl.dot(k.T, ds.T, acc)
-        else:
             acc = tl.dot(ds, k, acc)
+        else:
+            acc = tl.dot(k.T, ds.T, acc)
     acc *= scale_log2 * 0.6931471805599453
     block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    total_D = tl.sum(acc, 1 if SHARED else 0)
+    total_D = tl.sum(acc, 0 if SPLIT else 1)
     place = grad_qkv + (start + rows[:, None]) * stride + offset + cols_d[None, :]
-    result = acc.T if SHARED else acc
-    if BLOCK_E:
+    result = acc if SPLIT else acc.T
+    if SPLIT:
         acc_E *= scale_log2 * 0.6931471805599453
         place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
         _store(place_E, acc_E, rows, cols_E, length, REST, EVEN, FULL)
@@ -259,7 +253,7 @@ def attention_bwd_key_kernel(
     grad_out,  # [B, L, W]
     lse,  # [B H, L] float32
     delta,  # [B H, L] float32
-    draws,  # [2, B H, L] int32
+    draws,  # [2, B H, L] int32, or None
     grad_qkv,  # [B, L, 3W], out: the thirds of key and value
     partials,  # [B blocks, 2W] float32, out: column sums of their gradients over a block
     length,
@@ -269,16 +263,13 @@ def attention_bwd_key_kernel(
     keep_scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
-    FULL: tl.constexpr,
-    SHARED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """``dv = (dropped p)^T dy`` and ``dk = ds^T q / sqrt(D)`` for BN keys of a head."""
+    SPLIT: tl.constexpr = DIM > BLOCK_D
+    REST: tl.constexpr = DIM - BLOCK_D
+    FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
     head = tl.program_id(1)
     width = heads * DIM
     stride = 3 * width
@@ -289,26 +280,25 @@ def attention_bwd_key_kernel(
     vector = tl.cast(head, tl.int64) * length
     total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
-    if BLOCK_E:
-        REST: tl.constexpr = DIM - BLOCK_D
+    if SPLIT:
         cols_E = tl.arange(0, BLOCK_E)
     keys = tl.program_id(0) * BN + tl.arange(0, BN)
     k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN, FULL)
     v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN, FULL)
-    if BLOCK_E:
+    if SPLIT:
         k_E = _rows(base + width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
         v_E = _rows(base + 2 * width + BLOCK_D, keys, cols_E, stride, length, REST, EVEN, FULL)
         grad_k_E = tl.zeros([BN, BLOCK_E], tl.float32)
         grad_v_E = tl.zeros([BN, BLOCK_E], tl.float32)
-    if DROPOUT:
+    if draws is not None:
         c = _column(keys)
-    grad_k = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_D, BN] if SHARED else [BN, BLOCK_D], tl.float32)
+    grad_k = tl.zeros([BN, BLOCK_D] if SPLIT else [BLOCK_D, BN], tl.float32)
+    grad_v = tl.zeros([BN, BLOCK_D] if SPLIT else [BLOCK_D, BN], tl.float32)
     for first in tl.range(0, length, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM)
         q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
         g = _rows(grads, rows, cols_d, width, length, DIM, EVEN, FULL)
-        if BLOCK_E:
+        if SPLIT:
             q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
             g_E = _rows(grads + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
         if EVEN:
@@ -318,58 +308,52 @@ def attention_bwd_key_kernel(
             # Rows past the end: p = exp2(-inf) = 0.
             log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
             d = tl.load(delta + vector + rows, mask=rows < length, other=0.0)
-        if DROPOUT:
+        if draws is not None:
             r = _keys(draws + vector, rows, length, EVEN)
             s = _keys(draws + total + vector, rows, length, EVEN)
-        if SHARED:
+        if SPLIT:
+            logits = tl.dot(k_E, q_E.T, tl.dot(k, q.T))
+            p = tl.exp2(logits * scale_log2 - log_sum[None, :])
+            dp = tl.dot(v_E, g_E.T, tl.dot(v, g.T))
+            dropped = p
+            if draws is not None:
+                kept = r[None, :] * c[:, None] + s[None, :] >= threshold
+                dropped = tl.where(kept, p * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            grad_v_E = tl.dot(dropped.to(g.dtype), g_E, grad_v_E)
+            grad_v = tl.dot(dropped.to(g.dtype), g, grad_v)
+            ds = p * (dp - d[None, :])
+            grad_k_E = tl.dot(ds.to(q.dtype), q_E, grad_k_E)
+            grad_k = tl.dot(ds.to(q.dtype), q, grad_k)
+        else:
             p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
             dp = tl.dot(g, v.T)
             dropped = p
-            if DROPOUT:
+            if draws is not None:
                 kept = r[:, None] * c[None, :] + s[:, None] >= threshold
                 dropped = tl.where(kept, p * keep_scale, 0.0)
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             grad_v = tl.dot(g.T, dropped.to(g.dtype), grad_v)
             ds = p * (dp - d[:, None])
             grad_k = tl.dot(q.T, ds.to(q.dtype), grad_k)
-        else:
-            logits = tl.dot(k, q.T)
-            if BLOCK_E:
-                logits = tl.dot(k_E, q_E.T, logits)
-            p = tl.exp2(logits * scale_log2 - log_sum[None, :])
-            dp = tl.dot(v, g.T)
-            if BLOCK_E:
-                dp = tl.dot(v_E, g_E.T, dp)
-            dropped = p
-            if DROPOUT:
-                kept = r[None, :] * c[:, None] + s[None, :] >= threshold
-                dropped = tl.where(kept, p * keep_scale, 0.0)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            if BLOCK_E:
-                grad_v_E = tl.dot(dropped.to(g.dtype), g_E, grad_v_E)
-            grad_v = tl.dot(dropped.to(g.dtype), g, grad_v)
-            ds = p * (dp - d[None, :])
-            if BLOCK_E:
-                grad_k_E = tl.dot(ds.to(q.dtype), q_E, grad_k_E)
-            grad_k = tl.dot(ds.to(q.dtype), q, grad_k)
     grad_k *= scale_log2 * 0.6931471805599453
     if not EVEN:
         # Keys past the end have logits of 0; their gradients must not reach the sums.
         inside = keys < length
-        grad_k = tl.where(inside[None, :] if SHARED else inside[:, None], grad_k, 0.0)
-        grad_v = tl.where(inside[None, :] if SHARED else inside[:, None], grad_v, 0.0)
+        grad_k = tl.where(inside[:, None] if SPLIT else inside[None, :], grad_k, 0.0)
+        grad_v = tl.where(inside[:, None] if SPLIT else inside[None, :], grad_v, 0.0)
     block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    sum_k = tl.sum(grad_k, 1 if SHARED else 0)
-    sum_v = tl.sum(grad_v, 1 if SHARED else 0)
+    sum_k = tl.sum(grad_k, 0 if SPLIT else 1)
+    sum_v = tl.sum(grad_v, 0 if SPLIT else 1)
     sums = partials + block * (2 * width) + offset + cols_d
     place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
-    result_k = grad_k.T if SHARED else grad_k
-    result_v = grad_v.T if SHARED else grad_v
+    result_k = grad_k if SPLIT else grad_k.T
+    result_v = grad_v if SPLIT else grad_v.T
     _store(place + width, result_k, keys, cols_d, length, DIM, EVEN, FULL)
     _store(place + 2 * width, result_v, keys, cols_d, length, DIM, EVEN, FULL)
     _store_sums(sums, sum_k, cols_d, DIM, EVEN, FULL)
     _store_sums(sums + width, sum_v, cols_d, DIM, EVEN, FULL)
-    if BLOCK_E:
+    if SPLIT:
         grad_k_E *= scale_log2 * 0.6931471805599453
         if not EVEN:
             grad_k_E = tl.where(inside[:, None], grad_k_E, 0.0)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ear_kernels.functional import _applies, _check_device, _check_floating, _compute_dtype
 from ear_kernels.ops.transformer import reference
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal
 
 
 def dropout_add_layer_norm(
@@ -48,13 +49,18 @@ def dropout_add_layer_norm(
     _check_add_norm(branch, residual, weight, bias, branch_bias, dropout)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         reason = _refusal(residual, branch, weight, bias, branch_bias)
-        if _applies("dropout_add_layer_norm", residual, reason):
-            from ear_kernels.ops.transformer import autograd
+        if applies("dropout_add_layer_norm", residual, reason):
+            from ear_kernels.ops.transformer.autograd import Dropout, DropoutAddLayerNorm
 
-            stream, norm_dtype = _promoted(residual, branch), dtype or _compute_dtype(branch)
-            return autograd.dropout_add_layer_norm(
-                branch, stream, weight, bias, branch_bias, dropout, eps, seed, norm_dtype
+            x, out = DropoutAddLayerNorm.apply(
+                *_rows(branch, branch_bias, residual),
+                weight,
+                bias,
+                Dropout.of(dropout, seed, residual.device),
+                eps,
+                dtype or compute_dtype(branch),
             )
+            return x.view(residual.shape), out.view(residual.shape)
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
 
@@ -85,14 +91,12 @@ def gelu_mlp(
     _check_mlp(x, weight_in, bias_in, weight_out, bias_out)
     _check_dropout(dropout)
     tensors = (weight_in, bias_in, weight_out, bias_out)
-    if not torch.compiler.is_compiling():
-        reason = _refusal(x, *tensors)
-        if _applies("gelu_mlp", x, reason):
-            from ear_kernels.ops.transformer import autograd
+    if not torch.compiler.is_compiling() and applies("gelu_mlp", x, _refusal(x, *tensors)):
+        from ear_kernels.ops.transformer.autograd import Dropout, GeluMLP
 
-            present = [tensor for tensor in tensors if tensor is not None]
-            dtype = _compute_dtype(x, *present)
-            return autograd.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, *tensors))
+        out = GeluMLP.apply(rows, *tensors, Dropout.of(dropout, seed, x.device))
+        return out.view(*x.shape[:-1], weight_out.shape[0])
     return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
 
 
@@ -112,11 +116,10 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
     _check_qkv(x, weight, bias, heads)
-    if not torch.compiler.is_compiling() and _applies("qkv_heads", x, _refusal(x, weight, bias)):
-        from ear_kernels.ops.transformer import heads as operation
+    if not torch.compiler.is_compiling() and applies("qkv_heads", x, _refusal(x, weight, bias)):
+        from ear_kernels.ops.transformer.autograd import QKVHeads
 
-        present = [weight] if bias is None else [weight, bias]
-        return operation.qkv_heads(x, weight, bias, heads, _compute_dtype(x, *present))
+        return QKVHeads.apply(x.to(compute_dtype(x, weight, bias)), weight, bias, heads)
     return reference.qkv_heads(x, weight, bias, heads)
 
 
@@ -134,14 +137,15 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
     for name, tensor in (("x", x), ("weight", weight)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, x, "x")
+        check_floating(name, tensor)
+        check_device(name, tensor, x, "x")
     if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [W, {x.shape[-1]}]")
-    if not torch.compiler.is_compiling() and _applies("project", x, _refusal(x, weight)):
-        from ear_kernels.ops.transformer import autograd
+    if not torch.compiler.is_compiling() and applies("project", x, _refusal(x, weight)):
+        from ear_kernels.ops.transformer.autograd import Linear
 
-        return autograd.project(x, weight, _compute_dtype(x, weight))
+        out = Linear.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x, weight)), weight)
+        return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight)
 
 
@@ -161,14 +165,13 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     """
     _check_dropout(dropout)
     _check_qkv(x, weight, bias, heads)
-    present = [weight] if bias is None else [weight, bias]
     if not torch.compiler.is_compiling():
-        dtype = _compute_dtype(x, *present)
+        dtype = compute_dtype(x, weight, bias)
         fits = _attention_fits(x, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and _applies("self_attention", x, _refusal(x, weight, bias)):
-            from ear_kernels.ops.attention import autograd
+        if fits and applies("self_attention", x, _refusal(x, weight, bias)):
+            from ear_kernels.ops.transformer.autograd import SelfAttention
 
-            return autograd.self_attention(x, weight, bias, heads, dropout, dtype)
+            return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout)
     query, key, value = qkv_heads(x, weight, bias, heads)
     mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
@@ -209,16 +212,18 @@ def norm_self_attention(
     _check_dropout(attention_dropout)
     _check_qkv(residual, weight, bias, heads)
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        dtype = _compute_dtype(branch, *(tensor for tensor in (weight, bias) if tensor is not None))
+        dtype = compute_dtype(branch, weight, bias)
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, weight, bias)
         fits = _attention_fits(residual, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and _applies("self_attention", residual, reason):
-            from ear_kernels.ops.transformer import halves
+        if fits and applies("self_attention", residual, reason):
+            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormSelfAttention
 
-            return halves.norm_self_attention(
-                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, weight, bias, heads,
-                dropout, attention_dropout, eps, seed, dtype,
+            options = Dropout.of(dropout, seed, residual.device), eps
+            x, out = NormSelfAttention.apply(
+                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, *options,
+                weight, bias, heads, attention_dropout, residual.shape[0], dtype,
             )  # fmt: skip
+            return x.view(residual.shape), out.view(*residual.shape[:2], weight.shape[0] // 3)
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seed
     )
@@ -262,22 +267,26 @@ def norm_gelu_mlp(
     if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
         linears = (weight_in, bias_in, weight_out, bias_out)
         reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, *linears)
-        if _applies("gelu_mlp", residual, reason):
-            from ear_kernels.ops.transformer import halves
+        if applies("gelu_mlp", residual, reason):
+            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormGeluMLP
 
-            dtype = _compute_dtype(branch, *(tensor for tensor in linears if tensor is not None))
-            return halves.norm_gelu_mlp(
-                branch, _promoted(residual, branch), norm_weight, norm_bias, branch_bias, *linears, dropout, eps,
-                seeds, dtype,
+            first, second = (Dropout.of(dropout, seed, residual.device) for seed in seeds)
+            x, out = NormGeluMLP.apply(
+                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, first, eps,
+                *linears, second, compute_dtype(branch, *linears),
             )  # fmt: skip
+            return x.view(residual.shape), out.view(*residual.shape[:-1], weight_out.shape[0])
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seeds[0]
     )
     return x, gelu_mlp(normed, weight_in, bias_in, weight_out, bias_out, dropout=dropout, seed=seeds[1])
 
 
-def _promoted(residual: Tensor, branch: Tensor) -> Tensor:
-    return residual.to(torch.promote_types(branch.dtype, residual.dtype))
+def _rows(branch: Tensor, branch_bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Branch, its bias and the stream as rows, the stream in the promoted dtype."""
+    width = residual.shape[-1]
+    stream = residual.to(torch.promote_types(branch.dtype, residual.dtype))
+    return branch.reshape(-1, width), branch_bias, stream.reshape(-1, width)
 
 
 def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
@@ -286,20 +295,14 @@ def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool
 
 
 def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take these tensors; None if they do or if Triton is out of the question anyway."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    for tensor in (first, *tensors):
-        if tensor is not None and tensor.dtype not in floats:
-            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
-    if first.shape[-1] > 8192:
-        return f"width {first.shape[-1]} (the kernels take at most 8192)"
+    """Why the kernels do not take these tensors, or None if they do."""
     if first.numel() // 8 >= 2**30:
         return f"{first.numel()} elements (the kernels count to 2^33)"
-    return None
+    return kernel_refusal(first, *tensors, widest=8192)
 
 
 def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> None:
-    _check_floating("x", x)
+    check_floating("x", x)
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, L, W]")
     rows = weight.shape[0]
@@ -311,8 +314,8 @@ def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> No
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{rows}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            _check_floating(name, tensor)
-            _check_device(name, tensor, x, "x")
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
 
 
 def _check_dropout(dropout: float) -> None:
@@ -324,8 +327,8 @@ def _check_add_norm(
     branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None, dropout: float
 ) -> None:
     for name, tensor in (("branch", branch), ("residual", residual)):
-        _check_floating(name, tensor)
-        _check_device(name, tensor, residual, "residual")
+        check_floating(name, tensor)
+        check_device(name, tensor, residual, "residual")
     _check_dropout(dropout)
     if branch.shape != residual.shape or residual.ndim < 1:
         raise ValueError(
@@ -335,7 +338,7 @@ def _check_add_norm(
     for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
         if parameter is None:
             continue
-        _check_device(name, parameter, residual, "residual")
+        check_device(name, parameter, residual, "residual")
         if tuple(parameter.shape) != (residual.shape[-1],):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
 
@@ -344,11 +347,11 @@ def _check_mlp(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> None:
     tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
-    _check_floating("x", x)
+    check_floating("x", x)
     for name, tensor in tensors.items():
         if tensor is not None:
-            _check_floating(name, tensor)
-            _check_device(name, tensor, x, "x")
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
     inner, outer = weight_in.shape[0], weight_out.shape[0]
     expected = {
         "weight_in": (inner, x.shape[-1]),

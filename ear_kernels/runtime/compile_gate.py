@@ -1,4 +1,4 @@
-"""Cross-compile every shipped kernel without a GPU; ``python -m ear_kernels.compile_gate`` prints the table.
+"""Cross-compile every shipped kernel without a GPU; ``python -m ear_kernels.runtime.compile_gate`` prints the table.
 
 Fails on a spill, on shared memory over the limit, on a failed compiler pass, and on a WGMMA that takes its A operand
 from registers (ptxas 12.8 may use them again too early). Needs a process in which triton was
@@ -7,15 +7,62 @@ that reads its spills except the code object's own notes, which are read where t
 """
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ear_kernels.launch import ShippedKernel, shipped_kernels
+
+@dataclass(frozen=True)
+class ShippedKernel:
+    """One kernel in one configuration that the package launches: what the compile gate compiles.
+
+    Args:
+        name: shown by the gate.
+        kernel: the ``@triton.jit`` function.
+        signature: Triton type of every argument that is no constexpr, for instance ``"*fp32"`` or ``"i32"``. Pointers
+            and integers named here are taken to be divisible by 16.
+        constexprs: value of every constexpr, and of every integer argument that is specialised to 1.
+        num_warps, num_stages: launch options.
+        options: further launch options, such as ``maxnreg`` (NVIDIA only).
+        undivided: integers of the signature that need not be divisible by 16.
+        max_spills: registers that may spill; anything but 0 needs a reason beside it.
+        known_spills: bytes that may spill with one compiler on one target, ``("3.6", "sm_80")`` for instance, and no
+            more; each needs a reason beside it. Other compilers and targets stay at ``max_spills``.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    max_spills: int = 0
+    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
+    options: dict[str, Any] = field(default_factory=dict)
+    undivided: frozenset[str] = frozenset()
+    known_spills: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
+SHIPPED_MODULES = (
+    "ear_kernels.ops.adamw.shipped",
+    "ear_kernels.ops.attention.shipped",
+    "ear_kernels.ops.energy_loss.shipped",
+    "ear_kernels.ops.generator.shipped",
+    "ear_kernels.ops.transformer.shipped",
+)
+
+
+def shipped_kernels() -> list[ShippedKernel]:
+    """Every configuration of every kernel that the package launches (imports Triton)."""
+    return [kernel for name in SHIPPED_MODULES for kernel in importlib.import_module(name).shipped()]
+
 
 # Bytes of shared memory that one program may have.
 TARGETS: dict[str, tuple[str, Any, int, int]] = {

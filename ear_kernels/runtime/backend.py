@@ -8,12 +8,15 @@ debugging session may change it at any time.
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
+
+from ear_kernels.runtime.launching import is_recording
 
 BACKEND_VARIABLE = "EAR_KERNELS_BACKEND"
 BACKENDS = ("auto", "triton", "eager")
 
-# Operations that have Triton kernels. Each issue that brings kernels adds its names here.
+# Operations that have Triton kernels.
 TRITON_OPERATIONS: frozenset[str] = frozenset(
     {
         "adaln_modulate",
@@ -67,6 +70,8 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
         NotImplementedError: Triton was demanded and this operation or this call has no Triton kernel.
         RuntimeError: Triton was demanded for CPU tensors without Triton's interpreter, or is not installed.
     """
+    if is_recording() and operation in TRITON_OPERATIONS and not refusal:
+        return "triton"
     requested = requested_backend()
     if requested == "eager":
         return "eager"
@@ -88,3 +93,15 @@ def choose_backend(operation: str, tensor: Tensor | None = None, refusal: str = 
             "TRITON_INTERPRET=1 before the first import of triton to run the kernels on its interpreter"
         )
     return "triton"
+
+
+def functional_transform_is_active() -> bool:
+    """Whether torch.func.grad, vmap or another transform is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def applies(operation: str, tensor: Tensor, reason: str | None) -> bool:
+    """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
+    if reason is None and not torch.compiler.is_compiling() and functional_transform_is_active():
+        reason = "a torch.func transform, which needs the reference"
+    return choose_backend(operation, tensor, f"{operation} got {reason}" if reason else "") == "triton"

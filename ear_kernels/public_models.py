@@ -103,12 +103,15 @@ def _run_blocks(
     parameters = _head_parameters(net)
     if parameters is None:
         raise RuntimeError("the head's submodules changed after accelerate(); call it again")
-    factor = 1.0 if net.training else temperature
-    if isinstance(factor, Tensor):
-        factor = factor.item()
-    return functional.generator_blocks(
-        hidden, conditioning, parameters, index=index, temperature=float(factor), eps=1e-6
-    )
+    factor = _shift_factor(net, temperature)
+    return functional.generator_blocks(hidden, conditioning, parameters, index=index, temperature=factor, eps=1e-6)
+
+
+def _shift_factor(net: nn.Module, temperature: Any) -> float:
+    """What a net multiplies its shifts by: its temperature, but 1 in training."""
+    if net.training:
+        return 1.0
+    return float(temperature.item() if isinstance(temperature, Tensor) else temperature)
 
 
 # ------------------------------------------------------------------------------------------------- EAR
@@ -118,17 +121,9 @@ def _ear_net_forward(self: nn.Module, z: Tensor, noise: Tensor, infer_temperatur
     """Rows of hidden states and noise to tokens, as the public net's ``forward``."""
     leading = z.shape[:-1]
     z, noise = z.reshape(-1, z.shape[-1]), noise.reshape(-1, noise.shape[-1])
-    factor = 1.0 if self.training else infer_temperature
-    if isinstance(factor, Tensor):
-        factor = factor.item()
-    inputs = [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]  # type: ignore[union-attr]
-    out = functional.generator_few_rows(
-        z,
-        noise,
-        inputs,  # type: ignore[arg-type]
-        _head_parameters(self) or [],
-        temperature=float(factor),
-    )
+    inputs: Any = [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]  # type: ignore[union-attr]
+    factor = _shift_factor(self, infer_temperature)
+    out = functional.generator_few_rows(z, noise, inputs, _head_parameters(self) or [], temperature=factor)
     if out is None:
         out = _run_blocks(self, self.input_proj(z), self.noise_embed(noise), infer_temperature)  # type: ignore[operator]
     return out.view(*leading, out.shape[-1])
