@@ -133,7 +133,7 @@ def same_resumed() -> dict[str, Any]:
 
 
 REASON = "" if torch.cuda.device_count() > 1 else "needs two GPUs"
-LOSSES, BASE = f"losses of {STEPS} steps", "EAR-B, 64 images a process"
+LOSSES, BASE = "loss curves", "EAR-B, 64 images a process"
 ROWS = [
     Row(LOSSES, "2 processes against 1", reason=REASON, measure=same_curves),
     Row(LOSSES, "saved by 2 processes, resumed on 1", reason=REASON, measure=same_resumed),

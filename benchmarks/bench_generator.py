@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,8 +25,6 @@ from benchmarks.clocks import DEVICE, HAS_GPU, Call, graphed
 from benchmarks.harness import COMPILED, EAGER, OURS, Row
 from benchmarks.public_ear import Net, initialise
 from ear_kernels import FusedMLPGenerator
-
-BACKEND_VARIABLE = "EAR_KERNELS_BACKEND"
 
 INPUT, TOKEN, NOISE, SAMPLES = 768, 16, 64, 4
 SIZES = {"6x1024": (6, 1024), "8x1280": (8, 1280), "12x1536": (12, 1536)}
@@ -48,16 +47,8 @@ def make(size: tuple[int, int], ours: bool) -> nn.Module:
     return net.to(DEVICE)
 
 
-@contextmanager
-def eager_backend():
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = "eager"
-    try:
-        yield
-    finally:
-        os.environ.pop(BACKEND_VARIABLE)
-        if before is not None:
-            os.environ[BACKEND_VARIABLE] = before
+def eager_backend() -> AbstractContextManager:
+    return patch.dict(os.environ, EAR_KERNELS_BACKEND="eager")
 
 
 class Generator:

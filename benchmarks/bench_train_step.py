@@ -13,6 +13,7 @@ gradients of a smaller model are held against its eager backend.
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import re
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,11 +107,9 @@ def check(name: str, rival: str) -> float:
     model = replace(MODELS[name], depth=3, generator_depth=2, dropout=0.0, attention_dropout=0.0)
     found = []
     for backend, precision in (("eager", "fp32"), ("eager", "bf16"), ("auto", "bf16")):
-        os.environ["EAR_KERNELS_BACKEND"] = backend
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, EAR_KERNELS_BACKEND=backend):
             config = make_config(model, Path(folder), images=8, precision=precision, **SETTINGS[rival])
             found.append(gradients(Trainer(config, Path(folder) / "run", device=DEVICE.type)))
-    del os.environ["EAR_KERNELS_BACKEND"]
     exact, eager, ours = found
     worst = 0.0
     for key, truth in exact.items():
@@ -157,6 +157,7 @@ def time_steps(step: Callable[[], Tensor]) -> dict[str, Any]:
         loss = step()
     assert loss.isfinite(), loss
     synchronize()
+    gc.collect()
     torch.cuda.empty_cache()
     if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()

@@ -10,8 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -155,22 +154,17 @@ def wall_milliseconds(
     return percentiles(times)
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What the GPU did in one call, by the profiler; means over several."""
+class Kernels(NamedTuple):
+    """What the GPU did in one call, by the profiler; means over several calls.
+
+    ``table`` has name, ms and launches of every kernel, the longest first; ``ms`` and ``launches`` are its sums;
+    ``busy_ms`` is how long at least one kernel ran: the GPU's time without what it waited, whatever for.
+    """
 
     table: list[dict[str, Any]]
-    """Name, ms and launches of every kernel, the longest first."""
+    ms: float
+    launches: float
     busy_ms: float
-    """How long at least one kernel ran: the GPU's time without what it waited, whatever for."""
-
-    @property
-    def ms(self) -> float:
-        return sum(row["ms"] for row in self.table)
-
-    @property
-    def launches(self) -> float:
-        return sum(row["launches"] for row in self.table)
 
 
 def profiled(calls: Sequence[Call], least: int = 5) -> Kernels:
@@ -195,7 +189,9 @@ def profiled(calls: Sequence[Call], least: int = 5) -> Kernels:
         row["launches"] += 1 / count
         busy_us += max(0.0, event.time_range.end - max(end, event.time_range.start))
         end = max(end, event.time_range.end)
-    return Kernels(sorted(rows.values(), key=lambda row: -row["ms"]), busy_us / 1e3 / count)
+    table = sorted(rows.values(), key=lambda row: -row["ms"])
+    sums = (sum(row[name] for row in table) for name in ("ms", "launches"))
+    return Kernels(table, *sums, busy_us / 1e3 / count)
 
 
 def cross_check(gpu_ms: float, kernels_ms: float, launches: float) -> None:

@@ -25,17 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clocks import (
-    HAS_GPU,
-    Call,
-    UnprovenError,
-    copy_rate,
-    cross_check,
-    gpu_milliseconds,
-    peak_bytes,
-    profiled,
-    wall_milliseconds,
-)
+from benchmarks import clocks
+from benchmarks.clocks import HAS_GPU, Call, UnprovenError
 from ear_kernels.testing import assert_close_to_eager, errors
 
 Results = Callable[[str], dict[str, Tensor]]
@@ -97,10 +88,6 @@ def check_results(results: Results, rival: str, scale: Callable[[str, Tensor], f
     return worst
 
 
-def _no_calls() -> Sequence[Call]:
-    raise Unavailable("nothing to time")
-
-
 @dataclass(frozen=True)
 class Row:
     """A rival in a case.
@@ -118,7 +105,7 @@ class Row:
 
     case: str
     rival: str
-    prepare: Callable[[], Sequence[Call]] = _no_calls
+    prepare: Callable[[], Sequence[Call]] = list
     check: Callable[[], float] | None = None
     work: dict[str, float] = field(default_factory=dict)
     reason: str = ""
@@ -157,10 +144,10 @@ def _time(row: Row, record: dict[str, Any], also: Callable[[Sequence[Call]], obj
     calls = row.prepare()
     if row.rival.startswith(OURS) and not HAS_GPU and not row.on_host:
         record["note"] = "eager backend"
-    record["wall_ms"] = wall_milliseconds(calls, **({} if HAS_GPU else {"budget_s": 0.4, "rounds": 5}))
+    record["wall_ms"] = clocks.wall_milliseconds(calls, **({} if HAS_GPU else {"budget_s": 0.4, "rounds": 5}))
     if HAS_GPU and not row.on_host:
-        record["peak_bytes"] = peak_bytes(calls[0])
-        record["gpu_ms"] = gpu_milliseconds(calls)
+        record["peak_bytes"] = clocks.peak_bytes(calls[0])
+        record["gpu_ms"] = clocks.gpu_milliseconds(calls)
     seconds = record.get("gpu_ms", record["wall_ms"])["median"] * 1e-3
     record |= {f"{name}_per_s": amount / seconds for name, amount in row.work.items()}
     if also is not None:
@@ -185,9 +172,9 @@ def add_kernels(row: Row, record: dict[str, Any]) -> None:
     if "gpu_ms" not in record or row.measure is not None:
         return
     try:
-        kernels = profiled(row.prepare())
+        kernels = clocks.profiled(row.prepare())
         record["kernels_ms"], record["launches"] = kernels.ms, kernels.launches
-        cross_check(record["gpu_ms"]["median"], kernels.ms, kernels.launches)
+        clocks.cross_check(record["gpu_ms"]["median"], kernels.ms, kernels.launches)
     except Exception as error:
         _note(row, record, error)
     gc.collect()
@@ -248,7 +235,7 @@ def main(rows: Sequence[Row], doc: str | None, arguments: Sequence[str] | None =
             write_json(options.out, result)
 
     if HAS_GPU:
-        result["copy_bytes_per_s"] = copy_rate()
+        result["copy_bytes_per_s"] = clocks.copy_rate()
     for row in chosen:
         records.append(measure(row))
         print("  ".join(describe(records[-1])), flush=True)

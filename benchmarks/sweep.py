@@ -128,21 +128,18 @@ def row_configs(programs: Iterable[int]) -> list[RowConfig]:
     return [RowConfig(*sizes) for sizes in (product((2, 4, 8), (1, 2, 3, 4), programs) if HAS_GPU else [(4, 2, 3)])]
 
 
+def add_norm(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    x, out = functional.dropout_add_layer_norm(branch, residual, weight, bias, dropout=dropout)
+    return x, out.to(branch.dtype)
+
+
 def norm() -> Iterator[Sweep]:
     for width in WIDTHS:
         shapes = {"branch": (ROWS, width), "residual": (ROWS, width), "weight": (width,), "bias": (width,)}
-        run = operation(
-            lambda *given: functional.dropout_add_layer_norm(*given[:4], dropout=given[4], dtype=given[0].dtype),
-            shapes,
-        )
-        for direction, name, values in (
-            ("fwd", "norm_forward_warps", (2, 4, 8)),
-            ("bwd", "norm_backward_config", row_configs((264, 396, 528, 792))),
-        ):
-            choices = choosing(launch, name, values)
-            yield Sweep(
-                f"norm {direction} {ROWS} x {width}", f"dropout_add_layer_norm_{direction}", run, choices, 0.1
-            )
+        forward, backward = (2, 4, 8), row_configs((264, 396, 528, 792))
+        for way, name, values in (("fwd", "norm_forward_warps", forward), ("bwd", "norm_backward_config", backward)):
+            choices, run = choosing(launch, name, values), operation(add_norm, shapes)
+            yield Sweep(f"norm {way} {ROWS} x {width}", f"dropout_add_layer_norm_{way}", run, choices, 0.1)
 
 
 def gelu() -> Iterator[Sweep]:
@@ -158,9 +155,7 @@ def attention() -> Iterator[Sweep]:
     batch, length = (64, 320) if HAS_GPU else (2, 20)
     for heads, dim in ((12, 64), (16, 80)) if HAS_GPU else ((2, 16),):
         shapes = {"x": (batch, length, heads * dim), "weight_qkv": (3 * heads * dim, heads * dim)}
-        run = operation(
-            lambda x, weight, p, heads=heads: functional.self_attention(x, weight, None, heads, dropout=p), shapes
-        )
+        run = operation(lambda x, w, p, heads=heads: functional.self_attention(x, w, None, heads, dropout=p), shapes)
         choices = choosing(launch_attention, "keys_and_warps", product((32, 64, 128), (2, 4, 8)))
         yield Sweep(f"attention, {heads} heads of {dim}", "attention", run, choices, 0.1)
 
@@ -191,9 +186,8 @@ def few() -> Iterator[Sweep]:
     changes += [{"stages": 4}, {"stages": 6}, {"bn_mod": 32}, {"bn_mod": 64}, {"stages_mod": 4}, {"parts": 1}]
     for (name, size), rows in product(FEW_SIZES.items(), (4, 64)):
         base = launch_few_rows.config_for(rows, size[1])
-        choices = choosing(
-            launch_few_rows, "config_for", dict.fromkeys(replace(base, **change) for change in changes)
-        )
+        configs = dict.fromkeys(replace(base, **change) for change in changes)
+        choices = choosing(launch_few_rows, "config_for", configs)
         yield Sweep(f"{name}, {rows} rows", ".", generator_run(size, rows), choices, in_graph=True)
 
 

@@ -92,7 +92,6 @@ def test_reasons():
     assert measure(Row("a", OURS, unavailable))["skipped"] == "no disk"
     assert measure(Row("a", OURS, broken))["failed"] == "RuntimeError: a compiler's long story"
     assert measure(Row("a", COMPILED, broken))["skipped"] == "fails to compile: a compiler's long story"
-    assert measure(Row("a", OURS))["skipped"] == "nothing to time"
 
 
 def test_main_writes_every_row_and_says_what_failed(tmp_path, capsys):
