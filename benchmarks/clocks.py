@@ -7,9 +7,10 @@ going on when the last call is in the queue does a round count: then the GPU had
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -179,19 +180,24 @@ def profiled(calls: Sequence[Call], least: int = 5) -> Kernels:
         for call in [*calls] * repeats:
             call()
         torch.cuda.synchronize()
-    count, rows, busy_us, end = repeats * len(calls), dict[str, dict[str, Any]](), 0.0, 0.0
-    # Annotations lie over the kernels that they name.
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        row = rows.setdefault(event.name, {"name": event.name, "ms": 0.0, "launches": 0.0})
-        row["ms"] += event.time_range.elapsed_us() / 1e3 / count
+    # Annotations lie over the kernels that they name.
+    events = [e for e in events if not (getattr(e, "is_user_annotation", False) or e.name.startswith("Optimizer."))]
+    return summed_up([(e.name, e.time_range.start, e.time_range.end) for e in events], repeats * len(calls))
+
+
+def summed_up(spans: Iterable[tuple[str, float, float]], count: int) -> Kernels:
+    """Name, begin and end in us of every kernel of ``count`` calls."""
+    rows, busy_us, until = dict[str, dict[str, Any]](), 0.0, -math.inf
+    for name, begin, end in sorted(spans, key=lambda span: span[1]):
+        row = rows.setdefault(name, {"name": name, "ms": 0.0, "launches": 0.0})
+        row["ms"] += (end - begin) / 1e3 / count
         row["launches"] += 1 / count
-        busy_us += max(0.0, event.time_range.end - max(end, event.time_range.start))
-        end = max(end, event.time_range.end)
+        busy_us += max(0.0, end - max(until, begin))
+        until = max(until, end)
     table = sorted(rows.values(), key=lambda row: -row["ms"])
-    sums = (sum(row[name] for row in table) for name in ("ms", "launches"))
-    return Kernels(table, *sums, busy_us / 1e3 / count)
+    ms, launches = (sum(row[name] for row in table) for name in ("ms", "launches"))
+    return Kernels(table, ms, launches, busy_us / 1e3 / count)
 
 
 def cross_check(gpu_ms: float, kernels_ms: float, launches: float) -> None:

@@ -121,6 +121,16 @@ def test_the_two_ways_must_agree():
         cross_check(0.55, kernels_ms=0.0106, launches=3)
 
 
+def test_kernels_beside_each_other_are_busy_once():
+    spans = [("b", 130.0, 160.0), ("a", 100.0, 140.0), ("a", 200.0, 210.0), ("c", 201.0, 205.0)]
+    kernels = clocks.summed_up(spans, count=2)
+    assert [row["name"] for row in kernels.table] == ["a", "b", "c"]
+    assert kernels.table[0]["ms"] == pytest.approx(0.025)
+    assert (kernels.table[0]["launches"], kernels.launches) == (1, 2)
+    assert kernels.ms == pytest.approx(0.042)
+    assert kernels.busy_ms == pytest.approx(0.035)
+
+
 def test_percentiles():
     assert percentiles([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
     assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == {"median": 2.5, "p20": 1.0, "p80": 4.0}
