@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
+# What ear_model and its command need beside the kernels; ear_model/cli.py names the same modules.
+TRAIN = ["timm>=1.0", "safetensors>=0.4", "tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
 
 setup(
     name="ear-kernels",
@@ -20,8 +21,6 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
-        "safetensors>=0.4",
-        "timm>=1.0",
     ],
     extras_require={
         "train": TRAIN,

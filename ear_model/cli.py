@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import os
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 from ear_model.errors import RunError
+from ear_model.processes import launched
+
+# What the extra "train" installs; the kernels alone need none of it.
+EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 
 # A module each, imported when called: its ``run(arguments) -> exit status`` raises what ``main`` turns into one line.
 COMMAND_MODULES: dict[str, str] = {
@@ -37,9 +41,10 @@ USAGE = """usage: ear COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (an error, told in one line), 2 (usage), 130 (Ctrl-C)."""
+    """Run the command line; returns 0, 1 (an error, reported in one line), 2 (usage) or 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_installed()
         return _run(arguments)
     except KeyboardInterrupt as interrupt:
         if not _another_process_reports(interrupt):
@@ -47,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, TypeError, OSError, NotImplementedError, ImportError, RunError) as error:
         return _fail(error)
+
+
+def _check_installed() -> None:
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{', '.join(missing)} can't be imported; the kernels need none of it, the command does: "
+            'pip install "ear-kernels[train]"'
+        )
 
 
 def _fail(error: BaseException) -> int:
@@ -57,7 +71,7 @@ def _fail(error: BaseException) -> int:
 
 def _another_process_reports(error: BaseException) -> bool:
     """Whether another process of a `torchrun` job reports the same; without one torch need not be imported."""
-    if "LOCAL_RANK" not in os.environ:
+    if not launched():
         return False
     from ear_model.training.distributed import another_process_reports
 

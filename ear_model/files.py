@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -45,3 +47,44 @@ def require_writable(path: Path, needed_bytes: int = 0) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise ValueError(f"{directory} has {free / 1e6:.1f} MB free; this needs {needed_bytes / 1e6:.1f} MB")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a dict as JSON, atomically."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a dict from JSON. Raises ValueError if it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (no object)")
+    return values
+
+
+def begin_directory(out: Path, manifest: str, settings: dict[str, Any], kind: str, needed_bytes: int = 0) -> None:
+    """Make a directory of files that a later call with the same settings completes, or go on with it.
+
+    Args:
+        out: the directory.
+        manifest: name of its file that holds ``settings``.
+        settings: what all its files are made with; values that JSON gives back as they are.
+        kind: what it is, for messages, such as "glyph tree".
+        needed_bytes: see :func:`require_writable`.
+
+    Raises:
+        ValueError: a directory of other settings, or of something else, or that can't be written.
+    """
+    path = out / manifest
+    if path.is_file():
+        found = read_json(path)
+        if found != settings:
+            raise ValueError(f"{out} holds another {kind} ({found}); give a new directory, or those options")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no {kind} (it has no {manifest}); give a new directory")
+    require_writable(path, needed_bytes)
+    write_json(path, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 SECONDS_BETWEEN_LINES = 20
 
@@ -16,17 +15,20 @@ class Progress:
         done: units done before.
         unit: its name.
         quiet: show nothing.
+        stays: leave the finished bar on the terminal.
     """
 
-    def __init__(self, total: int, done: int, unit: str, *, quiet: bool = False) -> None:
+    def __init__(self, total: int, done: int, unit: str, *, quiet: bool = False, stays: bool = True) -> None:
         from tqdm import tqdm
 
+        hidden = True if quiet else None
         self.bar = tqdm(
-            total=total, initial=done, unit=unit, disable=True if quiet else None, dynamic_ncols=True, smoothing=0.1
+            total=total, initial=done, unit=unit, disable=hidden, leave=stays, dynamic_ncols=True, smoothing=0.1
         )
         self.total, self.done, self.unit = total, done, unit
         self._lines = self.bar.disable and not quiet
-        self._started, self._first, self._printed = time.perf_counter(), done, time.perf_counter()
+        self._started, self._first = time.perf_counter(), done
+        self._printed: float | None = None
 
     def update(self, count: int = 1, note: str = "") -> None:
         """``count`` more units are done."""
@@ -35,21 +37,16 @@ class Progress:
             self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
         now = time.perf_counter()
-        if self._lines and now - self._printed > SECONDS_BETWEEN_LINES:
+        ends = self.done >= self.total and self._printed is not None
+        if self._lines and (ends or now - (self._printed or self._started) > SECONDS_BETWEEN_LINES):
             rate = (self.done - self._first) / (now - self._started)
             left = (self.total - self.done) / rate
-            print(
-                f"{self.unit} {self.done}/{self.total}  {rate:.1f}/s  {left:.0f} s left  {note}".rstrip(), flush=True
-            )
+            line = f"{self.unit} {self.done}/{self.total}  {rate:.1f}/s  {left:.0f} s left  {note}"
+            print(line.rstrip(), flush=True)
             self._printed = now
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ear_model.config import RunConfig, from_dict, to_dict
-from ear_model.files import write_atomically
+from ear_model.files import read_json, write_json
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -27,8 +27,7 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 def save_config(run_dir: Path, config: RunConfig) -> None:
     """Write RUN/config.json."""
-    text = json.dumps(to_dict(config), indent=2) + "\n"
-    write_atomically(run_dir / CONFIG_FILE, lambda temporary: temporary.write_text(text))
+    write_json(run_dir / CONFIG_FILE, to_dict(config))
 
 
 def load_config(run_dir: Path) -> RunConfig:
@@ -38,11 +37,7 @@ def load_config(run_dir: Path) -> RunConfig:
         raise ValueError(f"{run_dir} is not a directory; give the --out directory of an `ear train`")
     if not path.is_file():
         raise ValueError(f"{run_dir} is not a run directory (it has no {CONFIG_FILE})")
-    try:
-        stored = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    return from_dict(RunConfig, stored, str(path))
+    return from_dict(RunConfig, read_json(path), str(path))
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:

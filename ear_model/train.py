@@ -7,7 +7,7 @@ torchrun --nproc_per_node=N -m ear_model.train PRESET ...    on N processes, a G
 import sys
 
 from ear_model import cli
-from ear_model.training.distributed import end_process
+from ear_model.processes import end_process
 
 if __name__ == "__main__":
     end_process(cli.main(["train", *sys.argv[1:]]))

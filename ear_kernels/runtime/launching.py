@@ -55,8 +55,8 @@ def recording(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], None], pr
 
 
 def is_recording() -> bool:
-    """Whether launches are recorded and not made."""
-    return _recording.get() is not None
+    """Whether launches are recorded and not made; a compiler, which cannot trace the question, never does."""
+    return not torch.compiler.is_compiling() and _recording.get() is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **options: Any) -> None:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from ear_model.commands.parsing import parse_command
+from ear_model.processes import job_rank, job_size, local_rank
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,8 +50,6 @@ class Cache:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.commands.parsing import parse_command
-
     command = parse_command(Cache, arguments, "ear cache")
     try:
         write_cache(command)
@@ -61,12 +62,11 @@ def run(arguments: list[str]) -> int:
 def write_cache(command: Cache) -> None:
     """Check everything, then write the cache and print what it holds."""
     from ear_model.data.cache_format import file_sha256
-    from ear_model.data.cache_writer import CacheOptions, CacheWriter, processes_from_environment
+    from ear_model.data.cache_writer import CacheOptions, CacheWriter
     from ear_model.tokenizers.config import KL16
     from ear_model.tokenizers.latent import load_latent_tokenizer
 
-    rank, world_size = processes_from_environment()
-    options = CacheOptions(command.workers, command.batch_size, rank, world_size)
+    options = CacheOptions(command.workers, command.batch_size, job_rank(), job_size())
     device = _device(command.device)
     tokenizer, weights, checksum = None, "", ""
     if command.tokenizer == "pixels":
@@ -112,5 +112,5 @@ def _device(name: str) -> torch.device:
 
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return device

@@ -9,7 +9,6 @@ from pathlib import Path
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.evaluation.scoring import Scoring
 from ear_model.run_dir import load_config
 
 
@@ -51,6 +50,7 @@ def run(arguments: list[str]) -> int:
     from ear_model.devices import resolve_device
     from ear_model.ear import EAR
     from ear_model.evaluation.digits import EVALUATION_FILE
+    from ear_model.evaluation.scoring import Scoring
     from ear_model.files import require_writable
     from ear_model.sampling.decoder import Decoder
 

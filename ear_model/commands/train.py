@@ -147,7 +147,7 @@ def run_training(
     model = trainer.averaged_model()
     if not trainer.is_main:
         return
-    left = _leave_pictures(model, config, out, decoder, scoring)
+    left = _write_pictures(model, config, out, decoder, scoring)
     from ear_model.run_dir import read_metrics
 
     last = read_metrics(out)[-1]
@@ -157,7 +157,7 @@ def run_training(
     )
 
 
-def _leave_pictures(
+def _write_pictures(
     model: EAR, config: RunConfig, out: Path, decoder: Decoder | None, scoring: Scoring | None
 ) -> str:
     """Samples, loss curve and scores of a finished run; returns where they are."""

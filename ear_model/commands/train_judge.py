@@ -35,8 +35,9 @@ class TrainJudge:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for trees that a judge can't be trained on."""
     command = parse_command(TrainJudge, arguments, "ear train-judge")
+    from ear_model.data.images import first_image_size, load_tree, split_classes
     from ear_model.devices import resolve_device
-    from ear_model.evaluation.judge import count_parameters, first_image_size, load_tree, split_classes, train_judge
+    from ear_model.evaluation.judge import count_parameters, train_judge
     from ear_model.files import require_writable
 
     device = resolve_device(command.device)

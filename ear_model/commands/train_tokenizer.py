@@ -11,8 +11,8 @@ from typing import Annotated
 
 import tyro
 
+from ear_model.commands.parsing import parse_command
 from ear_model.tokenizers.config import SMALL, AutoencoderConfig, TokenizerTraining
-from ear_model.training.autoencoder import train_autoencoder
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class TrainTokenizer:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    from ear_model.commands.parsing import parse_command
-    from ear_model.devices import resolve_device
-
     command = parse_command(TrainTokenizer, arguments, "ear train-tokenizer")
+    from ear_model.devices import resolve_device
+    from ear_model.training.autoencoder import train_autoencoder
+
     started = time.perf_counter()
     try:
         report = train_autoencoder(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ear_model.draws import seeded_generator
 
 
 class TrainingData(Protocol):
@@ -80,16 +81,11 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self._epoch: tuple[int, Tensor] | None = None
 
-    def _generator(self, *position: int) -> torch.Generator:
-        # torch's CPU generator reads only the low 32 bits of a seed, so seed and position are mixed first.
-        mixed = int(np.random.SeedSequence((self.seed, *position)).generate_state(1)[0])
-        return torch.Generator().manual_seed(mixed)
-
     def _permutation(self, epoch: int) -> Tensor:
         # A local name, since several threads of a prefetcher may ask for different epochs.
         known = self._epoch
         if known is None or known[0] != epoch:
-            known = (epoch, torch.randperm(len(self.dataset), generator=self._generator(epoch)))
+            known = (epoch, torch.randperm(len(self.dataset), generator=seeded_generator(self.seed, epoch)))
             self._epoch = known
         return known[1]
 
@@ -104,4 +100,4 @@ class Batches:
             first += count
         share = self.batch_size // self.world_size
         chosen = torch.cat(parts)[self.rank * share : (self.rank + 1) * share]
-        return self.dataset.gather(chosen, self._generator(index, self.rank, 1))
+        return self.dataset.gather(chosen, seeded_generator(self.seed, index, self.rank, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ear_model.data.cache_format import DTYPES, Manifest, Verify, file_sha256, load_manifest, verify_shards
 from ear_model.data.images import random_flips, to_float
+from ear_model.processes import local_rank
 from ear_model.tokenizers.kl16 import LOGVAR_RANGE
 
 
@@ -159,7 +159,7 @@ def load_cache(path: Path, tokenizer: Path | None = None) -> LatentCache:
         ValueError: as :class:`LatentCache`, or another tokenizer.
     """
     # The other processes of a torchrun would all read the same files; the first one's error ends the job.
-    cache = LatentCache(path, "full" if os.environ.get("LOCAL_RANK", "0") == "0" else "size")
+    cache = LatentCache(path, "full" if local_rank() == 0 else "size")
     manifest = cache.manifest
     if tokenizer is not None:
         if manifest.kind == "pixels":

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from ear_model.config import RunConfig
-from ear_model.files import write_atomically
+from ear_model.files import read_json, write_json
 
 FORMAT = "ear_model_cache"
 VERSION = 1
@@ -227,23 +227,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a dict as JSON, atomically."""
-    text = json.dumps(values, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a dict from JSON. Raises ValueError if it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged (no object)")
-    return values
 
 
 def _some(names: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ whoever finds all of them finished writes the manifest.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +23,10 @@ from ear_model.data.cache_format import (
     Manifest,
     Shard,
     file_sha256,
-    read_json,
     save_manifest,
-    write_json,
 )
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import require_writable, write_atomically
+from ear_model.files import read_json, require_writable, write_atomically, write_json
 from ear_model.progress import Progress
 from ear_model.tokenizers.latent import LatentTokenizer
 
@@ -291,8 +288,3 @@ def _collate(items: list[Tensor | str]) -> _Batch:
     errors = [item for item in items if isinstance(item, str)]
     images = [item for item in items if isinstance(item, Tensor)]
     return (None if errors else torch.stack(images)), errors
-
-
-def processes_from_environment() -> tuple[int, int]:
-    """(rank, world size) that torchrun tells this process; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

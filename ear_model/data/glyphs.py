@@ -7,7 +7,6 @@ characters were left out and why.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear_model.files import require_writable, write_atomically
+from ear_model.files import begin_directory
+from ear_model.progress import Progress
 
 # Characters that differ only in size, or not at all in some fonts, are there once: 0 and o are O; I and l are 1; c,
 # k, p, s, u, v, w, x, y and z are their capitals. Digits, lower case, upper case: also the order of `CLASS_NAMES`.
@@ -262,19 +262,8 @@ def write_tree(
     if num_per_class < 1 or workers < 1:
         raise ValueError(f"num_per_class is {num_per_class} and workers {workers}; both must be at least 1")
     settings = {"characters": CHARACTERS[:num_classes], "size": size, "seed": seed, "split": split}
-    manifest = out / MANIFEST
-    if manifest.is_file():
-        try:
-            found = json.loads(manifest.read_text())
-        except ValueError as error:
-            raise ValueError(f"{manifest} is damaged ({error})") from error
-        if found != settings:
-            raise ValueError(f"{out} holds other glyphs ({found}); give a new --out or the options of that tree")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no glyph tree (it has no {MANIFEST}); give a new --out")
     # A PNG of a glyph takes under half its pixels.
-    require_writable(manifest, needed_bytes=num_classes * num_per_class * size * size * 3 // 2)
-    write_atomically(manifest, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    begin_directory(out, MANIFEST, settings, "glyph tree", num_classes * num_per_class * size * size * 3 // 2)
     for name in CLASS_NAMES[:num_classes]:
         (out / name).mkdir(exist_ok=True)
     chunk = 100
@@ -296,7 +285,7 @@ def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: 
             continue
         picture = Image.fromarray(render_glyph(label, index, seed=seed, size=size, split=split))
         # Renamed, so that no half file is ever there; not flushed, which would take longer than all the rest:
-        # what a power cut leaves is told by its end and drawn again.
+        # what a power cut leaves is recognised by its end and drawn again.
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         picture.save(temporary, format="PNG", compress_level=1)
         os.replace(temporary, path)
@@ -319,10 +308,7 @@ def _is_whole(path: Path, size: int) -> bool:
 
 def _map(function: Any, tasks: list[tuple], workers: int, progress: bool, images_per_task: int) -> Iterable[Any]:
     """``function(*task)`` of every task in order, on so many processes, under a bar that counts images."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(tasks) * images_per_task, unit="image", disable=None if progress else True, leave=False)
-    with bar:
+    with Progress(len(tasks) * images_per_task, 0, "image", quiet=not progress, stays=False) as bar:
         if workers == 1:
             for task in tasks:
                 yield function(*task)

@@ -63,10 +63,10 @@ def find_images(root: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) ->
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{root} is not a directory; give a tree of images, a folder a class")
+        raise ValueError(f"{root} is not a directory: it is no image tree, with a folder a class")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise ValueError(f"{root} has no folders; images must be in {root}/<class>/<file>")
+        raise ValueError(f"{root} has no folders: it is no image tree, {root}/<class>/<file>")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -91,7 +91,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop to ``size`` x ``size`` (spec 6).
+    """ADM's centre crop to ``size`` x ``size``.
 
     Halved with a box filter while the short side is at least twice the target, then resized with a bicubic one until
     the short side is the target, then cut.
@@ -106,8 +106,8 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
-    """An image file as uint8 RGB ``[3, size, size]``, centre-cropped; transparency is dropped.
+def open_image(path: str | Path) -> Image.Image:
+    """An image file, decoded, as RGB; transparency is dropped.
 
     Raises:
         UnreadableImageError: no image, cut off, or of more than 8 bits a channel, which RGB would silently clip.
@@ -118,10 +118,14 @@ def read_image(path: str | Path, size: int) -> Tensor:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has mode {image.mode}, more than 8 bits a channel")
-            cropped = centre_crop(image.convert("RGB"), size)
-        return torch.from_numpy(np.asarray(cropped).transpose(2, 0, 1).copy())
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{path} ({error})") from error
+
+
+def read_image(path: str | Path, size: int) -> Tensor:
+    """An image file as uint8 RGB ``[3, size, size]``, centre-cropped; see :func:`open_image`."""
+    return torch.from_numpy(np.asarray(centre_crop(open_image(path), size)).transpose(2, 0, 1).copy())
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -173,3 +177,63 @@ def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images ``[b, channels, height, width]``, half of them mirrored left to right."""
     flipped = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in memory."""
+
+    images: Tensor
+    """uint8 ``[N, 3, S, S]``."""
+    labels: Tensor
+    """int64 ``[N]``."""
+    class_names: tuple[str, ...]
+    """The name of each label."""
+
+    def select(self, indices: Tensor) -> LabelledImages:
+        """The images of those indices."""
+        return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
+
+
+def load_tree(root: str | Path, size: int, max_per_class: int = 0, seed: int = 0) -> LabelledImages:
+    """Read a tree into memory, ``3 * size * size`` bytes an image.
+
+    Args:
+        root: the tree.
+        size: height and width that images are cropped to; one of that size is read as it is.
+        max_per_class: at most so many images of a class, drawn by ``seed``; 0 is all.
+        seed: of that draw.
+
+    Raises:
+        ValueError: as :func:`find_images` and :func:`read_image`.
+    """
+    tree = find_images(root)
+    order = np.random.default_rng(seed).permutation(len(tree)) if max_per_class else np.arange(len(tree))
+    chosen = first_of_each(tree.labels, order, max_per_class or len(tree))
+    images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
+    for position, index in enumerate(chosen):
+        images[position] = read_image(tree.root / tree.paths[index], size)
+    return LabelledImages(images, torch.from_numpy(tree.labels[chosen]), tree.classes)
+
+
+def first_image_size(root: str | Path) -> int:
+    """The shorter side of a tree's first image. Raises ValueError as :func:`load_tree`."""
+    tree = find_images(root)
+    return min(open_image(tree.root / tree.paths[0]).size)
+
+
+def first_of_each(labels: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+    """The first ``count`` indices of every label in ``order``, ascending."""
+    grouped = order[np.argsort(labels[order], kind="stable")]
+    _, starts, counts = np.unique(labels[grouped], return_index=True, return_counts=True)
+    ranks = np.arange(len(grouped)) - np.repeat(starts, counts)
+    return np.sort(grouped[ranks < count])
+
+
+def split_classes(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of ``count`` images of every class, drawn by ``seed``, and of all the others."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    first = torch.from_numpy(first_of_each(labels.numpy(), order.numpy(), count))
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[first] = False
+    return first, others.nonzero().flatten()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ear_kernels import energy_distance
 from ear_model.data.batches import Dataset
 from ear_model.data.digits import load_digits, to_pixels
 from ear_model.ear import EAR
-from ear_model.files import write_atomically
+from ear_model.files import write_json
 from ear_model.sampling.images import sample_images
 
 EVALUATION_FILE = "evaluation.json"
@@ -108,8 +107,7 @@ def save_evaluation(run_dir: Path, results: Sequence[Any], **more: Any) -> Path:
     if results:
         content = {**asdict(results[0]), "other_settings": [asdict(result) for result in results[1:]]}
     path = run_dir / EVALUATION_FILE
-    text = json.dumps({**content, **more}, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_json(path, {**content, **more})
     return path
 
 

@@ -1,4 +1,4 @@
-"""A classifier trained on real images, by which samples are judged, and the image trees that both come from.
+"""A classifier trained on real images, by which samples are judged.
 
 Shapes: N images, K classes, F features, S image size.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -19,93 +18,11 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ear_model.data.images import LabelledImages, to_float
 from ear_model.evaluation.config import JudgeConfig
 from ear_model.files import write_atomically
 
 FORMAT = "ear_judge 1"
-
-
-@dataclass(frozen=True)
-class ImageTree:
-    """An image tree ``DIR/<class>/<image>`` in memory."""
-
-    images: Tensor
-    """uint8 ``[N, 3, S, S]``."""
-    labels: Tensor
-    """int64 ``[N]``."""
-    class_names: tuple[str, ...]
-    """Directory names, sorted: the name of each label."""
-
-    def select(self, indices: Tensor) -> ImageTree:
-        """The images of those indices."""
-        return ImageTree(self.images[indices], self.labels[indices], self.class_names)
-
-
-def load_tree(path: Path, image_size: int, max_per_class: int = 0, seed: int = 0) -> ImageTree:
-    """Read an ImageFolder tree, every image's shorter side resized to ``image_size`` and its centre cut out.
-
-    Args:
-        path: directory with a directory of images for every class.
-        image_size: S; an image of that size is read as it is.
-        max_per_class: at most so many images of a class, drawn by ``seed``; 0 is all. They take
-            ``3 * S * S`` bytes each.
-        seed: of that draw.
-
-    Raises:
-        ValueError: no tree, no images, or an image that can't be read, by name.
-    """
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-
-    try:
-        folder = ImageFolder(str(path))
-    except OSError as error:
-        raise ValueError(f"{path} is no image tree DIR/<class>/<image>: {error}") from error
-    order = np.random.default_rng(seed).permutation(len(folder.samples)) if max_per_class else None
-    chosen = range(len(folder.samples)) if order is None else _first_of_each(folder.targets, order, max_per_class)
-    images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
-    for position, index in enumerate(chosen):
-        file = folder.samples[index][0]
-        try:
-            picture = folder.loader(file)
-        except OSError as error:
-            raise ValueError(f"{file} is no readable image ({error})") from error
-        if picture.size != (image_size, image_size):
-            picture = center_crop(resize(picture, [image_size], antialias=True), [image_size, image_size])
-        images[position] = pil_to_tensor(picture)
-    labels = torch.tensor([folder.targets[index] for index in chosen])
-    return ImageTree(images, labels, tuple(folder.classes))
-
-
-def first_image_size(path: Path) -> int:
-    """The shorter side of a tree's first image. Raises ValueError if ``path`` is no image tree."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        folder = ImageFolder(str(path))
-        return min(folder.loader(folder.samples[0][0]).size)
-    except OSError as error:
-        raise ValueError(f"{path} is no image tree DIR/<class>/<image>: {error}") from error
-
-
-def _first_of_each(labels: list[int], order: np.ndarray, count: int) -> list[int]:
-    """The first ``count`` indices of every label in ``order``, ascending."""
-    seen: dict[int, int] = {}
-    chosen = []
-    for index in order.tolist():
-        seen[labels[index]] = seen.get(labels[index], 0) + 1
-        if seen[labels[index]] <= count:
-            chosen.append(index)
-    return sorted(chosen)
-
-
-def split_classes(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of ``count`` images of every class, drawn by ``seed``, and of all the others."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    first = torch.tensor(_first_of_each(labels.tolist(), order.numpy(), count), dtype=torch.int64)
-    others = torch.ones(len(labels), dtype=torch.bool)
-    others[first] = False
-    return first, others.nonzero().flatten()
 
 
 class Judge:
@@ -133,7 +50,7 @@ class Judge:
         self.config, self.accuracy, self.num_held_out = config, accuracy, num_held_out
 
     @torch.no_grad()
-    def look(self, images: Tensor, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    def classify(self, images: Tensor, batch_size: int = 512) -> tuple[Tensor, Tensor]:
         """Features ``[N, F]`` in float32 (pooled, before the last layer) and predicted labels ``[N]``, on the CPU.
 
         Raises:
@@ -147,7 +64,7 @@ class Judge:
         device = next(self.model.parameters()).device
         features, predictions = [], []
         for part in images.split(batch_size):
-            pooled = self.model.forward_head(self.model.forward_features(_scale(part.to(device))), pre_logits=True)
+            pooled = self.model.forward_head(self.model.forward_features(to_float(part.to(device))), pre_logits=True)
             features.append(pooled.float().cpu())
             predictions.append(self.model.fc(pooled).argmax(dim=1).cpu())
         return torch.cat(features), torch.cat(predictions)
@@ -203,13 +120,9 @@ def _network(config: JudgeConfig, num_classes: int) -> ResNet:
     )
 
 
-def _scale(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
 def train_judge(
-    train: ImageTree,
-    held_out: ImageTree,
+    train: LabelledImages,
+    held_out: LabelledImages,
     config: JudgeConfig | None = None,
     *,
     device: torch.device | str = "cpu",
@@ -251,7 +164,7 @@ def train_judge(
         order = torch.randperm(len(labels), generator=draws).to(device)
         total = torch.zeros((), device=device)
         for part in order.split(batch_size):
-            batch = _shift(_scale(images[part]), config.shift, draws)
+            batch = _shift(to_float(images[part]), config.shift, draws)
             loss = functional.cross_entropy(model(batch), labels[part])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -261,7 +174,7 @@ def train_judge(
         if log is not None:
             log(f"judge: epoch {epoch + 1}/{config.epochs}, loss {total.item() / len(labels):.4f}")
     judge = Judge(model, train.class_names, train.images.shape[-1], config, 0.0, len(held_out.labels))
-    judge.accuracy = float((judge.look(held_out.images)[1] == held_out.labels).double().mean())
+    judge.accuracy = float((judge.classify(held_out.images)[1] == held_out.labels).double().mean())
     return judge
 
 

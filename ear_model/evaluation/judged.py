@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ear_kernels import energy_distance
-from ear_model.evaluation.judge import ImageTree, Judge, split_classes
+from ear_model.data.images import LabelledImages, split_classes
+from ear_model.evaluation.judge import Judge
 
 PIXELS = 32  # a side of the images whose pixels are compared; more would take minutes on a CPU
 
@@ -94,7 +95,7 @@ def nearest_distances(points: Tensor, others: Tensor, chunk: int = 1024) -> Tens
     return torch.cat([torch.cdist(part, others).amin(dim=1) for part in points.split(chunk)])
 
 
-def check_comparable(judge: Judge, real: ImageTree, num: int) -> None:
+def check_comparable(judge: Judge, real: LabelledImages, num: int) -> None:
     """Raise ValueError unless ``num`` samples can be scored by this judge against this tree."""
     classes = len(judge.class_names)
     if real.class_names != judge.class_names:
@@ -128,10 +129,10 @@ class JudgedComparison:
     def __init__(
         self,
         judge: Judge,
-        real: ImageTree,
+        real: LabelledImages,
         num: int,
         *,
-        train: ImageTree | None = None,
+        train: LabelledImages | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -143,13 +144,13 @@ class JudgedComparison:
         first, others = split_classes(real.labels, self.per_class, seed)
         second = others[split_classes(real.labels[others], self.per_class, seed + 1)[0]]
         self.judge, self.seed, self.device = judge, seed, torch.device(device)
-        features, predicted = judge.look(real.images)
+        features, predicted = judge.classify(real.images)
         self.accuracy_real = float((predicted == real.labels).double().mean())
         self.features, self.pixels = features[first], _flat(real.images[first])
         floor_features, floor_pixels = features[second], _flat(real.images[second])
         self.statistics = feature_statistics(self.features)
         self.floors = self._distances(floor_features, floor_pixels)
-        self.train_features = None if train is None else judge.look(train.images)[0]
+        self.train_features = None if train is None else judge.classify(train.images)[0]
         self.nearest_real = None
         if self.train_features is not None:
             self.nearest_real = self._nearest(self.features, self.train_features)
@@ -171,7 +172,7 @@ class JudgedComparison:
         Raises:
             ValueError: samples of another size, or too few of a class.
         """
-        features, predicted = self.judge.look(samples)
+        features, predicted = self.judge.classify(samples)
         right = (predicted == labels).double()
         names = self.judge.class_names
         counts = torch.bincount(labels, minlength=len(names))

@@ -11,6 +11,7 @@ import torch
 
 from ear_model.config import RunConfig, check_sampling_options
 from ear_model.data.cache_format import class_names
+from ear_model.data.images import LabelledImages, load_tree
 from ear_model.data.sources import load_training_data
 from ear_model.devices import resolve_device
 from ear_model.ear import EAR
@@ -22,7 +23,7 @@ from ear_model.evaluation.fidelity import (
     load_statistics,
     report_fidelity,
 )
-from ear_model.evaluation.judge import ImageTree, Judge, load_tree
+from ear_model.evaluation.judge import Judge
 from ear_model.evaluation.judged import JudgedComparison, check_comparable, report_judged
 from ear_model.sampling.decoder import Decoder
 from ear_model.sampling.images import class_labels, sample_batches, to_bytes
@@ -83,7 +84,7 @@ class Scoring:
         self.device = resolve_device(device)
         self.train_tree = train_images
         self.judge: Judge | None = None
-        self.real: ImageTree | None = None
+        self.real: LabelledImages | None = None
         self.fidelity_file = fidelity
         if judge is not None and real is not None:
             self.judge = Judge.load(judge, self.device)
@@ -172,7 +173,7 @@ class Scoring:
             )
         return results, report_judged(results) + note
 
-    def _train_images(self, seed: int) -> tuple[ImageTree | None, str]:
+    def _train_images(self, seed: int) -> tuple[LabelledImages | None, str]:
         """Training images to search for copies, and a line that says why there are none."""
         assert self.judge is not None
         size, names = self.judge.image_size, self.judge.class_names
@@ -186,7 +187,7 @@ class Scoring:
             return None, f"\nno search for copies: {error}"
         chosen = np.random.default_rng(seed).permutation(len(data))[:MAX_TRAIN_IMAGES]
         images, labels = data.gather(torch.from_numpy(np.sort(chosen)), torch.Generator().manual_seed(seed))
-        return ImageTree(to_bytes(images).contiguous(), labels, names), ""
+        return LabelledImages(to_bytes(images).contiguous(), labels, names), ""
 
     def _inception(self, model: EAR, decoder: Decoder, seed: int) -> tuple[dict[str, Any], str]:
         own, classes = self.config.sampling, self.config.model.num_classes

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ear_model.config import ModelConfig
-from ear_model.files import require_writable, write_atomically
+from ear_model.draws import seeded_generator
+from ear_model.files import begin_directory
+from ear_model.progress import Progress
 
 SAMPLING_FILE = "sampling.json"
 
@@ -90,17 +90,14 @@ def sample_batches(
         progress: show a bar.
         **options: of :meth:`EAR.sample`.
     """
-    from tqdm import tqdm
-
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     device = next(model.parameters()).device
-    with tqdm(total=len(labels), unit="image", disable=None if progress else True, leave=False) as bar:
+    with Progress(len(labels), 0, "image", quiet=not progress, stays=False) as bar:
         for first in range(0, len(labels), batch_size):
             part = labels[first : first + batch_size]
             if not skip(first, first + len(part)):
-                mixed = int(np.random.SeedSequence((seed, first)).generate_state(1)[0])
-                generator = torch.Generator(device).manual_seed(mixed)
+                generator = seeded_generator(seed, first, device=device)
                 output = model.sample(part.to(device), generator=generator, **options)
                 yield first, to_bytes(decoder(output))
             bar.update(len(part))
@@ -140,18 +137,7 @@ def write_images(
         names = [f"{index:04d}" for index in range(model.config.num_classes)]
     settings = {"num": len(labels), "seed": seed, "batch_size": batch_size, "classes": labels.unique().tolist()}
     settings.update(options)
-    manifest = out / SAMPLING_FILE
-    if manifest.is_file():
-        try:
-            found = json.loads(manifest.read_text())
-        except ValueError as error:
-            raise ValueError(f"{manifest} is damaged ({error})") from error
-        if found != settings:
-            raise ValueError(f"{out} holds images of another sampling ({found}); give a new directory")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds no sampled images (it has no {SAMPLING_FILE}); give a new one")
-    require_writable(manifest)
-    write_atomically(manifest, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    begin_directory(out, SAMPLING_FILE, settings, "tree of sampled images")
     paths = [out / names[label] / f"{index:06d}.png" for index, label in enumerate(labels.tolist())]
     for directory in {path.parent for path in paths}:
         directory.mkdir(exist_ok=True)

@@ -129,7 +129,7 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class ConvEncoder(nn.Module):
     """Images ``[B, 3, H, W]`` to ``[B, 2 c, H / f, W / f]``."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class ConvDecoder(nn.Module):
     """Latents ``[B, c, h, w]`` to images ``[B, 3, h f, w f]``. ``up.0`` is the level of full resolution, the last."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder. The latents here are as the network makes them; the latent scale is the tokenizer's.
+    """ConvEncoder and decoder. The latents here are as the network makes them; the latent scale is the tokenizer's.
 
     Args:
         config: the shape; KL-16's by default.
@@ -199,8 +199,8 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: AutoencoderConfig = KL16) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = ConvEncoder(config)
+        self.decoder = ConvDecoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
+from ear_model.draws import seeded_generator
 from ear_model.files import require_writable, write_atomically
 from ear_model.progress import Progress
 from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
@@ -155,11 +156,6 @@ def train_autoencoder(
     return report
 
 
-def _generator(device: torch.device, seed: int, purpose: int, step: int) -> torch.Generator:
-    mixed = int(np.random.SeedSequence((seed, purpose, step)).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(mixed)
-
-
 @torch.no_grad()
 def initialise(model: AutoencoderKL) -> None:
     """Start every residual as the identity and the posterior narrow; a plain start spends its first steps on that."""
@@ -273,7 +269,7 @@ class AutoencoderSteps:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        draws = _generator(self.device, self.training.seed, 1, step)
+        draws = seeded_generator(self.training.seed, 1, step, device=self.device)
         noise = torch.empty(self.noise_shape(images), device=self.device).normal_(generator=draws)
         replayed = self._captured is not None and images.shape == self._captured_shape
         with self._autocast():
@@ -317,7 +313,7 @@ def _latent_scale(
     """1 / standard deviation of latents drawn over the images."""
     count, total, squares = 0, 0.0, 0.0
     for step, images in enumerate(_read(data, indices, device)):
-        latents = tokenizer.sample_latents(images, _generator(device, seed, 2, step)).double()
+        latents = tokenizer.sample_latents(images, seeded_generator(seed, 2, step, device=device)).double()
         count += latents.numel()
         total += float(latents.sum())
         squares += float(latents.square().sum())

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -20,11 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ear_model.errors import RunError
+from ear_model.processes import job_rank, launched, local_rank
 
 # A process that dies is noticed by torchrun within a second; this ends a job in which one hangs.
 TIMEOUT = timedelta(minutes=10)
-# torchrun ends the others as soon as one process ends; the main one is to report the error first.
-MAIN_REPORTS_SECONDS = 2.0
 
 
 class SharedError(ValueError):
@@ -52,11 +49,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launched() -> bool:
-    """Whether `torchrun`, or what sets the same environment variables, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
-
-
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
     """Join the job that `torchrun` started, NCCL between GPUs and gloo between CPUs; leave it at the end.
@@ -73,13 +65,13 @@ def process_group(device: str = "auto") -> Iterator[None]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     gpu = None
     if on_gpu:
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
+        number, gpus = local_rank(), torch.cuda.device_count()
+        if number >= gpus:
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU: there are {gpus}; "
+                f"process {number} of this machine has no GPU: there are {gpus}; "
                 f"give torchrun --nproc_per_node={max(1, gpus)}, or --device cpu"
             )
-        gpu = torch.device("cuda", local_rank)
+        gpu = torch.device("cuda", number)
         torch.cuda.set_device(gpu)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
@@ -117,25 +109,10 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rsplit("] ", 1)[-1][:200]
 
 
-def end_process(status: int) -> NoReturn:
-    """End this process with ``status``; one that torchrun started without the interpreter's own shutdown.
-
-    After an error that would wait for collectives that can't end. After success torch's threads abort in it now and
-    then (torch 2.15, FSDP over gloo: 3 of 9 jobs, all work done), and torchrun reports a failed job.
-    """
-    if launched():
-        if status != 0 and os.environ["RANK"] != "0":
-            time.sleep(MAIN_REPORTS_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 def another_process_reports(error: BaseException) -> bool:
     """Whether another process reports this error: every one raises it, and this one is not the first."""
     if not dist.is_initialized():  # options, presets: read by all alike
-        return launched() and os.environ["RANK"] != "0"
+        return launched() and job_rank() != 0
     return not is_main() and (isinstance(error, KeyboardInterrupt) or getattr(error, "on_every_process", False))
 
 

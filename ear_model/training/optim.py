@@ -45,6 +45,11 @@ def is_finetuning(step: int, config: TrainConfig) -> bool:
     return step >= config.steps - config.finetune_steps
 
 
+def tau(step: int, config: TrainConfig) -> float:
+    """Weight of the loss's diversity term in step ``step`` (from 0)."""
+    return config.finetune_tau if is_finetuning(step, config) else config.tau
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
     if is_finetuning(step, config):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from ear_model.data.sources import load_training_data
-from ear_model.draws import mixed_seed
+from ear_model.draws import seeded_generator
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
 from ear_model.model.weights import check_fit, our_key, public_key
@@ -321,7 +321,7 @@ def import_run(
     if public.optimizer is not None:
         for group, theirs in zip(groups, public.optimizer["param_groups"], strict=True):
             group["lr"] = theirs["lr"]
-    generator = torch.Generator().manual_seed(mixed_seed(config.train.seed, step))
+    generator = seeded_generator(config.train.seed, step)
     state = {
         "optimizer": {"state": states, "param_groups": groups},
         "step": step,

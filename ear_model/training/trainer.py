@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import platform
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +18,15 @@ from ear_model.data.sources import load_training_data
 from ear_model.devices import resolve_device
 from ear_model.ear import EAR
 from ear_model.errors import RunError
-from ear_model.files import require_writable, write_atomically
+from ear_model.files import require_writable
 from ear_model.model import masking
 from ear_model.model.weights import load_into
-from ear_model.run_dir import checkpoint_dir, checkpoint_steps, load_config, read_metrics, save_config
+from ear_model.run_dir import METRICS_FILE, checkpoint_dir, checkpoint_steps, load_config, save_config
 from ear_model.training import checkpoint, distributed, graphs, optim
 from ear_model.training.engine import Engine, compile_blocks
 from ear_model.training.randomness import Randomness
+from ear_model.training.run_log import RunLog, truncate_metrics, write_environment
 
-METRICS_FILE = "metrics.jsonl"
 DDP_GRAPHS = 4  # parts of the backbone whose gradients DDP exchanges one after another
 
 
@@ -112,7 +105,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         if self.is_main:
-            self._truncate_metrics()
+            truncate_metrics(self.run_dir, self.step)
 
     @property
     def where(self) -> str:
@@ -139,7 +132,7 @@ class Trainer:
         # Weights, average and two moments, of the checkpoint that is written and of the one before.
         require_writable(self.run_dir / METRICS_FILE, needed_bytes=2 * 4 * weight_bytes)
         save_config(self.run_dir, self.config)
-        self._write_environment()
+        write_environment(self.run_dir, self.device)
 
     def _check_data(self, data: TrainingData) -> None:
         model = self.config.model
@@ -152,29 +145,6 @@ class Trainer:
             raise ValueError(
                 f"{self.config.data} has {data.num_classes} classes; the model knows {model.num_classes}"
             )
-
-    def _write_environment(self) -> None:
-        environment = {
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "machine": platform.platform(),
-            "processes": distributed.world_size(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "packages": {
-                name: _version(name) for name in ("ear-kernels", "torch", "triton", "numpy", "timm", "safetensors")
-            },
-            "git_revision": _git_revision(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        text = json.dumps(environment, indent=2) + "\n"
-        write_atomically(self.run_dir / "environment.json", lambda path: path.write_text(text))
-
-    def _truncate_metrics(self) -> None:
-        """Drop what an interrupted run logged after the checkpoint that we go on from."""
-        path = self.run_dir / METRICS_FILE
-        kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step] if path.exists() else []
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         """Everything but the weights, which the model has before it is spread over the processes."""
@@ -251,7 +221,7 @@ class Trainer:
         train, model = self.config.train, self.config.model
         lr = optim.learning_rate(self.step, train)
         optim.set_learning_rate(self.optimizer, lr)
-        self.model.score.tau = train.finetune_tau if optim.is_finetuning(self.step, train) else train.tau
+        self.model.score.tau = optim.tau(self.step, train)
         total = torch.zeros((), device=self.device)
         with self.engine.scope():
             for part in range(train.accumulate):
@@ -285,22 +255,22 @@ class Trainer:
         """
         with distributed.lost_process_errors(lambda: f"; training stopped, {self._kept()}"):
             try:
-                self._run(Progress(self, quiet=quiet) if self.is_main else None)
+                self._run(quiet)
             finally:
                 self._stop_reading()
 
-    def _run(self, progress: Progress | None) -> None:
+    def _run(self, quiet: bool) -> None:
         train = self.config.train
         pending: list[tuple[Tensor, Tensor]] = []
-        with progress or contextlib.nullcontext():
+        with RunLog(self.run_dir, train, self.step, quiet=quiet) if self.is_main else contextlib.nullcontext() as log:
             while self.step < train.steps:
                 pending.append(self.train_step())
                 save = self.step % train.checkpoint_every == 0 or self.step == train.steps
                 if not (save or self.step % train.log_every == 0):
                     continue
                 loss, norm = self._read(pending)
-                if progress is not None:
-                    progress.tell(loss, norm, len(pending))
+                if log is not None:
+                    log.record(self.step, loss, norm)
                 pending.clear()
                 if save:
                     self.save()
@@ -310,7 +280,7 @@ class Trainer:
         return f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
 
     def _read(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean loss and last gradient norm of the steps since the last look: the only wait for the device.
+        """Mean loss and last gradient norm of the steps since the last call: the only wait for the device.
 
         The processes' losses are averaged here, all these steps in one exchange, so that all of them see the same.
         """
@@ -324,64 +294,6 @@ class Trainer:
         return sum(loss for loss, _ in values) / len(values), values[-1][1]
 
 
-class Progress:
-    """What a run tells while it trains: metrics.jsonl, TensorBoard, and a bar or a line now and then."""
-
-    def __init__(self, trainer: Trainer, *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.trainer, self.quiet = trainer, quiet
-        self.metrics = (trainer.run_dir / METRICS_FILE).open("a")
-        self.board = _tensorboard(trainer.run_dir)
-        self.bar = tqdm(
-            total=trainer.config.train.steps,
-            initial=trainer.step,
-            unit="step",
-            disable=True if quiet else None,
-            dynamic_ncols=True,
-        )
-        self.started, self.started_step, self.last_print = time.perf_counter(), trainer.step, 0.0
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        self.metrics.close()
-        if self.board is not None:
-            self.board.close()
-
-    def tell(self, loss: float, norm: float, steps: int) -> None:
-        """Loss and gradient norm of the last ``steps`` steps."""
-        train, step = self.trainer.config.train, self.trainer.step
-        elapsed = time.perf_counter() - self.started
-        done = step - self.started_step
-        line = {
-            "step": step,
-            "loss": loss,
-            "gradient_norm": norm,
-            "lr": optim.learning_rate(step - 1, train),
-            "tau": self.trainer.model.score.tau,
-            "images_per_second": train.batch_size * done / elapsed,
-        }
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        if self.board is not None:
-            for key in ("loss", "gradient_norm", "lr", "images_per_second"):
-                self.board.add_scalar(key, line[key], step)
-        self.bar.update(steps)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_second']:.0f} images/s")
-        if self.bar.disable and not self.quiet and (elapsed - self.last_print > 20 or step == train.steps):
-            # Not a terminal (a log file, CI): a line now and then instead of a bar.
-            remaining = elapsed / done * (train.steps - step)
-            print(
-                f"step {step}/{train.steps}  loss {loss:.4f}  "
-                f"{line['images_per_second']:.0f} images/s  {remaining:.0f} s left",
-                flush=True,
-            )
-            self.last_print = elapsed
-
-
 def _check_processes(train: TrainConfig) -> None:
     if train.parallel == "fsdp" and train.loss_chunks > 1:
         raise ValueError(f"loss_chunks is {train.loss_chunks} and parallel is fsdp; use 1 with fsdp, or ddp")
@@ -392,33 +304,3 @@ def _check_processes(train: TrainConfig) -> None:
             f"a batch of {train.batch_size} images{split} can't be divided among {processes} processes; "
             f"give a --train.batch-size that is a multiple of {processes * train.accumulate}"
         )
-
-
-def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout that this program runs from, "-dirty" if changed; None outside one."""
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None

@@ -123,7 +123,7 @@ def test_fullgraph_compile() -> None:
 
 
 def test_opcheck() -> None:
-    from ear_kernels.ops.adaln import autograd  # noqa: F401
+    from ear_kernels.ops.generator import autograd  # noqa: F401
 
     h, shift, scale = (torch.randn(6, 32, device=DEVICE) for _ in range(3))
     weight, bias = torch.randn(2, 32, device=DEVICE)

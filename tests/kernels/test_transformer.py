@@ -227,7 +227,7 @@ def test_the_model_with_kernels_is_the_eager_model(monkeypatch) -> None:
     from dataclasses import replace
 
     from ear_model import EAR
-    from ear_model.config import EAR_BASE
+    from ear_model.presets import EAR_BASE
 
     config = replace(EAR_BASE, depth=3, dropout=0.0, attention_dropout=0.0, generator_depth=2)
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ear_model.config import RunConfig
+from ear_model.processes import end_process
 from ear_model.training import distributed
 from ear_model.training.trainer import NonFiniteLossError, Trainer
 from tests.model.conftest import tiny_run
@@ -189,7 +190,7 @@ def hang(out: Path) -> None:
             trainer.run(quiet=True)
         except distributed.LostProcessError as error:
             (out / "hang.txt").write_text(str(error))
-            distributed.end_process(1)
+            end_process(1)
 
 
 def main(out: Path) -> None:
@@ -202,4 +203,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     (hang if sys.argv[2:] == ["hang"] else main)(Path(sys.argv[1]))
-    distributed.end_process(0)
+    end_process(0)

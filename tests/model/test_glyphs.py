@@ -94,7 +94,7 @@ def test_the_command_writes_completes_and_refuses(tmp_path, capsys):
     assert not list(tree.rglob(".tmp-*"))
     assert json.loads((tree / glyphs.MANIFEST).read_text())["characters"] == "123"
     assert cli.main([*options, "--num-per-class", "2", "--seed", "1"]) == 1
-    assert "holds other glyphs" in capsys.readouterr().err
+    assert "holds another glyph tree" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

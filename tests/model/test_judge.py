@@ -9,8 +9,9 @@ from scipy import linalg
 
 from ear_model import cli
 from ear_model.data import glyphs
+from ear_model.data.images import LabelledImages, load_tree, split_classes
 from ear_model.evaluation.config import JudgeConfig
-from ear_model.evaluation.judge import ImageTree, Judge, load_tree, split_classes, train_judge
+from ear_model.evaluation.judge import Judge, train_judge
 from ear_model.evaluation.judged import (
     JudgedComparison,
     _flat,
@@ -22,18 +23,18 @@ from ear_model.evaluation.judged import (
 SMALL = JudgeConfig(channels=(8, 16, 32, 32), epochs=8, batch_size=32, lr=1e-2)
 
 
-def striped(per_class: int, generator: torch.Generator) -> ImageTree:
+def striped(per_class: int, generator: torch.Generator) -> LabelledImages:
     """Three classes of 16x16 images that a person tells apart: rows, columns, plain; each with random noise."""
     labels = torch.arange(3 * per_class) % 3
     rows = (torch.arange(16) // 4 % 2).float()
     patterns = torch.stack([rows[:, None].expand(16, 16), rows[None, :].expand(16, 16), torch.full((16, 16), 0.5)])
     noise = torch.rand(len(labels), 3, 16, 16, generator=generator)
     images = (patterns[labels].unsqueeze(1) * 120 + noise * 130).to(torch.uint8)
-    return ImageTree(images, labels, ("columns", "plain", "rows"))
+    return LabelledImages(images, labels, ("columns", "plain", "rows"))
 
 
 @pytest.fixture(scope="module")
-def trees() -> tuple[ImageTree, ImageTree]:
+def trees() -> tuple[LabelledImages, LabelledImages]:
     generator = torch.Generator().manual_seed(0)
     return striped(60, generator), striped(60, generator)
 
@@ -48,14 +49,14 @@ def test_it_learns_is_deterministic_and_survives_a_file(judge, trees, tmp_path):
     assert judge.accuracy > 0.95
     assert judge.num_held_out == 180
     again = train_judge(train, held_out, SMALL)
-    features, predicted = judge.look(held_out.images)
+    features, predicted = judge.classify(held_out.images)
     assert features.shape == (180, 32)
-    assert torch.equal(again.look(held_out.images)[0], features)
+    assert torch.equal(again.classify(held_out.images)[0], features)
     path = tmp_path / "judge.safetensors"
     judge.save(path)
     loaded = Judge.load(path)
-    assert torch.equal(loaded.look(held_out.images)[0], features)
-    assert torch.equal(loaded.look(held_out.images, batch_size=7)[1], predicted)
+    assert torch.equal(loaded.classify(held_out.images)[0], features)
+    assert torch.equal(loaded.classify(held_out.images, batch_size=7)[1], predicted)
     for name in ("class_names", "image_size", "config", "accuracy", "num_held_out"):
         assert getattr(loaded, name) == getattr(judge, name)
 
@@ -187,10 +188,10 @@ def test_files_that_are_no_judge_are_refused(judge, tmp_path, tiny_model):
 def test_what_does_not_fit_is_named(judge, trees):
     train, real = trees
     with pytest.raises(ValueError, match="this judge reads uint8"):
-        judge.look(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    other = ImageTree(real.images, real.labels, ("a", "b", "c"))
+        judge.classify(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    other = LabelledImages(real.images, real.labels, ("a", "b", "c"))
     with pytest.raises(ValueError, match="must be the same"):
-        train_judge(train, ImageTree(real.images, real.labels, ("a", "b")), SMALL)
+        train_judge(train, LabelledImages(real.images, real.labels, ("a", "b")), SMALL)
     with pytest.raises(ValueError, match="the judge was trained on 3"):
         JudgedComparison(judge, other, 30)
     with pytest.raises(ValueError, match="num is 2"):

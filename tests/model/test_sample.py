@@ -63,9 +63,9 @@ def test_the_tree_is_whole_balanced_and_resumed(tmp_path, capsys):
     assert cli.main([*command, "--out", "grid.png"]) == 1
     assert "give one of them" in capsys.readouterr().err
     assert cli.main([*command, "--seed", "1"]) == 1
-    assert "holds images of another sampling" in capsys.readouterr().err
+    assert "holds another tree of sampled images" in capsys.readouterr().err
     assert cli.main([*command[:-6], "--images-out", str(run)]) == 1
-    assert "holds no sampled images" in capsys.readouterr().err
+    assert "is no tree of sampled images" in capsys.readouterr().err
 
 
 def test_class_names_name_the_directories(tiny_model, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from ear_model import cli
 from ear_model.data.batches import Dataset
 from ear_model.data.glyphs import CLASS_NAMES
-from ear_model.evaluation.judge import load_tree
+from ear_model.data.images import load_tree
 from ear_model.presets import RUNS
 from ear_model.run_dir import load_config, save_config
 

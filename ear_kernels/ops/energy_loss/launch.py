@@ -217,7 +217,7 @@ def energy_loss_forward(
                 gradient.copy_(copy)
         return loss, gx, gy
     terms = row_terms(rows, mask_R, weights_R, options.reduction, dtype)
-    root = None if feature_weights_D is None else feature_weights_D.contiguous()
+    root = None if feature_weights_D is None else feature_weights_D.to(dtype).contiguous()
     double = dtype == torch.float64
     config = rows_config(n, features, double)
     if config is None:

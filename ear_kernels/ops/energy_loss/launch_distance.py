@@ -52,7 +52,8 @@ def pairwise_sum(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) -> Tensor
     if use_product:
         centre = (x_MD.sum(0, dtype=torch.float64) + y_ND.sum(0, dtype=torch.float64)) / (count_x + count_y)
         x_parts = (*_halves(x_MD, centre.float()), x_MD.contiguous())
-        points = (*x_parts, *(x_parts if same else (*_halves(y_ND, centre.float()), y_ND.contiguous())))
+        y_parts = x_parts if same else (*_halves(y_ND, centre.float()), y_ND.contiguous())
+        points: tuple[Tensor, ...] = (*x_parts, *y_parts)
     else:
         # One feature after the other, so that a step of the kernel reads neighbouring numbers.
         x_DM = x_MD.t().contiguous()

@@ -94,7 +94,7 @@ def energy_gaussian_forward(
         )  # fmt: skip
         return loss, None if gx is None or copy is None else gx.copy_(copy), gmean, glog_std
     terms = row_terms(rows, mask_R, weights_R, options.reduction, dtype)
-    root = None if feature_weights_D is None else feature_weights_D.contiguous()
+    root = None if feature_weights_D is None else feature_weights_D.to(dtype).contiguous()
     (mean, stride_mean), (log_std, stride_log_std) = _as_rows(mean_RD), _as_rows(log_std_RD)
     programs = ceil_div(count, config.block_r)
     reduce = options.reduction != "none"

@@ -14,8 +14,8 @@ phase before changes is asked for before the barrier: its parameters' addresses 
 import triton
 import triton.language as tl
 
-# Columns of ``table``: addresses of a layer's parameters. The last row is the final layer's; the row after it holds
-# the input linears' (noise weight, noise bias, z weight, z bias).
+# Columns of ``table``: addresses of a layer's parameters. The last row is the final layer's, 0 where it has none; the
+# row after it holds the input linears' (noise weight, noise bias, z weight, z bias).
 NORM_WEIGHT = tl.constexpr(0)
 NORM_BIAS = tl.constexpr(1)
 WEIGHT_IN = tl.constexpr(2)

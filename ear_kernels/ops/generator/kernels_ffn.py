@@ -1,97 +1,70 @@
 """The SiLU network and its gated residual: a GEMM with epilogues, and the same pointwise steps around cuBLAS.
 
-Legend: R rows; a linear maps K columns to N. Loads are cast to float32 at once (see
-    ``ops/adaln/kernels.py``).
+Legend: R rows; a linear maps K columns to N. What is absent is None, and loads are cast to float32 at once, as in
+``kernels_adaln.py``.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-EPILOGUE_BIAS = tl.constexpr(0)
-EPILOGUE_SILU = tl.constexpr(1)
-EPILOGUE_GATE = tl.constexpr(2)
-EPILOGUE_DSILU = tl.constexpr(3)
+GROUP_M = tl.constexpr(8)
+"""Tiles of rows that consecutive programs share, so that their columns' weights are read from the L2."""
 
 
 @triton.jit
 def _epilogue(
-    acc,  # [BM, BS] float32
+    acc,  # [BM, BS] float32: without the bias
     m,
     n,
-    tile_m,
     bias,
-    extra_desc,
+    saved_desc,
     residual_desc,
     gate_desc,
     out_desc,
-    partials,
     N,
-    EPILOGUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE_EXTRA: tl.constexpr,
     BS: tl.constexpr,
 ):
     cols = n + tl.arange(0, BS)
-    if HAS_BIAS:
+    if bias is not None:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == 0:
-        out_desc.store([m, n], acc.to(out_desc.dtype))
-    if EPILOGUE == 1:
-        # The stored pre-activation is rounded, and backward differentiates at the rounded value: use it here
-        # too.
-        pre = acc.to(out_desc.dtype)
-        if STORE_EXTRA:
-            extra_desc.store([m, n], pre)
-        acc = pre.to(tl.float32)
-        out_desc.store([m, n], (acc * tl.sigmoid(acc)).to(out_desc.dtype))
-    if EPILOGUE == 2:
-        ffn = acc.to(out_desc.dtype)
-        if STORE_EXTRA:
-            extra_desc.store([m, n], ffn)
+    # Rounded here as well as where it is stored: backward differentiates at the rounded value.
+    rounded = acc.to(out_desc.dtype)
+    if saved_desc is not None:
+        saved_desc.store([m, n], rounded)
+    if gate_desc is None:
+        pre = rounded.to(tl.float32)
+        out_desc.store([m, n], (pre * tl.sigmoid(pre)).to(out_desc.dtype))
+    else:
         gate = gate_desc.load([m, n]).to(tl.float32)
         residual = residual_desc.load([m, n]).to(tl.float32)
-        out_desc.store([m, n], (residual + gate * ffn.to(tl.float32)).to(out_desc.dtype))
-    if EPILOGUE == 3:
-        pre = residual_desc.load([m, n]).to(tl.float32)
-        sigmoid = tl.sigmoid(pre)
-        active = pre * sigmoid
-        extra_desc.store([m, n], active.to(out_desc.dtype))
-        grad = acc * (sigmoid + active * (1.0 - sigmoid))
-        out_desc.store([m, n], grad.to(out_desc.dtype))
-        # Rows past the end are zero: their A rows were loaded as zero, so acc is zero there.
-        tl.store(partials + tl.cast(tile_m, tl.int64) * N + cols, tl.sum(grad, 0), mask=cols < N)
+        out_desc.store([m, n], (residual + gate * rounded.to(tl.float32)).to(out_desc.dtype))
 
 
 @triton.jit
 def linear_kernel(
     a_desc,  # [R, K]
-    b_desc,  # [N, K], or [K, N] without B_TRANSPOSED
-    bias,  # [N]
-    extra_desc,  # [R, N], out: pre-activation (SILU), FFN output (GATE), activation (DSILU)
-    residual_desc,  # [R, N]: residual stream (GATE), pre-activation (DSILU)
-    gate_desc,  # [R, N] (GATE)
+    b_desc,  # [N, K]
+    bias,  # [N] or None
+    saved_desc,  # [R, N] or None, out: A @ B^T + bias
+    residual_desc,  # [R, N], with gate_desc
+    gate_desc,  # [R, N] or None
     out_desc,  # [R, N], out
-    partials,  # [ceil(R / BM), N] float32, out: column sums of a tile (DSILU)
     M,
     N,
     K,
-    EPILOGUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE_EXTRA: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """``epilogue(A @ B^T + bias)``, persistent: program p takes tiles p, p + programs, ...
+    """``SiLU(A @ B^T + bias)``, or ``residual + gate * (A @ B^T + bias)`` where there is a gate.
 
-    Both operands of the dot come straight from descriptor loads: ptxas 12.8 miscompiles a WGMMA whose A
-    operand was computed in registers (docs/performance.md).
+    Persistent: program p takes tiles p, p + programs, ... Both operands of the dot come straight from descriptor
+    loads: ptxas 12.8 miscompiles a WGMMA whose A operand was computed in registers (docs/performance.md). With
+    DEPENDENT it starts while the kernel before it in the stream still runs, and so may the kernel after it.
     """
     if DEPENDENT:
         gdc_wait()
@@ -102,35 +75,20 @@ def linear_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         first_m = (tile // per_group) * GROUP_M
         size_m = tl.minimum(tiles_m - first_m, GROUP_M)
-        tile_m = first_m + (tile % per_group) % size_m
-        tile_n = (tile % per_group) // size_m
-        m = tile_m * BM
-        n = tile_n * BN
+        m = (first_m + (tile % per_group) % size_m) * BM
+        n = ((tile % per_group) // size_m) * BN
         acc = tl.zeros([BM, BN], tl.float32)
         for step in range(steps):
-            a = a_desc.load([m, step * BK])
-            if B_TRANSPOSED:
-                acc = tl.dot(a, b_desc.load([n, step * BK]).T, acc)
-            else:
-                acc = tl.dot(a, b_desc.load([step * BK, n]), acc)
+            acc = tl.dot(a_desc.load([m, step * BK]), b_desc.load([n, step * BK]).T, acc)
         if DEPENDENT:
             # Not sooner: programs that wait hold registers and shared memory that other streams' kernels could use.
             gdc_launch_dependents()
         if SPLIT == 1:
-            _epilogue(
-                acc, m, n, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials, N,
-                EPILOGUE, HAS_BIAS, STORE_EXTRA, BN,
-            )  # fmt: skip
+            _epilogue(acc, m, n, bias, saved_desc, residual_desc, gate_desc, out_desc, N, BN)
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
-            _epilogue(
-                left, m, n, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials, N,
-                EPILOGUE, HAS_BIAS, STORE_EXTRA, BN // 2,
-            )  # fmt: skip
-            _epilogue(
-                right, m, n + BN // 2, tile_m, bias, extra_desc, residual_desc, gate_desc, out_desc, partials,
-                N, EPILOGUE, HAS_BIAS, STORE_EXTRA, BN // 2,
-            )  # fmt: skip
+            _epilogue(left, m, n, bias, saved_desc, residual_desc, gate_desc, out_desc, N, BN // 2)
+            _epilogue(right, m, n + BN // 2, bias, saved_desc, residual_desc, gate_desc, out_desc, N, BN // 2)
 
 
 @triton.jit
@@ -154,7 +112,7 @@ def silu_bwd_kernel(
     grad_out,  # [R, W]
     pre,  # [R, W]
     grad_pre,  # [R, W], out (may be grad_out's memory)
-    active,  # [R, W], out: SiLU(pre), for the weight gradient of the next linear
+    active,  # [R, W] or None, out: SiLU(pre), for the weight gradient of the next linear (may be pre's memory)
     partials,  # [programs, W] float32, out: column sums of grad_pre
     rows,
     rows_per_program,
@@ -164,8 +122,6 @@ def silu_bwd_kernel(
     stride_active,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    STORE_ACTIVE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """``grad_pre = grad_out * SiLU'(pre)``, its sum over rows in a fixed order, and the activation again."""
     program = tl.program_id(0)
@@ -173,7 +129,8 @@ def silu_bwd_kernel(
     live = cols < WIDTH
     sum_W = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
-    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+    # Two stages: the next row is loaded before this one's sums.
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=2):
         row = tl.cast(index, tl.int64)
         g_W = tl.load(grad_out + row * stride_grad_out + cols, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(pre + row * stride_pre + cols, mask=live, other=0.0).to(tl.float32)
@@ -181,7 +138,7 @@ def silu_bwd_kernel(
         active_W = x_W * sigmoid_W
         grad_W = g_W * (sigmoid_W + active_W * (1.0 - sigmoid_W))
         sum_W += grad_W
-        if STORE_ACTIVE:
+        if active is not None:
             tl.store(active + row * stride_active + cols, active_W.to(active.dtype.element_ty), mask=live)
         tl.store(grad_pre + row * stride_grad_pre + cols, grad_W.to(grad_pre.dtype.element_ty), mask=live)
     tl.store(partials + program.to(tl.int64) * WIDTH + cols, sum_W, mask=live)

@@ -1,23 +1,22 @@
 """The generator for few rows: one persistent kernel, weights read where they lie, fit for a CUDA graph.
 
 No copy of a weight is made: a captured graph reads the parameters as they are at replay, and weights of
-another dtype (float32 under autocast) are rounded as they are loaded.
+another dtype (float32 under autocast) are rounded as they are loaded. Imports Triton.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ear_kernels.ops.generator import kernels_few_rows as kernels
-from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, FINAL_PARAMETERS
-from ear_kernels.runtime.launching import dense_rows, next_power_of_two, processor
+from ear_kernels.ops.generator.reference import is_norm_parameter, split_parameters
+from ear_kernels.runtime.launching import ceil_div, dense_rows, launch, next_power_of_two, processor
 
 MOST_ROWS = 64
-"""Above this the launchers of ``ops/generator/passes.py`` run: one tile holds all rows."""
+"""Above this :mod:`launch_inference` runs: one tile holds all rows."""
 
 MOST_WIDTH = 2048
 """Wider rows likewise: the norm holds a row and what it is modulated with in registers."""
@@ -36,7 +35,6 @@ class FewConfig:
     bn_mod: int
     bk_mod: int
     stages_mod: int
-    warps: int = 4
     parts: int = 1
     ahead: int = 32
 
@@ -49,10 +47,9 @@ TABLE: tuple[tuple[int, int, FewConfig, FewConfig], ...] = (
     (MOST_ROWS, 1024, FewConfig(64, 8, 64, 8, 64, 64, 6, ahead=0), FewConfig(64, 8, 128, 2, 32, 64, 2)),
     (MOST_ROWS, MOST_WIDTH, FewConfig(64, 16, 128, 5, 64, 128, 4, ahead=0), FewConfig(64, 16, 128, 2, 32, 64, 2)),
 )
+WARPS = 4
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_MOST_TABLES = 64
-_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
 def config_for(rows: int, width: int, weights: torch.dtype = torch.bfloat16) -> FewConfig:
@@ -61,25 +58,30 @@ def config_for(rows: int, width: int, weights: torch.dtype = torch.bfloat16) -> 
     return single if weights == torch.float32 else half
 
 
-def addresses(tensors: list[Tensor]) -> Tensor:
-    """int64 ``[len(tensors)]`` on the tensors' device: where they lie. Kept by address, so it cannot go
-    stale."""
-    key = (tensors[0].device, *(tensor.data_ptr() for tensor in tensors))
-    table = _tables.get(key)
-    if table is None:
-        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the generator's first few-rows call cannot be inside a CUDA graph capture; call it once before, "
-                "as for any captured function"
-            )
-        table = torch.tensor(key[1:], dtype=torch.int64, device=tensors[0].device)
-        _tables[key] = table
-        if len(_tables) > _MOST_TABLES:
-            _tables.popitem(last=False)
-    return table
+@lru_cache(maxsize=64)
+def _address_table(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    """The addresses as int64 on the device: uploaded once, as a call takes less time than an upload.
+
+    It holds what it is looked up by, so it cannot go stale.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the generator's first few-rows call cannot be inside a CUDA graph capture; call it once before, "
+            "as for any captured function"
+        )
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
-def applies(
+def parameter_table(inputs: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    """The kernel's ``table``: where the parameters lie."""
+    blocks, final = split_parameters(parameters)
+    final_row = (None, None, final.weight_out, final.bias_out, None, None, final.weight_mod, final.bias_mod)
+    rows = [*(tensor for block in blocks for tensor in block), *final_row, *inputs]
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in rows)
+    return _address_table(inputs[0].device, addresses)
+
+
+def fits(
     rows: int, z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], compute: torch.dtype
 ) -> bool:
     """Whether the few-rows kernel takes this call."""
@@ -87,12 +89,11 @@ def applies(
     norms: set[torch.dtype] = set()
     weights = {tensor.dtype for tensor in inputs}
     for position, parameter in enumerate(parameters):
-        is_norm = position % BLOCK_PARAMETERS < 2 and position < len(parameters) - FINAL_PARAMETERS
-        (norms if is_norm else weights).add(parameter.dtype)
+        (norms if is_norm_parameter(position, len(parameters)) else weights).add(parameter.dtype)
     return (
         0 < rows <= MOST_ROWS
         # Untested on AMD, where it spills.
-        and torch.version.hip is None
+        and not processor(z).is_amd
         and compute in floats
         and z.dtype in floats
         and noise.dtype in floats
@@ -104,7 +105,7 @@ def applies(
     )
 
 
-def _few_rows(
+def few_rows(
     z: Tensor,
     noise: Tensor,
     inputs: list[Tensor],
@@ -120,28 +121,27 @@ def _few_rows(
     """
     z, noise = dense_rows(z), dense_rows(noise)
     rows, width = noise.shape[0], inputs[0].shape[0]
-    layers = len(parameters) // BLOCK_PARAMETERS + 1
-    output_dim = parameters[-2].shape[0]
-    final_mod, final_mod_bias, final_weight, final_bias = parameters[-FINAL_PARAMETERS:]
-    # The final layer's row of the table: no norm parameters (addresses that are never read), no second linear.
-    final_row = [final_mod, final_mod, final_weight, final_bias, final_mod, final_mod, final_mod, final_mod_bias]
-    table = addresses([*parameters[:-FINAL_PARAMETERS], *final_row, *inputs])
-    weights, norms = inputs[0].dtype, parameters[0].dtype
+    blocks, final = split_parameters(parameters)
+    layers, output_dim = len(blocks) + 1, final.weight_out.shape[0]
+    weights, norms = inputs[0].dtype, blocks[0].norm_weight.dtype
     config = config_for(rows, width, weights)
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    cuda = z.is_cuda
     line = 128 // weights.itemsize
+    # The interpreter runs programs one after another: no barriers, a launch a phase.
+    barriers = z.device.type != "cpu"
 
     def new(*shape: int) -> Tensor:
         return z.new_empty(shape, dtype=dtype)
 
     out = new(rows, output_dim)
     scratch = [new(rows, width), new(rows, width), new(layers, rows, 3 * width), new(2, rows, width)]
+    table = parameter_table(inputs, parameters)
     counter = torch.zeros(1, dtype=torch.int32, device=z.device)
-    phases = 2 + 3 * layers - 1
-    spans = [(0, phases)] if cuda else [(phase, phase + 1) for phase in range(phases)]
-    for first, last in spans:
-        kernels.generator_kernel[(processor(z).count,)](
+    phases = 3 * layers + 1
+    for first, last in [(0, phases)] if barriers else [(phase, phase + 1) for phase in range(phases)]:
+        launch(
+            kernels.generator_kernel,
+            (processor(z).count,),
             noise,
             z,
             table,
@@ -160,12 +160,13 @@ def _few_rows(
             last,
             eps,
             temperature,
+            on=z,
             W=width,
             WEIGHT=_TRITON_TYPES[weights],
             NORM=_TRITON_TYPES[norms],
             COMPUTE=_TRITON_TYPES[dtype],
             PRECISION="ieee" if exact else "tf32",
-            BARRIERS=cuda,
+            BARRIERS=barriers,
             BM=config.bm,
             BN=config.bn,
             BK=config.bk,
@@ -176,47 +177,9 @@ def _few_rows(
             STAGES_MOD=config.stages_mod,
             AHEAD=config.ahead,
             BLOCK=next_power_of_two(width),
-            LINES=triton.next_power_of_2(triton.cdiv(width, line)),
+            LINES=next_power_of_two(ceil_div(width, line)),
             LINE=line,
-            num_warps=config.warps,
-            **({"launch_cooperative_grid": True} if cuda else {}),
+            num_warps=WARPS,
+            **({"launch_cooperative_grid": True} if barriers else {}),
         )
     return out
-
-
-def _few_rows_fake(
-    z: Tensor,
-    noise: Tensor,
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    samples: int,
-    temperature: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    return z.new_empty((noise.shape[0], parameters[-2].shape[0]), dtype=dtype)
-
-
-LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
-LIBRARY.define(
-    "generator_few_rows(Tensor z, Tensor noise, Tensor[] inputs, Tensor[] parameters, int samples, "
-    "float temperature, float eps, ScalarType dtype) -> Tensor"
-)
-LIBRARY.impl("generator_few_rows", _few_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("ear_kernels::generator_few_rows", _few_rows_fake, lib=LIBRARY)
-
-
-def few_rows(
-    z: Tensor,
-    noise: Tensor,
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    samples: int,
-    temperature: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The whole generator without gradients; see :func:`_few_rows`."""
-    run = torch.ops.ear_kernels.generator_few_rows if torch.compiler.is_compiling() else _few_rows
-    with torch.autocast(z.device.type, enabled=False):
-        return run(z, noise, inputs, parameters, samples, temperature, eps, dtype)
