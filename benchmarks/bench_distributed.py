@@ -27,6 +27,7 @@ from benchmarks.bench_train_step import SMALL, make_config
 from benchmarks.clocks import DEVICE, HAS_GPU
 from benchmarks.harness import Row
 from ear_model.presets import MODELS
+from ear_model.processes import end_process
 from ear_model.training import distributed
 from ear_model.training.trainer import Trainer
 
@@ -151,5 +152,5 @@ def test_distributed(row: Row, run_row) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2], Path(sys.argv[3]))
-        distributed.end_process(0)
+        end_process(0)
     sys.exit(harness.main(ROWS, __doc__))

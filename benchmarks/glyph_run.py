@@ -28,8 +28,9 @@ from ear_model.config import RunConfig
 from ear_model.data.cache_format import file_sha256
 from ear_model.data.cache_writer import CacheOptions, CacheWriter
 from ear_model.data.glyphs import write_tree
+from ear_model.data.images import load_tree
 from ear_model.evaluation.config import JudgeConfig
-from ear_model.evaluation.judge import load_tree, train_judge
+from ear_model.evaluation.judge import train_judge
 from ear_model.evaluation.scoring import Scoring
 from ear_model.presets import RUNS
 from ear_model.run_dir import read_metrics

@@ -14,7 +14,6 @@ from ear_model.presets import EAR_BASE, RUNS
 from ear_model.training.trainer import Trainer
 
 WINDOW = 20
-GPU = torch.cuda.is_available()
 
 
 def digits_curve(monkeypatch, folder, backend: str, factor: float = 1.0, steps: int = 200) -> torch.Tensor:
@@ -48,11 +47,13 @@ def public_gradients(model: PublicEAR, latents, labels, *, low: bool) -> dict[st
     return {"loss": loss.detach().float(), **found}
 
 
-def test_an_accelerated_public_model_has_the_same_gradients():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_accelerated_public_model_has_the_same_gradients(device):
     """EAR-B on a GPU, bf16 against float32, no further off than twice what the public code itself is."""
-    config, device = (EAR_BASE, "cuda") if GPU else (replace(EAR_BASE, width=48, depth=2, num_heads=4), "cpu")
-    if not GPU:
-        config = replace(config, image_size=4, generator_width=40, generator_depth=2, num_classes=5)
+    config, low = EAR_BASE, device == "cuda"
+    if not low:
+        small = {"width": 48, "depth": 2, "num_heads": 4, "generator_width": 40, "generator_depth": 2}
+        config = replace(config, image_size=4, num_classes=5, **small)
     public = PublicEAR(config).to(device)
     initialise(public)
     public.eval()  # no dropout; the masks come from the same state of the generator
@@ -61,7 +62,7 @@ def test_an_accelerated_public_model_has_the_same_gradients():
     latents = torch.randn(16, config.channels, config.image_size, config.image_size, device=device)
     labels = torch.randint(config.num_classes, (16,), device=device)
     exact = public_gradients(public, latents, labels, low=False)
-    eager, found = (public_gradients(model, latents, labels, low=GPU) for model in (public, ours))
+    eager, found = (public_gradients(model, latents, labels, low=low) for model in (public, ours))
     for name, truth in exact.items():
         size = truth.square().mean().sqrt().item()
         allowed = 2 * (errors(eager[name], truth)[1] + 1e-3 * size)
