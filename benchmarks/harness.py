@@ -82,7 +82,7 @@ def check_results(results: Results, rival: str, scale: Callable[[str, Tensor], f
     exact, eager, found = (results(which) for which in ("exact", "eager", rival))
     worst = 0.0
     for name, truth in exact.items():
-        assert_close_to_eager(name, found[name], eager[name], truth, scale(name, truth) if scale else None)
+        assert_close_to_eager(name, found[name], eager[name], truth, scale(name, truth) if scale else 0.0)
         ours, theirs = errors(found[name], truth)[1], errors(eager[name], truth)[1]
         worst = max(worst, ours / theirs if theirs else 0.0)
     return worst
