@@ -1,7 +1,5 @@
 """The command ``ear``: its commands, errors and exit status."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """Random numbers: seeds of generators, and what a model draws from."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ear_model.config import ModelConfig, check_sampling_options
+from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
@@ -127,7 +127,7 @@ class EAR(nn.Module):
         steps: int = 64,
         guidance: float = 1.0,
         temperature: float = 1.0,
-        guidance_schedule: str = "linear",
+        guidance_schedule: Literal["linear", "constant"] = "linear",
         generator: torch.Generator | None = None,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Tensor:
@@ -145,21 +145,12 @@ class EAR(nn.Module):
         Raises:
             ValueError: options or labels out of range. TypeError: labels that are no int64 tensor.
         """
-        check_sampling_options(steps, guidance, guidance_schedule, temperature)
+        sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature)
         self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
         was_training = self.training
         self.eval()
         try:
-            tokens_BLD = decode_tokens(
-                self,
-                labels,
-                steps=steps,
-                guidance=guidance,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                draws=Draws(generator),
-                progress=progress,
-            )
+            tokens_BLD = decode_tokens(self, labels, sampling, Draws(generator), progress)
         finally:
             self.train(was_training)
         return self.tokenizer.decode(tokens_BLD)

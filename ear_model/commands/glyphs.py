@@ -1,7 +1,5 @@
 """``ear glyphs``: draw an image tree of characters."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

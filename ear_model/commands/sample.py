@@ -1,7 +1,5 @@
 """``ear sample``: a picture of samples, or many images as files."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``ear train-judge``: train the classifier that scores samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``ear train-tokenizer``: a small autoencoder for one's own images."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """What a run trains on, and batches whose order depends on seed and position alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -1,17 +1,15 @@
 """Training from a cache of `ear cache`, by memory map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 
 from ear_model.data.cache_format import DTYPES, Manifest, Verify, file_sha256, load_manifest, verify_shards
 from ear_model.data.images import random_flips, to_float
 from ear_model.processes import local_rank
+from ear_model.tensor_files import read_tensors
 from ear_model.tokenizers.kl16 import LOGVAR_RANGE
 
 
@@ -122,12 +120,10 @@ def _open_shard(cache: Path, manifest: Manifest, index: int) -> tuple[Tensor, Te
     """Memory-mapped rows ``[n, ...]`` and labels ``[n]`` (copied) of a shard, checked against the manifest."""
     shard = manifest.shards[index]
     path = cache / shard.file
-    try:
-        # safetensors gives tensors that are views of a memory map: nothing is read before it is used.
-        with safetensors.safe_open(path, framework="pt") as file:
-            rows, labels = file.get_tensor(manifest.key), file.get_tensor("labels").clone()
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no shard of a {manifest.kind} cache ({error}); copy the cache again") from error
+    tensors = read_tensors(path)[1]
+    if tensors.keys() != {manifest.key, "labels"}:
+        raise ValueError(f"{path} is no shard of a {manifest.kind} cache (it holds {sorted(tensors)}); copy it again")
+    rows, labels = tensors[manifest.key], tensors["labels"].clone()
     dtype = DTYPES[manifest.dtype]
     expected = (shard.count, *manifest.row_shape())
     if tuple(rows.shape) != expected or rows.dtype != dtype:

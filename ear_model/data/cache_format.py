@@ -9,8 +9,6 @@ Moments are mean and log variance of the tokenizer's posterior, unscaled, of the
 image, side by side so that one image is one read. Pixels are kept once: their mirror image costs nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,31 +4,21 @@ Several processes (``torchrun``) share the shards out among them by number and n
 whoever finds all of them finished writes the manifest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ear_model.data.cache_format import (
-    BUILD,
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    Shard,
-    file_sha256,
-    save_manifest,
-)
+from ear_model.data.cache_format import BUILD, DTYPES, MANIFEST, Manifest, Shard, file_sha256, save_manifest
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import read_json, require_writable, write_atomically, write_json
+from ear_model.files import read_json, require_writable, write_json
 from ear_model.progress import Progress
-from ear_model.tokenizers.latent import LatentTokenizer
+from ear_model.tensor_files import write_tensors
+from ear_model.tokenizers.latent import AutoencoderTokenizer
 
 SHOWN_ERRORS = 20
 
@@ -80,7 +70,7 @@ class CacheWriter:
         self,
         images: Path,
         cache: Path,
-        tokenizer: LatentTokenizer | None,
+        tokenizer: AutoencoderTokenizer | None,
         description: dict[str, str],
         *,
         image_size: int = 256,
@@ -255,7 +245,7 @@ class CacheWriter:
             )
         tensors = {self.manifest.key: rows, "labels": torch.from_numpy(self.tree.labels[first:last].copy())}
         path = self.cache / name
-        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+        write_tensors(path, tensors)
         written = Shard(name, last - first, path.stat().st_size, file_sha256(path))
         write_json(self._record(shard), {**asdict(written), "files_sha256": files_sha256})
         return []

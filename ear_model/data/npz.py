@@ -1,7 +1,5 @@
 """Training from a latent cache of the public EAR and MAR code: ``<class>/<file>.npz``."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

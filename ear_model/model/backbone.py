@@ -150,12 +150,7 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        embeddings = (
-            self.class_emb.weight,
-            self.fake_latent,
-            self.mask_token,
-            self.decoder_pos_embed_learned,
-        )
+        embeddings = (self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned)
         for parameter in embeddings:
             nn.init.normal_(parameter, std=0.02)
         if self.position_init == "sinusoid":

@@ -1,34 +1,20 @@
 """Sampling images of chosen classes from a trained model."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig
 from ear_model.draws import seeded_generator
 from ear_model.files import begin_directory
+from ear_model.plots import to_bytes
 from ear_model.progress import Progress
+from ear_model.sampling.decoding import SamplingModel
 
 SAMPLING_FILE = "sampling.json"
-
-
-class SamplingModel(Protocol):
-    """What these functions need of a model, such as :class:`ear_model.ear.EAR`."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def sample(self) -> Callable[..., Tensor]: ...
-
-    @property
-    def parameters(self) -> Callable[[], Iterator[Tensor]]: ...
 
 
 def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
@@ -55,14 +41,6 @@ def sample_images(
     generator = torch.Generator(device).manual_seed(seed)
     parts = [model.sample(part.to(device), generator=generator, **options).cpu() for part in labels.split(batch_size)]
     return torch.cat(parts)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]``; a single channel is repeated."""
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images have {images.shape[1]} channels; a picture needs 1 or 3")
-    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.expand(-1, 3, -1, -1)
 
 
 def sample_batches(

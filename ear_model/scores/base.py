@@ -15,12 +15,7 @@ class Score(Protocol):
         ...
 
     def sample(
-        self,
-        hidden_RC: Tensor,
-        null_hidden_RC: Tensor | None,
-        guidance: float,
-        temperature: float,
-        draws: Draws,
+        self, hidden_RC: Tensor, null_hidden_RC: Tensor | None, guidance: float, temperature: float, draws: Draws
     ) -> Tensor:
         """One token ``[R, D]`` per row.
 

@@ -5,8 +5,6 @@ names are those of the public latent-diffusion code, so that the public weights 
 pad with zeros; a downsampling pads right and below only, as the public weights expect.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ that the public autoencoder was trained with are left out: they sharpen textures
 network and a discriminator.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

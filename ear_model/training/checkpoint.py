@@ -10,8 +10,6 @@ A checkpoint is written into a directory of a temporary name, flushed, and renam
 removed. So whenever the process dies, one whole checkpoint is there.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass

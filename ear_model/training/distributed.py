@@ -4,8 +4,6 @@ Every function works on a single process too, where it does nothing. `torchrun` 
 variables (RANK, WORLD_SIZE, LOCAL_RANK) say who is who.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator

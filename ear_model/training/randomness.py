@@ -8,8 +8,6 @@ On a single process everything is drawn from torch's own generators. On several 
   curves can't be equal anyway, orders, noise and dropped classes too. This costs nothing at any number of processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,9 +1,6 @@
 """The training loop: a run directory from a configuration, interrupted and resumed at will."""
 
-from __future__ import annotations
-
 import contextlib
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +89,7 @@ class Trainer:
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
         self.batches = Batches(
-            data,
-            train.batch_size // train.accumulate,
-            train.seed,
-            distributed.rank(),
-            distributed.world_size(),
+            data, train.batch_size // train.accumulate, train.seed, distributed.rank(), distributed.world_size()
         )
         self._ahead: Prefetcher | None = None
         self._ahead_index = 0
@@ -187,12 +180,8 @@ class Trainer:
 
     def averaged_model(self) -> EAR:
         """A copy of the model with the averaged weights, in eval mode; to be called by all processes."""
-        if self.replica is not self.model or distributed.world_size() == 1:
-            model = copy.deepcopy(self.model)
-            self.ema.copy_to(model)
-            return model.eval()
-        # Modules of FSDP can't be copied. Random numbers for weights that are replaced must not be missing later.
-        with torch.random.fork_rng():
+        # Random numbers for weights that are replaced must not be missing later.
+        with torch.random.fork_rng(devices=[]):
             model = EAR(self.config.model).to(self.device)
         model.load_state_dict({name: distributed.whole(average) for name, average in self.ema.averages.items()})
         return model.eval()

@@ -15,7 +15,7 @@ from ear_model.ear import EAR
 from ear_model.model.weights import public_key
 from ear_model.presets import MODELS
 from ear_model.run_dir import checkpoint_steps, load_config
-from ear_model.training import checkpoint, public_checkpoint
+from ear_model.training import checkpoint, public_checkpoint, public_format
 from ear_model.training.trainer import Trainer
 from tests.model.conftest import TINY, tiny_run
 
@@ -162,7 +162,7 @@ def test_sizes_are_told_from_the_shapes(name, count):
     model = public_checkpoint._meta_model(config)
     weights = dict(model.named_parameters())
     assert len(weights) == count
-    assert public_checkpoint.infer_model(weights, {}, None, "file") == config
+    assert public_format.infer_model(weights, {}, None, "file") == config
     groups = public_checkpoint._grouped_names(model, "public")
     assert sum(len(group) for group in groups) == count
     moments = {key: {"step": torch.tensor(float(index))} for index, key in enumerate(weights)}
@@ -287,6 +287,4 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_defaults_are_the_papers():
     """A file without arguments and optimiser goes on with the paper's training, in the public grouping."""
-    assert public_checkpoint.infer_training({}, 0, 0) == replace(
-        TrainConfig(), parameter_groups="public", warmup_steps=0
-    )
+    assert public_format.infer_training({}, 0, 0) == replace(TrainConfig(), parameter_groups="public", warmup_steps=0)

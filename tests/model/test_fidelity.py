@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ear_model import cli
+from ear_model.config import SamplingConfig
 from ear_model.ear import EAR
 from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, load_statistics
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
@@ -70,14 +71,14 @@ def test_inception_score_is_its_definition():
 def test_batches_do_not_matter(statistics_file):
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     statistics = load_statistics(statistics_file)
-    settings = {"guidance": 1.0, "temperature": 1.0, "steps": 2, "where": "here"}
-    whole = evaluate_fidelity([images], fake_extractor, statistics, **settings)
-    parts = evaluate_fidelity(images.split(7), fake_extractor, statistics, **settings)
+    setting = SamplingConfig(2, 1.0, "linear", 1.0)
+    whole = evaluate_fidelity([images], fake_extractor, statistics, setting, where="here")
+    parts = evaluate_fidelity(images.split(7), fake_extractor, statistics, setting, where="here")
     assert whole == parts
     expected = frechet_distance(*feature_statistics(fake_extractor(images)[0]), *statistics)
     assert whole.fid == pytest.approx(expected)
     with pytest.raises(ValueError, match="has 3 features; the extractor gives 6"):
-        evaluate_fidelity([images], fake_extractor, (np.zeros(3), np.eye(3)), **settings)
+        evaluate_fidelity([images], fake_extractor, (np.zeros(3), np.eye(3)), setting, where="here")
 
 
 def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsys):

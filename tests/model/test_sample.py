@@ -10,9 +10,10 @@ from PIL import Image
 from ear_model import cli
 from ear_model.data.cache_format import class_names
 from ear_model.ear import EAR
+from ear_model.plots import to_bytes
 from ear_model.run_dir import save_config
 from ear_model.sampling.decoder import Decoder
-from ear_model.sampling.images import class_labels, sample_batches, to_bytes, write_images
+from ear_model.sampling.images import class_labels, sample_batches, write_images
 from ear_model.training import checkpoint
 from tests.model.conftest import TINY, randomise, tiny_run
 
