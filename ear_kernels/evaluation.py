@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ear_kernels import functional
-from ear_kernels.dispatch import choose_backend
-from ear_kernels.ops.energy_loss import distance
+from ear_kernels.ops.energy_loss import reference
+from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
+from ear_kernels.runtime.backend import choose_backend
+from ear_kernels.runtime.checks import check_device, check_floating
 from ear_kernels.targets import GaussianTarget
 
 
@@ -28,17 +29,17 @@ def energy_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     Raises:
         ValueError: shapes or devices that do not fit, or alpha out of range. TypeError: integer tensors.
     """
-    functional.check_energy_loss_options(alpha, 1.0, 0.0, "mean")
+    check_energy_loss_options(alpha, 1.0, 0.0, "mean")
     for name, points in (("x", x), ("y", y)):
-        functional._check_floating(name, points)
+        check_floating(name, points)
         if points.ndim != 2 or points.shape[0] < 2 or points.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(points.shape)}; it must be [N, D] with N >= 2 and D >= 1")
-    functional._check_device("y", y, x, "x")
+    check_device("y", y, x, "x")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}; they must have the same")
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     backend = choose_backend("energy_distance", x)
-    between, first, second = distance.mean_distances(x.to(dtype), y.to(dtype), float(alpha), backend == "triton")
+    between, first, second = _mean_distances(x.to(dtype), y.to(dtype), float(alpha), backend == "triton")
     return 2 * between - first - second
 
 
@@ -62,7 +63,7 @@ def energy_score(
     (n - 1) / n; arguments, result and errors are those of :func:`ear_kernels.energy_loss`.
     """
     n = samples.shape[sample_dim] if -samples.ndim <= sample_dim < samples.ndim else 2
-    loss = functional.energy_loss(
+    loss = energy_loss(
         samples,
         target,
         mask,
@@ -75,3 +76,29 @@ def energy_score(
         reduction=reduction,
     )
     return 0.5 * loss
+
+
+def _mean_distances(x_MD: Tensor, y_ND: Tensor, alpha: float, use_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(between the sets, within the first, within the second): means of ``|a - b|^alpha`` over different points.
+
+    Points are first multiplied by a power of two that brings the largest coordinate near 1, so that no square
+    overflows; differences below 1e-19 of the largest coordinate count as 0 in float32.
+    """
+    pairwise_sum = reference.pairwise_sum
+    if use_triton:
+        # Imported here, so that importing ear_kernels needs no Triton.
+        from ear_kernels.ops.energy_loss import launch_distance
+
+        pairwise_sum = launch_distance.pairwise_sum
+    largest = torch.maximum(x_MD.abs().amax(), y_ND.abs().amax())
+    usable = (largest > 0) & torch.isfinite(largest)
+    exponent = torch.where(usable, torch.frexp(torch.where(usable, largest, 1.0)).exponent, 0)
+    # In two factors: one power of two may lie outside the range.
+    half = exponent // 2
+    x_MD, y_ND = (torch.ldexp(torch.ldexp(points, -half), half - exponent) for points in (x_MD, y_ND))
+    scale = torch.exp2(exponent.double() * alpha)
+    m, n = x_MD.shape[0], y_ND.shape[0]
+    between = pairwise_sum(x_MD, y_ND, alpha, False) / (m * n)
+    first = pairwise_sum(x_MD, x_MD, alpha, True) / (m * (m - 1) / 2)
+    second = pairwise_sum(y_ND, y_ND, alpha, True) / (n * (n - 1) / 2)
+    return between * scale, first * scale, second * scale

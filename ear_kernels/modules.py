@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import functional
-from ear_kernels.dispatch import choose_backend
 from ear_kernels.noise_pool import pool_arrangement
+from ear_kernels.runtime.backend import choose_backend
+from ear_kernels.runtime.checks import check_device, check_floating
 from ear_kernels.targets import GaussianTarget
 
 
@@ -127,7 +128,7 @@ class _FinalLayer(nn.Module):
 
 
 class FusedMLPGenerator(nn.Module):
-    """The MLP generator of EAR (paper section 4.2; spec 2): hidden state and noise to a continuous token.
+    """The MLP generator of EAR (paper section 4.2): hidden state and noise to a continuous token.
 
     Its state dict is that of the public head below ``scoreloss.net.``: ``noise_embed``, ``input_proj``,
     ``res_blocks.i.*``, ``final_layer.*``.
@@ -142,14 +143,8 @@ class FusedMLPGenerator(nn.Module):
 
     def __init__(self, input_dim: int, width: int, output_dim: int, depth: int = 6, noise_dim: int = 64) -> None:
         super().__init__()
-        sizes = {
-            "input_dim": input_dim,
-            "width": width,
-            "output_dim": output_dim,
-            "depth": depth,
-            "noise_dim": noise_dim,
-        }
-        for name, value in sizes.items():
+        sizes = (input_dim, width, output_dim, depth, noise_dim)
+        for name, value in zip(("input_dim", "width", "output_dim", "depth", "noise_dim"), sizes, strict=True):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {value!r}; it must be an integer")
             if value < 1:
@@ -162,7 +157,7 @@ class FusedMLPGenerator(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights and zero biases; modulation linears and the last linear zero (spec 2)."""
+        """Xavier-uniform weights and zero biases; modulation linears and the last linear zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -207,12 +202,10 @@ class FusedMLPGenerator(nn.Module):
             ValueError: shapes or devices that do not fit. TypeError: integer tensors.
         """
         for name, tensor, size in (("z", z, self.input_dim), ("noise", noise, self.noise_dim)):
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+            check_floating(name, tensor)
             if tensor.ndim < 1 or tensor.shape[-1] != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {size}")
-        if z.device != noise.device:
-            raise ValueError(f"noise is on {noise.device} and z on {z.device}; put both on one device")
+        check_device("noise", noise, z, "z")
         has_samples = noise.ndim == z.ndim + 1
         if noise.shape[: z.ndim - 1] != z.shape[:-1] or (noise.ndim != z.ndim and not has_samples):
             raise ValueError(
@@ -237,12 +230,7 @@ class FusedMLPGenerator(nn.Module):
             few = functional.generator_few_rows(
                 tokens,
                 vectors.reshape(-1, self.noise_dim),
-                [
-                    self.noise_embed.weight,
-                    self.noise_embed.bias,
-                    self.input_proj.weight,
-                    self.input_proj.bias,
-                ],
+                [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias],
                 self.block_parameters(),
                 samples=samples,
                 temperature=float(factor),
@@ -266,7 +254,6 @@ class FusedMLPGenerator(nn.Module):
             inverse=inverse,
             group=group,
             temperature=float(factor),
-            eps=1e-6,
         )
         if inverse is not None:
             out = out[inverse]

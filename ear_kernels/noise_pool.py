@@ -1,10 +1,11 @@
-"""Which noise vector each row of the generator uses when rows share them (``noise_pool``;
-docs/noise_pool.md)."""
+"""Which noise vector each row of the generator uses when rows share them (``noise_pool``; docs/noise_pool.md)."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ear_kernels.runtime.launching import ceil_div
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def pool_arrangement(tokens: int, samples: int, pool: int, device: torch.device)
         raise TypeError(f"noise_pool is {pool!r}; it must be an integer or None")
     if pool < samples:
         raise ValueError(f"noise_pool is {pool}; it must be at least the number of samples, {samples}")
-    group = max(1, -(-tokens * samples // pool))
-    per_sample = -(-tokens // group)
+    group = max(1, ceil_div(tokens * samples, pool))
+    per_sample = ceil_div(tokens, group)
     step = torch.arange(group, device=device)
     vector = torch.arange(per_sample, device=device)
     sample = torch.arange(samples, device=device)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels.dispatch import choose_backend
-from ear_kernels.launch import on_device
-from ear_kernels.low_copies import copy_dtypes, updating
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.copies import LowCopies
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -44,17 +43,19 @@ class FusedAdamW(torch.optim.AdamW):
         divisor: Tensor | None = None,
         averages: Mapping[nn.Parameter, Tensor] | None = None,
         decay: float = 0.999,
+        copies: LowCopies | None = None,
     ) -> None:
         """One step with the gradients over ``divisor``, then ``average = decay average + (1 - decay) weight``.
 
         On a GPU this is one pass (docs/optimizer.md); elsewhere, and for parameters that are not dense float32, it is
-        torch's step and a pass for the averages. Copies of :class:`ear_kernels.LowCopies` are brought along by the
-        one pass. Whether the gradients are divided afterwards is not said, and hooks of ``step`` are for ``step``.
+        torch's step and a pass each for averages and copies. Whether the gradients are divided afterwards is not
+        said, and hooks of ``step`` are for ``step``.
 
         Args:
             divisor: float32 scalar on the parameters' device, such as ``max(norm / limit, 1)`` to clip; None is 1.
             averages: the moving average of each parameter that has one, alike in shape and dtype.
             decay: of the averages, in [0, 1].
+            copies: 16-bit copies to bring along; the next ``with copies:`` then need not cast.
 
         Raises:
             ValueError: a decay outside [0, 1], a divisor of several elements, an average of another shape, dtype or
@@ -64,16 +65,16 @@ class FusedAdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
         _check_update(updated, divisor, averages, decay)
-        refusal = self._refusal(updated, averages)
-        if updated and choose_backend("adamw", updated[0], refusal) == "triton":
+        if updated and applies("adamw", updated[0], self._refusal(updated, averages)):
             self._make_state(updated)
-            with on_device(updated[0]):
-                self._one_pass(divisor, averages, decay, (copy_dtypes(updated) or {torch.bfloat16}).pop())
+            self._one_pass(divisor, averages, decay, copies)
             self._opt_called = True  # for learning-rate schedulers
             reached = {id(parameter) for parameter in updated}
             left = [parameter for parameter in averages if id(parameter) not in reached]
         else:
             self._plain_step(divisor)
+            if copies is not None:
+                copies.refresh(everything=True)
             left = list(averages)
         if left:
             weights: list[Tensor] = [parameter.detach() for parameter in left]
@@ -98,14 +99,12 @@ class FusedAdamW(torch.optim.AdamW):
         finally:
             del self.grad_scale
 
-    def _refusal(self, parameters: list[nn.Parameter], averages: Mapping[nn.Parameter, Tensor]) -> str:
-        """Why the kernel does not take these; nothing if it does."""
+    def _refusal(self, parameters: list[nn.Parameter], averages: Mapping[nn.Parameter, Tensor]) -> str | None:
+        """Why the kernel does not take these, or None if it does."""
         for group in self.param_groups:
             for option in ("amsgrad", "maximize", "capturable", "differentiable"):
                 if group[option]:
-                    return f"the optimiser has {option}"
-        if len(copy_dtypes(parameters)) > 1:
-            return "copies are kept in several dtypes"
+                    return f"the option {option}"
         for parameter in parameters:
             # Not self.state[parameter], which would make an entry.
             state = self.state.get(parameter) or {}
@@ -115,58 +114,62 @@ class FusedAdamW(torch.optim.AdamW):
             for tensor in tensors:
                 # Exactly: a DTensor is one, too, with its memory elsewhere.
                 if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32:
-                    return f"a tensor is a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32)"
+                    return f"a {type(tensor).__name__} of {tensor.dtype} (the kernel takes float32 tensors)"
                 if tensor.device != parameters[0].device or (state and state["step"].device != parameter.device):
-                    return "the tensors are on several devices"
+                    return "tensors on several devices"
                 if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                    return "a tensor is not contiguous or not aligned to 16 bytes"
-        return ""
+                    return "a tensor that is not contiguous or not aligned to 16 bytes"
+        return None
 
     def _one_pass(
         self,
         divisor: Tensor | None,
         averages: Mapping[nn.Parameter, Tensor],
         decay: float,
-        low: torch.dtype,
+        copies: LowCopies | None,
     ) -> None:
-        from ear_kernels.ops.adamw import launchers
+        from ear_kernels.ops.adamw import launch
 
         # Not made in __init__: a pickled optimiser comes back without.
-        cached: dict[int, launchers.Tables] = self.__dict__.setdefault("_tables", {})
+        cached: dict[int, launch.Tables] = self.__dict__.setdefault("_tables", {})
         for number, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            device = parameters[0].device
-            by = torch.ones(1, device=device) if divisor is None else divisor.float().reshape(1)
-            with updating(parameters) as copies:
-                addresses: list[int] = []
-                for parameter, copy in zip(parameters, copies, strict=True):
-                    assert parameter.grad is not None
-                    state, average = self.state[parameter], averages.get(parameter)
-                    addresses += [
-                        parameter.data_ptr(),
-                        parameter.grad.data_ptr(),
-                        state["exp_avg"].data_ptr(),
-                        state["exp_avg_sq"].data_ptr(),
-                        state["step"].data_ptr(),
-                        0 if average is None else average.data_ptr(),
-                        0 if copy is None else copy.data_ptr(),
-                        parameter.numel(),
-                    ]
-                torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
-                tables = cached.setdefault(number, launchers.Tables())
-                tables.update(addresses, [parameter.numel() for parameter in parameters], device)
-                launchers.adamw(
-                    tables,
-                    by,
-                    lr=float(group["lr"]),
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    average_rest=1 - decay,
-                    low=low,
+            held = [None] * len(parameters) if copies is None else copies.writable(parameters)
+            entries = []
+            for parameter, copy in zip(parameters, held, strict=True):
+                state = self.state[parameter]
+                assert parameter.grad is not None
+                entries.append(
+                    launch.Entry(
+                        weight=parameter,
+                        gradient=parameter.grad,
+                        first=state["exp_avg"],
+                        second=state["exp_avg_sq"],
+                        step=state["step"],
+                        average=averages.get(parameter),
+                        copy=None if copy is None else copy.tensor,
+                    )
                 )
+            torch._foreach_add_([entry.step for entry in entries], 1)
+            launch.adamw(
+                cached.setdefault(number, launch.Tables()),
+                entries,
+                None if divisor is None else divisor.float().reshape(1),
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                average_rest=1 - decay,
+                low=None if copies is None else copies.dtype,
+            )
+            # Of the copies, too: a backward that needs the old one then says so.
+            written = [entry.copy for entry in entries if entry.copy is not None]
+            torch.autograd.graph.increment_version([*parameters, *written])
+            for parameter, copy in zip(parameters, held, strict=True):
+                if copy is not None:
+                    copy.vouch(parameter)
 
 
 def _check_update(

@@ -25,20 +25,29 @@ def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_close_to_eager(
-    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: float | None = None, factor: float = FACTOR
+    name: str,
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    scale: float = 0.0,
+    *,
+    factor: float = FACTOR,
+    ulps: float = FLOOR_ULPS,
 ) -> None:
     """Raise AssertionError unless ``actual`` is about as close to ``exact`` as ``eager`` is.
 
-    Both the largest and the RMS error must be at most ``factor`` times that of ``eager``, plus ``FLOOR_ULPS`` units
-    in the last place of ``scale``, because an eager result is at times right by chance.
+    Both the largest and the RMS error must be at most ``factor`` times that of ``eager``, plus a floor, because an
+    eager result is at times right by chance: ``ulps`` units in the last place of the largest value, half as many of
+    the RMS value, and what is lost near the dtype's smallest numbers.
 
     Args:
         name: of the quantity, for the message.
         actual: the kernel's result.
         eager: the result of the reference on the same inputs in the same dtype.
         exact: the result of the reference in float64.
-        scale: magnitude of the terms that were summed up; the largest ``|exact|`` by default.
-        factor: see above.
+        scale: magnitude of the terms that were summed up, where they may cancel: the floor counts units of this where
+            ``exact`` is smaller.
+        factor, ulps: see above.
     """
     assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{name} has dtype {actual.dtype}, eager {eager.dtype}"
@@ -54,10 +63,16 @@ def assert_close_to_eager(
     actual, eager, exact = actual[kept], eager[kept], exact[kept]
     if exact.numel() == 0:
         return
-    scale = exact.abs().max().item() if scale is None else scale
-    ulps = FLOAT64_FLOOR_ULPS if actual.dtype == torch.float64 else FLOOR_ULPS
-    floor = ulps * torch.finfo(actual.dtype).eps * scale + torch.finfo(actual.dtype).smallest_normal
-    for kind, ours, theirs in zip(("largest", "RMS"), errors(actual, exact), errors(eager, exact), strict=True):
+    limits = torch.finfo(actual.dtype)
+    ulps = FLOAT64_FLOOR_ULPS if actual.dtype == torch.float64 else ulps
+    # float16's smallest numbers are used; those of the others may be flushed to 0.
+    smallest = 2 * limits.smallest_normal * limits.eps if actual.dtype == torch.float16 else limits.smallest_normal
+    sizes = errors(exact, torch.zeros_like(exact))
+    # Of a single number the RMS error is the largest.
+    kinds = (("largest", ulps), ("RMS", ulps / 2))[: 1 if exact.numel() == 1 else 2]
+    pairs = zip(kinds, errors(actual, exact), errors(eager, exact), sizes, strict=False)
+    for (kind, units), ours, theirs, size in pairs:
+        floor = units * limits.eps * max(scale, size) + smallest
         assert ours <= factor * theirs + floor, (
             f"{name}: {kind} error {ours:.3e} is more than {factor} x eager's {theirs:.3e} + {floor:.1e}"
         )

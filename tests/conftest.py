@@ -10,6 +10,10 @@ if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter. Before anything imports triton, which reads this once: model tests do too.
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each start a thread a core would mostly wait for one another.
+    torch.set_num_threads(1)
+
 # One seed a session, so that inputs are fresh in every run and a failing run can be repeated.
 SESSION_SEED = int(os.environ.get("EAR_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
@@ -20,6 +24,10 @@ def pytest_report_header(config) -> str:
 
 def pytest_collection_modifyitems(items) -> None:
     if torch.cuda.is_available():
+        # The kernels' tests run on the GPU there, so `-m gpu` is all of them.
+        for item in items:
+            if "kernels" in item.path.parts:
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:

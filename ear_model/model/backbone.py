@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ear_kernels.functional_transformer import (
+from ear_kernels.functional import (
     dropout_add_layer_norm,
     norm_gelu_mlp,
     norm_self_attention,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ear_kernels import LowCopies
-from ear_kernels.dispatch import TRITON_IS_INSTALLED, requested_backend
+from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
 from ear_model.config import ModelConfig, RunConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.backbone import Backbone

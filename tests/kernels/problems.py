@@ -76,6 +76,8 @@ STRUCTURES = [
     ((6,), 8, 20, 128, 0, False, 1.3, 0.0, "mean", "some", False, True),
     ((2,), 33, 5, 70, -2, False, 1.0, 0.1, "none", "none", False, False),
     ((2,), 8, 1, 3000, -2, False, 1.0, 0.0, "mean", "some", True, True),
+    ((16,), 2, 2, 129, -2, False, 1.0, 0.0, "mean", "none", False, False),
+    ((4, 3), 4, 3, 257, 0, True, 1.3, 0.1, "none", "some", True, True),
     ((3,), 3, 2, 9000, -2, False, 0.5, 0.1, "none", "some", False, False),
     ((2, 2, 2), 3, 2, 5, 1, True, 1.0, 0.0, "sum", "none", True, True),
     ((), 5, 4, 8, -2, False, 1.0, 0.0, "mean", "nothing", False, False),

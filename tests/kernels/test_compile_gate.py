@@ -16,7 +16,7 @@ def test_shipped_kernels_compile(target):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "ear_kernels.compile_gate", "--target", target],
+        [sys.executable, "-W", "ignore", "-m", "ear_kernels.runtime.compile_gate", "--target", target],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     failed = [line for line in result.stdout.splitlines() if not line.startswith("ok")]

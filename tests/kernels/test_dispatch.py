@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from ear_kernels import FusedEnergyLoss, dispatch
+from ear_kernels import FusedEnergyLoss
+from ear_kernels.runtime import backend as dispatch
 
 
 def _loss():

@@ -144,13 +144,13 @@ def test_no_row_and_one_row(rows, reduction, device, poisoned_empty):
 
 def test_no_copy_of_strided_samples(device):
     """Samples in front, and four leading dimensions in the stored order: the kernel gets the caller's memory."""
-    from ear_kernels.ops.energy_loss import launchers
+    from ear_kernels.ops.energy_loss import launch
 
     samples = torch.randn(8, 2, 3, 4, 16, device=device).movedim(0, -2)
-    sizes, strides = launchers._collapsed([samples], 3)
-    assert sizes == [24]
-    assert strides == [[16]]
-    assert launchers.gradient_like(samples, True, "mean").stride() == samples.stride()
+    layout = launch.layout_of((samples, None))
+    assert layout.row_sizes == (24,)
+    assert layout.strides == ((16, 24 * 16, 1), None)
+    assert launch.gradient_like(samples, True, "mean").stride() == samples.stride()
 
 
 def test_leading_dimensions_that_do_not_collapse(device):
@@ -382,7 +382,7 @@ def test_cpu_tensors_without_the_interpreter(monkeypatch):
 
 
 def test_automatic_backend(device, monkeypatch):
-    from ear_kernels import dispatch
+    from ear_kernels.runtime import backend as dispatch
 
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "auto")
     expected = "triton" if HAS_GPU else "eager"

@@ -1,4 +1,4 @@
-"""accelerate() on models written here to the public key layout (spec 6): same loss, gradients and samples."""
+"""accelerate() on models of the public key layout (docs/model.md, Public files): same loss, gradients, samples."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import accelerate
-from ear_kernels.patch import UnknownModelError
+from ear_kernels.public_models import UnknownModelError
 from tests.kernels.generator_fixtures import DEVICE
 
 

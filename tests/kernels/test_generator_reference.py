@@ -69,7 +69,7 @@ def _randomise(module):
 
 
 def _public_head(state, z, noise, temperature, depth):
-    """The head of spec 2 from its public state dict, one row at a time in the public code's order of operations."""
+    """The head of docs/model.md (Generator) from its public state dict, in the public code's order of operations."""
 
     def linear(x, name):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]

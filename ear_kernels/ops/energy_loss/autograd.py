@@ -5,16 +5,19 @@ the scaling is one tiny kernel that returns at once if the incoming gradient is 
 gradients travel through memory once. It works in place on the saved buffer, which is then handed on; with
 ``retain_graph=True`` the buffer must survive, and a product is returned instead.
 
-Eager calls go to the launchers directly. Under torch.compile, or any mode that watches operators, the same launchers
-are reached through ``torch.ops.ear_kernels``.
+Eager calls go to the launch functions directly. Under torch.compile, or any mode that watches operators, the same
+functions are reached through ``torch.ops.ear_kernels``.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ear_kernels.ops.energy_loss import launchers
-from ear_kernels.ops.energy_loss.launchers import gradient_dtype
+from ear_kernels.ops.energy_loss import launch, launch_gaussian
+from ear_kernels.ops.energy_loss.launch import Options, gradient_dtype
 from ear_kernels.ops.energy_loss.reference import working_dtype
+from ear_kernels.runtime.autograd import graph_is_kept, is_watched, refuse_double_backward
 
 _library = torch.library.Library("ear_kernels", "FRAGMENT")
 _library.define(
@@ -27,75 +30,59 @@ _library.define(
     "Tensor? mask, Tensor? weights, Tensor? feature_weights, float alpha, float tau, float eps, str reduction, "
     "bool sample_gradient, bool parameter_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def _present(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator's outputs are tensors: empty ones in the place of None."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+def _energy_loss_operator(samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted):
+    options = Options(alpha, tau, eps, reduction)
+    results = launch.energy_loss_forward(samples, targets, mask, weights, feature_weights, options, *wanted)
+    return _present(results, samples)
+
+
+def _energy_gaussian_operator(
+    samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted
+):
+    options = Options(alpha, tau, eps, reduction)
+    results = launch_gaussian.energy_gaussian_forward(
+        samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, options, *wanted
+    )
+    return _present(results, samples)
+
+
 for _key in ("CPU", "CUDA"):
-    _library.impl("energy_loss_forward", launchers.energy_loss_forward, _key)
-    _library.impl("energy_gaussian_forward", launchers.energy_gaussian_forward, _key)
+    _library.impl("energy_loss_forward", _energy_loss_operator, _key)
+    _library.impl("energy_gaussian_forward", _energy_gaussian_operator, _key)
 
 
-def _fake_gradient(tensor: Tensor, wanted: bool, reduction: str) -> Tensor:
-    dtype = gradient_dtype(tensor.dtype, reduction)
-    return torch.empty_like(tensor, dtype=dtype) if wanted else tensor.new_empty(0, dtype=dtype)
+def _fake_loss(samples: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    return samples.new_empty(samples.shape[:-2] if reduction == "none" else (), dtype=dtype)
 
 
 @torch.library.register_fake("ear_kernels::energy_loss_forward", lib=_library)
-def _fake_energy_loss_forward(
-    samples,
-    targets,
-    mask,
-    weights,
-    feature_weights,
-    alpha,
-    tau,
-    eps,
-    reduction,
-    sample_gradient,
-    target_gradient,
-):
-    rows = samples.shape[:-2] if reduction == "none" else ()
-    return (
-        samples.new_empty(rows, dtype=working_dtype(samples, targets)),
-        _fake_gradient(samples, sample_gradient, reduction),
-        _fake_gradient(targets, target_gradient, reduction),
+def _fake_energy_loss(samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted):
+    gradients = (
+        launch.gradient_like(tensor, want, reduction) for tensor, want in zip((samples, targets), wanted, strict=True)
     )
+    loss = _fake_loss(samples, reduction, working_dtype(samples, targets))
+    return _present((loss, *gradients), samples)
 
 
 @torch.library.register_fake("ear_kernels::energy_gaussian_forward", lib=_library)
-def _fake_energy_gaussian_forward(
+def _fake_energy_gaussian(
     samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction,
     sample_gradient, parameter_gradient,
 ):  # fmt: skip
-    rows = samples.shape[:-2] if reduction == "none" else ()
-    shape = (*samples.shape[:-2], samples.shape[-1]) if parameter_gradient else (0,)
-    return (
-        samples.new_empty(rows, dtype=working_dtype(samples, mean, log_std)),
-        _fake_gradient(samples, sample_gradient, reduction),
-        mean.new_empty(shape, dtype=gradient_dtype(mean.dtype, reduction)),
-        log_std.new_empty(shape, dtype=gradient_dtype(log_std.dtype, reduction)),
+    shape = (*samples.shape[:-2], samples.shape[-1])
+    parameters = (
+        tensor.new_empty(shape, dtype=gradient_dtype(tensor.dtype, reduction)) if parameter_gradient else None
+        for tensor in (mean, log_std)
     )
-
-
-def _watched(tensor: Tensor) -> bool:
-    """True where the operators must be visible: compilation, fake tensors, dispatch modes."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def graph_is_kept() -> bool:
-    """Whether the running backward pass keeps its graph, so that a saved buffer may be needed again."""
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if probe is None else probe()
-
-
-def refuse_second_order() -> None:
-    # once_differentiable would not raise here: with a scalar loss the second-order gradient would be silently wrong.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the Triton energy loss has no second-order gradients (create_graph=True); "
-            "set EAR_KERNELS_BACKEND=eager for them"
-        )
+    gx = launch.gradient_like(samples, sample_gradient, reduction)
+    return _present((_fake_loss(samples, reduction, working_dtype(samples, mean, log_std)), gx, *parameters), samples)
 
 
 def scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype, trailing: int, watched: bool) -> Tensor:
@@ -107,85 +94,70 @@ def scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype, trailing: int
         return (gradient * incoming).to(dtype)
     if gradient.dtype == dtype and not graph_is_kept():
         if scalar:
-            launchers.scale_gradient_(gradient, incoming)
+            launch.scale_gradient_(gradient, incoming)
             return gradient
         return gradient.mul_(incoming)
     return torch.mul(gradient, incoming, out=torch.empty_like(gradient, dtype=dtype))
 
 
+def _scaled_gradients(ctx: Any, incoming: Tensor, trailing: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of the leading inputs from those that forward saved."""
+    refuse_double_backward("energy_loss")
+    watched = ctx.watched or torch.compiler.is_compiling()
+    return tuple(
+        scaled(gradient, incoming, dtype, dimensions, watched) if needed else None
+        for gradient, dtype, dimensions, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, trailing, ctx.needs_input_grad, strict=False
+        )
+    )
+
+
 class _EnergyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction):
-        needs_samples, needs_targets = ctx.needs_input_grad[:2]
-        watched = _watched(samples)
-        forward = torch.ops.ear_kernels.energy_loss_forward if watched else launchers.energy_loss_forward
-        loss, gx, gy = forward(
-            samples,
-            targets,
-            mask,
-            weights,
-            feature_weights,
-            alpha,
-            tau,
-            eps,
-            reduction,
-            needs_samples,
-            needs_targets,
-        )
-        ctx.save_for_backward(gx, gy)
-        ctx.dtypes, ctx.watched = (samples.dtype, targets.dtype), watched
+        wanted = ctx.needs_input_grad[:2]
+        ctx.watched = is_watched(samples)
+        if ctx.watched:
+            loss, *gradients = torch.ops.ear_kernels.energy_loss_forward(
+                samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted
+            )
+        else:
+            options = Options(alpha, tau, eps, reduction)
+            loss, *gradients = launch.energy_loss_forward(
+                samples, targets, mask, weights, feature_weights, options, *wanted
+            )
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = samples.dtype, targets.dtype
         return loss
 
     @staticmethod
     def backward(ctx, incoming):
-        refuse_second_order()
-        gx, gy = ctx.saved_tensors
-        needs_samples, needs_targets = ctx.needs_input_grad[:2]
-        watched = ctx.watched or torch.compiler.is_compiling()
-        gx = scaled(gx, incoming, ctx.dtypes[0], 2, watched) if needs_samples else None
-        gy = scaled(gy, incoming, ctx.dtypes[1], 2, watched) if needs_targets else None
-        return gx, gy, None, None, None, None, None, None, None
+        return (*_scaled_gradients(ctx, incoming, (2, 2)), None, None, None, None, None, None, None)
 
 
 class _GaussianEnergyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        samples,
-        mean,
-        log_std,
-        seed,
-        num_targets,
-        mask,
-        weights,
-        feature_weights,
-        alpha,
-        tau,
-        eps,
-        reduction,
+        ctx, samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction
     ):
         needs_samples, needs_mean, needs_log_std = ctx.needs_input_grad[:3]
-        watched = _watched(samples)
-        forward = torch.ops.ear_kernels.energy_gaussian_forward if watched else launchers.energy_gaussian_forward
-        loss, gx, gmean, glog_std = forward(
-            samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction,
-            needs_samples, needs_mean or needs_log_std,
-        )  # fmt: skip
-        ctx.save_for_backward(gx, gmean, glog_std)
-        ctx.dtypes, ctx.watched = (samples.dtype, mean.dtype, log_std.dtype), watched
+        wanted = needs_samples, needs_mean or needs_log_std
+        tensors = samples, mean, log_std, seed, num_targets, mask, weights, feature_weights
+        ctx.watched = is_watched(samples)
+        if ctx.watched:
+            loss, *gradients = torch.ops.ear_kernels.energy_gaussian_forward(
+                *tensors, alpha, tau, eps, reduction, *wanted
+            )
+        else:
+            options = Options(alpha, tau, eps, reduction)
+            loss, *gradients = launch_gaussian.energy_gaussian_forward(*tensors, options, *wanted)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = samples.dtype, mean.dtype, log_std.dtype
         return loss
 
     @staticmethod
     def backward(ctx, incoming):
-        refuse_second_order()
-        watched = ctx.watched or torch.compiler.is_compiling()
-        gradients = [
-            scaled(gradient, incoming, dtype, trailing, watched) if needed else None
-            for gradient, dtype, trailing, needed in zip(
-                ctx.saved_tensors, ctx.dtypes, (2, 1, 1), ctx.needs_input_grad[:3], strict=True
-            )
-        ]
-        return (*gradients, None, None, None, None, None, None, None, None, None)
+        return (*_scaled_gradients(ctx, incoming, (2, 1, 1)), *(None,) * 9)
 
 
 def energy_loss(
@@ -194,16 +166,10 @@ def energy_loss(
     mask_R: Tensor | None,
     weights_R: Tensor | None,
     feature_weights_D: Tensor | None,
-    *,
-    alpha: float,
-    tau: float,
-    eps: float,
-    reduction: str,
+    options: Options,
 ) -> Tensor:
     """The reduced energy loss by Triton; arguments and result as in :func:`reference.energy_loss`."""
-    return _EnergyLoss.apply(
-        samples_RnD, targets_RmD, mask_R, weights_R, feature_weights_D, alpha, tau, eps, reduction
-    )
+    return _EnergyLoss.apply(samples_RnD, targets_RmD, mask_R, weights_R, feature_weights_D, *options)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -222,11 +188,7 @@ def energy_loss_gaussian(
     mask_R: Tensor | None,
     weights_R: Tensor | None,
     feature_weights_D: Tensor | None,
-    *,
-    alpha: float,
-    tau: float,
-    eps: float,
-    reduction: str,
+    options: Options,
     seed: Tensor | None = None,
 ) -> Tensor:
     """The energy loss against ``num_targets`` draws a row of N(mean, exp(log_std)^2), made inside the kernel.
@@ -237,17 +199,12 @@ def energy_loss_gaussian(
     seed = draw_seed(samples_RnD.device) if seed is None else seed
     n, features = samples_RnD.shape[-2:]
     dtype = working_dtype(samples_RnD, mean_RD, log_std_RD)
-    if launchers.launch.energy_gaussian_config(n, features, dtype == torch.float64) is None:
+    if not launch_gaussian.fits_one_program(n, features, dtype == torch.float64):
         rows = samples_RnD.shape[:-2]
-        normals = launchers.gaussian_normals(seed, rows.numel(), num_targets, features, dtype)
-        targets = mean_RD.to(dtype).unsqueeze(-2) + log_std_RD.to(dtype).exp().unsqueeze(-2) * normals.view(
-            *rows, num_targets, features
-        )
-        return energy_loss(
-            samples_RnD, targets, mask_R, weights_R, feature_weights_D,
-            alpha=alpha, tau=tau, eps=eps, reduction=reduction,
-        )  # fmt: skip
+        normals = launch_gaussian.gaussian_normals(seed, rows.numel(), num_targets, features, dtype)
+        deviation = log_std_RD.to(dtype).exp().unsqueeze(-2)
+        targets = mean_RD.to(dtype).unsqueeze(-2) + deviation * normals.view(*rows, num_targets, features)
+        return energy_loss(samples_RnD, targets, mask_R, weights_R, feature_weights_D, options)
     return _GaussianEnergyLoss.apply(
-        samples_RnD, mean_RD, log_std_RD, seed, num_targets, mask_R, weights_R, feature_weights_D,
-        alpha, tau, eps, reduction,
-    )  # fmt: skip
+        samples_RnD, mean_RD, log_std_RD, seed, num_targets, mask_R, weights_R, feature_weights_D, *options
+    )

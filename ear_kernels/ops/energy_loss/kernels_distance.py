@@ -10,7 +10,7 @@ Legend: M, N points of a tile of the first and second set, D features of a step.
 import triton
 import triton.language as tl
 
-from ear_kernels.ops.energy_loss.kernels import power_of_positive
+from ear_kernels.ops.energy_loss.kernels_pairs import power_of_positive
 
 
 @triton.jit
@@ -101,7 +101,6 @@ def pairwise_product_kernel(
     alpha_: tl.float64,
     MODE: tl.constexpr,
     SAME: tl.constexpr,
-    DOUBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -156,5 +155,5 @@ def pairwise_product_kernel(
                     x_pointer += 1
                     y_pointer += 1
                 squares = exact
-            total += distance_sum(squares, counts, alpha, MODE, DOUBLE)
+            total += distance_sum(squares, counts, alpha, MODE, False)
     tl.store(total_ptr + tl.program_id(0), total)

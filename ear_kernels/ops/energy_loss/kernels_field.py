@@ -7,29 +7,20 @@
 Every sum has a fixed order. "Partners" of a sample are the m targets, then the N samples of the row: Z = m + N. The
 workspace holds [rows, blocks, Z, N] norms, one number for N blocks of features, so it is a small part of the inputs.
 
-Legend as in kernels.py; C partners of a program.
+Legend as in kernels_pairs.py; C partners of a program.
 """
 
 import triton
 import triton.language as tl
 
-from ear_kernels.ops.energy_loss.kernels import (
+from ear_kernels.ops.energy_loss.kernels_pairs import (
     is_in_safe_range,
+    load_root,
     power_of_positive,
     row_offset,
     row_scale,
     scaled_squares,
 )
-
-
-@triton.jit
-def load_root(feature_weight_ptr, feature, inside, DOUBLE: tl.constexpr):
-    """Square root of the feature weights [D] in the working dtype, 0 outside."""
-    if DOUBLE:
-        root = tl.sqrt(tl.load(feature_weight_ptr + feature, mask=inside, other=0.0).to(tl.float64))
-    else:
-        root = tl.sqrt_rn(tl.load(feature_weight_ptr + feature, mask=inside, other=0.0).to(tl.float32))
-    return root
 
 
 @triton.jit
@@ -59,66 +50,56 @@ def field_norms_kernel(
     mask_ptr,
     feature_weight_ptr,
     norm_ptr,
-    row_size_1,
-    row_size_2,
     m,
     features,
     blocks,
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xn,
-    stride_xd,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_ym,
-    stride_yd,
+    row_sizes,  # as in energy_rows_kernel
+    x_strides,
+    y_strides,
     N: tl.constexpr,
-    HAS_ROOT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     ROW_DIMS: tl.constexpr,
-    DOUBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Norms [rows, blocks, Z, N] of all pairs over one block of features; programs [rows, blocks]."""
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    dtype: tl.constexpr = norm_ptr.dtype.element_ty
     block = (tl.program_id(0) % blocks).to(tl.int64)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     # A masked row is not read; the later phases know it too.
     limit = features
-    if HAS_MASK:
+    if mask_ptr is not None:
         limit = tl.where(tl.load(mask_ptr + row).to(tl.int32) != 0, features, 0)
     sample = tl.arange(0, BLOCK_N).to(tl.int64)
     feature = block * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     inside_D = feature < limit
     inside_ND = (sample < N)[:, None] & inside_D[None, :]
-    x_row = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
-    y_row = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
-    x = tl.load(x_row + (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :], mask=inside_ND, other=0.0).to(
-        dtype
-    )  # [N, D]
-    root = tl.zeros([BLOCK_D], dtype)
-    if HAS_ROOT:
-        root = load_root(feature_weight_ptr, feature, inside_D, DOUBLE)
+    x_row = x_ptr + row_offset(row, row_sizes, x_strides, ROW_DIMS)
+    y_row = y_ptr + row_offset(row, row_sizes, y_strides, ROW_DIMS)
+    x = tl.load(
+        x_row + (sample * x_strides[ROW_DIMS])[:, None] + (feature * x_strides[ROW_DIMS + 1])[None, :],
+        mask=inside_ND,
+        other=0.0,
+    ).to(dtype)  # [N, D]
+    root = None
+    if feature_weight_ptr is not None:
+        root = load_root(feature_weight_ptr, feature, inside_D, dtype)
     out = norm_ptr + ((row * blocks + block) * (m + N)) * N + sample
-    y_pointer = y_row + feature * stride_yd
+    y_pointer = y_row + feature * y_strides[ROW_DIMS + 1]
     for _ in range(m):
         y = tl.load(y_pointer, mask=inside_D, other=0.0).to(dtype)
         u = x - y[None, :]
-        if HAS_ROOT:
+        if root is not None:
             u = u * root[None, :]
         tl.store(out, block_norm(u, -1, N, BLOCK_N), mask=sample < N)
-        y_pointer += stride_ym
+        y_pointer += y_strides[ROW_DIMS]
         out += N
-    x_pointer = x_row + feature * stride_xd
+    x_pointer = x_row + feature * x_strides[ROW_DIMS + 1]
     for j in range(N):
         u = x - tl.load(x_pointer, mask=inside_D, other=0.0).to(dtype)[None, :]
-        if HAS_ROOT:
+        if root is not None:
             u = u * root[None, :]
         tl.store(out, block_norm(u, j, N, BLOCK_N), mask=sample < N)
-        x_pointer += stride_xn
+        x_pointer += x_strides[ROW_DIMS]
         out += N
 
 
@@ -142,10 +123,6 @@ def field_combine_kernel(
     N: tl.constexpr,
     MODE: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DENOMINATOR: tl.constexpr,
-    DOUBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -155,7 +132,7 @@ def field_combine_kernel(
     [rows, Z, N]: the gradient of x_i by a pair is ``slope * (inverse * u)``. They are kept apart because their
     product may overflow where the gradient does not.
     """
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    dtype: tl.constexpr = norm_ptr.dtype.element_ty
     alpha = tl.full([], alpha_, tl.float64)
     eps = tl.full([], eps_, tl.float64).to(dtype)
     target_coefficient = tl.full([], target_coefficient_, tl.float64).to(dtype)
@@ -164,9 +141,7 @@ def field_combine_kernel(
     # One grid dimension, because the others end at 65,535.
     row = (tl.program_id(0) // partner_blocks).to(tl.int64) + tl.arange(0, 1)
     partner_block = tl.program_id(0) % partner_blocks
-    keep, factor = row_scale(
-        row, row >= 0, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR
-    )
+    keep, factor = row_scale(row, row >= 0, mask_ptr, weight_ptr, denominator_ptr, scale)
     partner = partner_block * BLOCK_C + tl.arange(0, BLOCK_C)
     sample = tl.arange(0, BLOCK_N)
     partners = m + N
@@ -193,7 +168,7 @@ def field_combine_kernel(
     if HAS_EPS:
         small = eps / divisor
         squares += small * small
-    if DOUBLE:
+    if dtype == tl.float64:
         norm = largest * tl.sqrt(squares)
     else:
         norm = largest * tl.sqrt_rn(squares)
@@ -230,98 +205,77 @@ def field_gradients_kernel(
     slope_ptr,
     gx_ptr,
     gy_ptr,
-    row_size_1,
-    row_size_2,
     m,
     features,
     blocks,
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xn,
-    stride_xd,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_ym,
-    stride_yd,
-    stride_gx0,
-    stride_gx1,
-    stride_gx2,
-    stride_gxn,
-    stride_gxd,
-    stride_gy0,
-    stride_gy1,
-    stride_gy2,
-    stride_gym,
-    stride_gyd,
+    row_sizes,  # as in energy_rows_kernel
+    x_strides,
+    y_strides,
+    gx_strides,
+    gy_strides,
     N: tl.constexpr,
-    HAS_ROOT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    SAMPLE_GRADIENT: tl.constexpr,
-    TARGET_GRADIENT: tl.constexpr,
     ROW_DIMS: tl.constexpr,
-    DOUBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of one block of features of one row; programs [rows, blocks]."""
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    dtype: tl.constexpr = slope_ptr.dtype.element_ty
     row = (tl.program_id(0) // blocks).to(tl.int64)
     limit = features
-    if HAS_MASK:
+    if mask_ptr is not None:
         limit = tl.where(tl.load(mask_ptr + row).to(tl.int32) != 0, features, 0)
     sample = tl.arange(0, BLOCK_N).to(tl.int64)
     feature = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     inside = feature < features
     inside_D = feature < limit
-    x_row = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
-    y_row = y_ptr + row_offset(row, row_size_1, row_size_2, stride_y0, stride_y1, stride_y2, ROW_DIMS)
-    gx_row = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
-    gy_row = gy_ptr + row_offset(row, row_size_1, row_size_2, stride_gy0, stride_gy1, stride_gy2, ROW_DIMS)
+    x_row = x_ptr + row_offset(row, row_sizes, x_strides, ROW_DIMS)
+    y_row = y_ptr + row_offset(row, row_sizes, y_strides, ROW_DIMS)
     x = tl.load(
-        x_row + (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :],
+        x_row + (sample * x_strides[ROW_DIMS])[:, None] + (feature * x_strides[ROW_DIMS + 1])[None, :],
         mask=(sample < N)[:, None] & inside_D[None, :],
         other=0.0,
     ).to(dtype)  # [N, D]
-    root = tl.zeros([BLOCK_D], dtype)
-    if HAS_ROOT:
-        root = load_root(feature_weight_ptr, feature, inside_D, DOUBLE)
+    root = None
+    if feature_weight_ptr is not None:
+        root = load_root(feature_weight_ptr, feature, inside_D, dtype)
     pair = row * (m + N) * N + sample
     gradient = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    y_pointer = y_row + feature * stride_yd
-    gy_pointer = gy_row + feature * stride_gyd
+    y_pointer = y_row + feature * y_strides[ROW_DIMS + 1]
+    if gy_ptr is not None:
+        gy_row = gy_ptr + row_offset(row, row_sizes, gy_strides, ROW_DIMS)
+        gy_pointer = gy_row + feature * gy_strides[ROW_DIMS + 1]
     for _ in range(m):
         u = x - tl.load(y_pointer, mask=inside_D, other=0.0).to(dtype)[None, :]
-        if HAS_ROOT:
+        if root is not None:
             u = u * root[None, :]
         inverse = tl.load(inverse_ptr + pair, mask=sample < N, other=0.0)
         slope = tl.load(slope_ptr + pair, mask=sample < N, other=0.0)
         pull = (u * inverse[:, None]) * slope[:, None]
         gradient += pull
-        if TARGET_GRADIENT:
+        if gy_ptr is not None:
             gy = -tl.sum(pull, axis=0)
-            if HAS_ROOT:
+            if root is not None:
                 gy = gy * root
             tl.store(gy_pointer, gy.to(gy_ptr.dtype.element_ty), mask=inside)
-            gy_pointer += stride_gym
-        y_pointer += stride_ym
+            gy_pointer += gy_strides[ROW_DIMS]
+        y_pointer += y_strides[ROW_DIMS]
         pair += N
-    if SAMPLE_GRADIENT:
-        x_pointer = x_row + feature * stride_xd
+    if gx_ptr is not None:
+        x_pointer = x_row + feature * x_strides[ROW_DIMS + 1]
         for _ in range(N):
             u = x - tl.load(x_pointer, mask=inside_D, other=0.0).to(dtype)[None, :]
-            if HAS_ROOT:
+            if root is not None:
                 u = u * root[None, :]
             inverse = tl.load(inverse_ptr + pair, mask=sample < N, other=0.0)
             slope = tl.load(slope_ptr + pair, mask=sample < N, other=0.0)
             gradient += (u * inverse[:, None]) * slope[:, None]
-            x_pointer += stride_xn
+            x_pointer += x_strides[ROW_DIMS]
             pair += N
-        if HAS_ROOT:
+        if root is not None:
             gradient = gradient * root[None, :]
+        gx_row = gx_ptr + row_offset(row, row_sizes, gx_strides, ROW_DIMS)
         tl.store(
-            gx_row + (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :],
+            gx_row + (sample * gx_strides[ROW_DIMS])[:, None] + (feature * gx_strides[ROW_DIMS + 1])[None, :],
             gradient.to(gx_ptr.dtype.element_ty),
             mask=(sample < N)[:, None] & inside[None, :],
         )

@@ -4,20 +4,23 @@ Normal numbers come from Philox4x32 (Salmon et al. 2011) by Box and Muller's tra
 (feature, row, group of four targets), the key is the 64-bit seed, so the draws depend neither on the launch
 configuration nor on the order of the programs, and a redo of a tile sees the same targets.
 
-Legend as in kernels.py.
+Legend as in kernels_pairs.py.
 """
 
 import triton
 import triton.language as tl
 
-from ear_kernels.ops.energy_loss.kernels import (
+from ear_kernels.ops.energy_loss.kernels_pairs import (
     accumulate_samples,
     any_of,
     inverse_root,
     is_in_safe_range,
+    load_root,
+    load_samples,
     pair_step,
     row_offset,
     row_scale,
+    store_sample_gradient,
 )
 
 
@@ -80,7 +83,6 @@ def accumulate_draws(
     MODE: tl.constexpr,
     SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    HAS_ROOT: tl.constexpr,
     REFINE: tl.constexpr,
     PARAMETER_GRADIENT: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -109,7 +111,7 @@ def accumulate_draws(
             normal = normal.to(x.dtype)
             y = mean + deviation * normal  # [R, D]
             u = x - y[:, None, :]
-            if HAS_ROOT:
+            if root is not None:
                 u = u * root[None, None, :]
             valid = keep[:, None] & (sample < tl.where(group * 4 + part < m, N, 0))[None, :]
             power, pull, out = pair_step(u, valid, careful, coefficient, alpha, eps, MODE, SINGLE, HAS_EPS, REFINE)
@@ -139,7 +141,6 @@ def accumulate_draws_fast(
     m,
     coefficient,
     N: tl.constexpr,
-    HAS_ROOT: tl.constexpr,
     REFINE: tl.constexpr,
     PARAMETER_GRADIENT: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -167,7 +168,7 @@ def accumulate_draws_fast(
             normal = normal.to(x.dtype)
             y = mean + deviation * normal  # [R, D]
             u = x - y[:, None, :]
-            if HAS_ROOT:
+            if root is not None:
                 u = u * root[None, None, :]
             squares = tl.sum(u * u, axis=2)
             lowest = tl.minimum(lowest, squares)
@@ -209,20 +210,11 @@ def energy_gaussian_kernel(
     gmean_ptr,
     glog_std_ptr,
     rows,
-    row_size_1,
-    row_size_2,
     m,
     features,
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xn,
-    stride_xd,
-    stride_gx0,
-    stride_gx1,
-    stride_gx2,
-    stride_gxn,
-    stride_gxd,
+    row_sizes,  # as in energy_rows_kernel
+    x_strides,
+    gx_strides,
     stride_mean,
     stride_log_std,
     alpha_: tl.float64,
@@ -232,18 +224,9 @@ def energy_gaussian_kernel(
     scale_: tl.float64,
     N: tl.constexpr,
     MODE: tl.constexpr,
-    SINGLE: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    HAS_ROOT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DENOMINATOR: tl.constexpr,
     REDUCE: tl.constexpr,
-    REFINE: tl.constexpr,
-    SAMPLE_GRADIENT: tl.constexpr,
-    PARAMETER_GRADIENT: tl.constexpr,
     ROW_DIMS: tl.constexpr,
-    DOUBLE: tl.constexpr,
     ROUNDS: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -254,7 +237,12 @@ def energy_gaussian_kernel(
 
     ``mean`` and ``log_std`` are [rows, D] with features next to each other; their gradients are contiguous [rows, D].
     """
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    PARAMETER_GRADIENT: tl.constexpr = gmean_ptr is not None
+    SINGLE: tl.constexpr = BLOCK_D == 1
+    # The relative error of the fast root, 2^-23, drowns in the gradient of the samples, but not in that of log_std,
+    # where the draws cancel.
+    REFINE: tl.constexpr = PARAMETER_GRADIENT and dtype == tl.float32
     alpha = tl.full([], alpha_, tl.float64)
     eps = tl.full([], eps_, tl.float64).to(dtype)
     target_coefficient = tl.full([], target_coefficient_, tl.float64).to(dtype)
@@ -264,33 +252,23 @@ def energy_gaussian_kernel(
 
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = row < rows
-    keep, factor = row_scale(
-        row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale, HAS_MASK, HAS_WEIGHT, HAS_DENOMINATOR
-    )
+    keep, factor = row_scale(row, in_range, mask_ptr, weight_ptr, denominator_ptr, scale)
     sample = tl.arange(0, BLOCK_N).to(tl.int64)
     feature = tl.arange(0, BLOCK_D).to(tl.int64)
     inside_D = feature < features
     inside_ND = (sample < N)[:, None] & inside_D[None, :]
-    x_rows = x_ptr + row_offset(row, row_size_1, row_size_2, stride_x0, stride_x1, stride_x2, ROW_DIMS)
-    x_offsets = (sample * stride_xn)[:, None] + (feature * stride_xd)[None, :]
-    x = tl.load(
-        x_rows[:, None, None] + x_offsets[None, :, :],
-        mask=keep[:, None, None] & inside_ND[None, :, :],
-        other=0.0,
-    ).to(dtype)  # [R, N, D]
+    x_rows = x_ptr + row_offset(row, row_sizes, x_strides, ROW_DIMS)
+    x_mask = keep[:, None, None] & inside_ND[None, :, :]
+    x = load_samples(x_rows, x_strides, sample, feature, x_mask, ROW_DIMS, dtype)  # [R, N, D]
     row_mask = keep[:, None] & inside_D[None, :]
     mean = tl.load(mean_ptr + (row * stride_mean)[:, None] + feature[None, :], mask=row_mask, other=0.0)
     log_std = tl.load(log_std_ptr + (row * stride_log_std)[:, None] + feature[None, :], mask=row_mask, other=0.0)
     mean = mean.to(dtype)  # [R, D]
     # Padded features and masked rows get no noise, so that their differences are 0.
     deviation = tl.where(row_mask, tl.exp(log_std.to(dtype)), 0.0)
-    root = feature.to(dtype)
-    if HAS_ROOT:
-        weight = tl.load(feature_weight_ptr + feature, mask=inside_D, other=0.0).to(dtype)
-        if DOUBLE:
-            root = tl.sqrt(weight)
-        else:
-            root = tl.sqrt_rn(weight)
+    root = None
+    if feature_weight_ptr is not None:
+        root = load_root(feature_weight_ptr, feature, inside_D, dtype)
 
     fidelity = tl.zeros_like(tl.sum(x, axis=2))
     diversity = fidelity
@@ -303,12 +281,12 @@ def energy_gaussian_kernel(
     if (MODE == 1) and (not SINGLE) and (not HAS_EPS):
         fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws_fast(
             x, root, mean, deviation, seed, row, feature, keep, m, target_coefficient,
-            N, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
+            N, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
         )  # fmt: skip
         if any_of(outside):
             fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
                 x, root, mean, deviation, seed, row, feature, keep, 1, m, target_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, 1, BLOCK_N,
+                N, MODE, SINGLE, HAS_EPS, REFINE, PARAMETER_GRADIENT, ROUNDS, 1, BLOCK_N,
             )  # fmt: skip
     else:
         careful = 0
@@ -316,7 +294,7 @@ def energy_gaussian_kernel(
         while careful < passes:
             fidelity, gradient, outside, pulls, pulls_normal = accumulate_draws(
                 x, root, mean, deviation, seed, row, feature, keep, careful, m, target_coefficient, alpha, eps,
-                N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
+                N, MODE, SINGLE, HAS_EPS, REFINE, PARAMETER_GRADIENT, ROUNDS, UNROLL, BLOCK_N,
             )  # fmt: skip
             careful += 1
             if (MODE != 2) and (not SINGLE):
@@ -325,8 +303,8 @@ def energy_gaussian_kernel(
     passes = 1
     while careful < passes:
         diversity, repulsion, outside = accumulate_samples(
-            x, root, x_rows, feature, keep, careful, features, stride_xn, stride_xd, pair_coefficient, alpha, eps,
-            N, MODE, SINGLE, HAS_EPS, HAS_ROOT, REFINE, BLOCK_N,
+            x, root, x_rows, feature, keep, careful, features, x_strides, pair_coefficient, alpha, eps,
+            N, MODE, SINGLE, HAS_EPS, REFINE, ROW_DIMS, BLOCK_N,
         )  # fmt: skip
         careful += 1
         if (MODE != 2) and (not SINGLE):
@@ -339,22 +317,15 @@ def energy_gaussian_kernel(
         tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, axis=0))
     else:
         tl.store(loss_ptr + row, loss, mask=in_range)
-    if SAMPLE_GRADIENT:
-        gradient = gradient * factor[:, None, None]
-        if HAS_ROOT:
-            gradient = gradient * root[None, None, :]
-        gradient = tl.where(keep[:, None, None], gradient, 0.0)
-        gx_rows = gx_ptr + row_offset(row, row_size_1, row_size_2, stride_gx0, stride_gx1, stride_gx2, ROW_DIMS)
-        gx_offsets = (sample * stride_gxn)[:, None] + (feature * stride_gxd)[None, :]
-        tl.store(
-            gx_rows[:, None, None] + gx_offsets[None, :, :],
-            gradient.to(gx_ptr.dtype.element_ty),
-            mask=in_range[:, None, None] & inside_ND[None, :, :],
+    if gx_ptr is not None:
+        gx_mask = in_range[:, None, None] & inside_ND[None, :, :]
+        store_sample_gradient(
+            gx_ptr, gradient, factor, root, keep, row, row_sizes, gx_strides, sample, feature, gx_mask, ROW_DIMS
         )
     if PARAMETER_GRADIENT:
         pulls = tl.where(keep[:, None], -pulls * factor[:, None], 0.0)
         pulls_normal = tl.where(keep[:, None], -pulls_normal * factor[:, None] * deviation, 0.0)
-        if HAS_ROOT:
+        if root is not None:
             pulls = pulls * root[None, :]
             pulls_normal = pulls_normal * root[None, :]
         pointer = (row * features)[:, None] + feature[None, :]

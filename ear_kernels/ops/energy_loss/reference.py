@@ -6,6 +6,9 @@ Shapes (suffixes): R rows (any number of leading dimensions), n samples, m targe
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 1 << 24
+"""Distances that :func:`pairwise_sum` holds at a time."""
+
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, float32 otherwise: halves are never subtracted or squared as halves."""
@@ -136,3 +139,19 @@ def energy_loss(
         return total
     weight = row_weights_R.sum()
     return total / torch.where(weight == 0, 1.0, weight)
+
+
+def pairwise_sum(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) -> Tensor:
+    """Sum of ``|x_i - y_j|^alpha`` over all pairs, or over i < j if ``same``; by chunks of rows, by differences."""
+    chunk = max(1, CHUNK_ELEMENTS // max(1, y_ND.shape[0]))
+    total = torch.zeros((), dtype=torch.float64, device=x_MD.device)
+    for start in range(0, x_MD.shape[0], chunk):
+        block = x_MD[start : start + chunk]
+        # The default would multiply matrices, and lose small distances.
+        distances = torch.cdist(block, y_ND, compute_mode="donot_use_mm_for_euclid_dist")
+        if alpha != 1:
+            distances = distances.pow(alpha)
+        if same:
+            distances = distances.triu(diagonal=start + 1)
+        total += distances.sum(dtype=torch.float64)
+    return total

@@ -1,17 +1,201 @@
-"""The whole generator after its two input linears as one autograd function around :mod:`passes`."""
+"""Library registration and autograd functions of the generator's operations. Importing this imports Triton."""
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln import autograd as adaln
-from ear_kernels.ops.generator import inference, passes
-from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS
+from ear_kernels.ops.generator import launch, launch_adaln, launch_few_rows, launch_ffn, launch_inference
+from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, is_norm_parameter
+from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.copies import low as low_copy
+
+LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
 
 
-def _forward(
+def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``function`` the library operation that ``schema`` names.
+
+    ``fake`` gets the arguments by position. Returns what calls the operation: through the library, which costs tens
+    of microseconds, only for a compiler, which needs it.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ear_kernels::{name}", fake, lib=LIBRARY)
+    operation = getattr(torch.ops.ear_kernels, name)
+
+    def run(*arguments: Any) -> Any:
+        return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+    return run
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast would cast nothing inside (the tensors have their dtypes) but would look at every GEMM."""
+    if tensor.is_meta:  # has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- LayerNorm + modulation
+
+
+def _adaln_forward_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], others[-1]
+    return hidden.new_empty(hidden.shape, dtype=dtype), _float32(hidden, rows), _float32(hidden, rows)
+
+
+def _adaln_backward_fake(
+    grad_out: Tensor, hidden: Tensor, shift: Tensor, scale: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    width = hidden.shape[-1]
+    grads = [tensor.new_empty(tensor.shape) for tensor in (hidden, shift, scale)]
+    return *grads, _float32(hidden, width), _float32(hidden, width)
+
+
+_adaln_forward = _register(
+    "adaln_fwd(Tensor hidden, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, int group, float eps, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    launch_adaln.adaln_forward,
+    _adaln_forward_fake,
+)
+_adaln_backward = _register(
+    "adaln_bwd(Tensor grad_out, Tensor hidden, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor rstd, int group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launch_adaln.adaln_backward,
+    _adaln_backward_fake,
+)
+
+
+class AdaLNModulate(torch.autograd.Function):
+    """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated rows ``[R, W]`` in ``dtype``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        group: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out, mean, rstd = _adaln_forward(hidden, shift, scale, weight, bias, group, eps, dtype)
+        ctx.save_for_backward(hidden, shift, scale, weight, bias, mean, rstd)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("adaln_modulate")
+        saved = ctx.saved_tensors
+        *grads, grad_weight, grad_bias = _adaln_backward(grad_out, *saved, ctx.group)
+        affine = [
+            grad.to(parameter.dtype) if parameter is not None else None
+            for grad, parameter in zip((grad_weight, grad_bias), saved[3:5], strict=True)
+        ]
+        return (*grads, *affine, None, None, None)
+
+
+# ------------------------------------------------------------------------------------------------- gated SiLU network
+
+
+def _ffn_forward_fake(
+    hidden: Tensor, modulated: Tensor, gate: Tensor, weight_in: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, save = hidden.new_empty(hidden.shape), others[-1]
+    if not save:
+        return out, hidden.new_empty(0), hidden.new_empty(0)
+    return out, hidden.new_empty((hidden.shape[0], weight_in.shape[0])), hidden.new_empty(hidden.shape)
+
+
+def _ffn_backward_fake(
+    grad_out: Tensor, modulated: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    inner, width = weight_in.shape[0], weight_out.shape[0]
+    grads = [tensor.new_empty(tensor.shape) for tensor in (modulated, gate, weight_in, weight_out)]
+    return *grads[:3], _float32(grad_out, inner), grads[3], _float32(grad_out, width)
+
+
+_ffn_forward = _register(
+    "gated_silu_ffn_fwd(Tensor hidden, Tensor modulated, Tensor gate, Tensor weight_in, Tensor? bias_in, "
+    "Tensor weight_out, Tensor? bias_out, int group, bool save) -> (Tensor, Tensor, Tensor)",
+    launch_ffn.ffn_forward,
+    _ffn_forward_fake,
+)
+_ffn_backward = _register(
+    "gated_silu_ffn_bwd(Tensor grad_out, Tensor modulated, Tensor gate, Tensor weight_in, Tensor weight_out, "
+    "Tensor pre, Tensor ffn, int group) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launch_ffn.ffn_backward,
+    _ffn_backward_fake,
+)
+
+
+class GatedSiluFFN(torch.autograd.Function):
+    """``hidden [R, W]``, ``modulated [R, U]``, ``gate [R / group, W]``, one dtype -> ``[R, W]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        modulated: Tensor,
+        gate: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        group: int,
+        save: bool,
+    ) -> Tensor:
+        out, pre, ffn = _ffn_forward(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out, group, save)
+        ctx.save_for_backward(modulated, gate, weight_in, weight_out, pre, ffn)
+        ctx.group, ctx.biases = group, (bias_in is not None, bias_out is not None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("gated_silu_ffn")
+        saved = ctx.saved_tensors
+        grad_modulated, grad_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _ffn_backward(
+            grad_out, *saved, ctx.group
+        )
+        has_in, has_out = ctx.biases
+        return (
+            grad_out,
+            grad_modulated,
+            grad_gate,
+            grad_w_in,
+            grad_b_in.to(grad_w_in.dtype) if has_in else None,
+            grad_w_out,
+            grad_b_out.to(grad_w_out.dtype) if has_out else None,
+            None,
+            None,
+        )
+
+
+def gated_silu_ffn(tensors: list[Tensor | None], group: int, dtype: torch.dtype) -> Tensor:
+    """The tensors of :class:`GatedSiluFFN`, in any dtypes -> ``[R, W]`` in ``dtype``."""
+    cast = [tensor.to(dtype) if tensor is not None else None for tensor in tensors]
+    # Asked here: inside an autograd function gradients are always off.
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in cast)
+    assert cast[0] is not None
+    with _without_autocast(cast[0]):
+        return GatedSiluFFN.apply(*cast, group, save)
+
+
+# --------------------------------------------------------------------------------------------- all blocks of the head
+
+
+def _blocks(
     hidden: Tensor,
     conditioning: Tensor,
     parameters: list[Tensor],
@@ -21,44 +205,33 @@ def _forward(
     eps: float,
     save: bool,
 ) -> list[Tensor]:
-    """[out ``[R, D]``, then with ``save`` what :func:`passes.backward` wants]."""
+    """[out ``[R, D]``, then with ``save`` what :func:`launch.backward` wants]."""
     if not save and group == 1:
-        return [inference.forward(hidden, conditioning, parameters, index, temperature, eps)]
-    return passes.forward(hidden, conditioning, parameters, index, group, temperature, eps, save)
+        return [launch_inference.forward(hidden, conditioning, parameters, index, temperature, eps)]
+    return launch.forward(hidden, conditioning, parameters, index, group, temperature, eps, save)
 
 
-def _forward_fake(
-    hidden: Tensor,
-    conditioning: Tensor,
-    parameters: list[Tensor],
-    index: Tensor | None,
-    group: int,
-    temperature: float,
-    eps: float,
-    save: bool,
+def _blocks_fake(
+    hidden: Tensor, conditioning: Tensor, parameters: list[Tensor], index: Tensor | None, group: int, *others: Any
 ) -> list[Tensor]:
-    depth = len(parameters) // BLOCK_PARAMETERS
-    entries, width = conditioning.shape
+    (entries, width), save = conditioning.shape, others[-1]
     rows = entries * group
 
-    def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype or hidden.dtype)
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape)
+
+    def stats() -> list[Tensor]:
+        return [_float32(hidden, rows), _float32(hidden, rows)]
 
     out = [new(rows, parameters[-2].shape[0])]
     if not save:
         return out
-    for _ in range(depth):
-        out += [
-            new(entries, 3 * width),
-            new(rows, width) if group > 1 else new(0),
-            new(rows, width),
-            new(rows, width),
-        ]
-        out += [new(rows, dtype=torch.float32), new(rows, dtype=torch.float32)]
-    out += [new(rows, width), new(rows, dtype=torch.float32), new(rows, dtype=torch.float32)]
-    return out + (
-        [new(rows, width), new(rows, 2 * width)] if group == 1 else [new(entries, 2 * width), new(rows, width)]
-    )
+    for _ in range(len(parameters) // BLOCK_PARAMETERS):
+        modulated = new(rows, width) if group > 1 else new(0)
+        out += [new(entries, 3 * width), modulated, new(rows, width), new(rows, width), *stats()]
+    out += [new(rows, width), *stats()]
+    both = [new(rows, width), new(rows, 2 * width)]
+    return out + (both if group == 1 else [new(entries, 2 * width), new(rows, width)])
 
 
 # torch 2.11 hands the entries of a ScalarType[] argument to fakes and kernels as c10::ScalarType codes, later ones as
@@ -71,7 +244,7 @@ def as_dtype(dtype: torch.dtype | int) -> torch.dtype:
     return _SCALAR_TYPES[dtype] if isinstance(dtype, int) else dtype
 
 
-def _backward(
+def _blocks_backward(
     grad_out: Tensor,
     hidden: Tensor,
     conditioning: Tensor,
@@ -81,48 +254,36 @@ def _backward(
     inverse: Tensor | None,
     group: int,
     dtypes: list[torch.dtype],
-    reuse: bool = False,
 ) -> list[Tensor]:
-    """See :func:`passes.backward`. As a library operation it changes none of its arguments."""
-    dtypes = [as_dtype(dtype) for dtype in dtypes]
-    return passes.backward(grad_out, hidden, conditioning, parameters, saved, index, inverse, group, dtypes, reuse)
+    """See :func:`launch.backward`. As a library operation it changes none of its arguments."""
+    wanted = [as_dtype(dtype) for dtype in dtypes]
+    return launch.backward(
+        grad_out, hidden, conditioning, parameters, saved, index, inverse, group, wanted, reuse=False
+    )
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    hidden: Tensor,
-    conditioning: Tensor,
-    parameters: list[Tensor],
-    saved: list[Tensor],
-    index: Tensor | None,
-    inverse: Tensor | None,
-    group: int,
-    dtypes: list[torch.dtype],
+def _blocks_backward_fake(
+    grad_out: Tensor, hidden: Tensor, conditioning: Tensor, parameters: list[Tensor], *others: Any
 ) -> list[Tensor]:
     inputs = [hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)]
     return inputs + [
         parameter.new_empty(parameter.shape, dtype=as_dtype(dtype))
-        for parameter, dtype in zip(parameters, dtypes, strict=True)
+        for parameter, dtype in zip(parameters, others[-1], strict=True)
     ]
 
 
-LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
-LIBRARY.define(
+_generator_forward = _register(
     "generator_blocks_fwd(Tensor hidden, Tensor conditioning, Tensor[] parameters, Tensor? index, int group, "
-    "float temperature, float eps, bool save) -> Tensor[]"
+    "float temperature, float eps, bool save) -> Tensor[]",
+    _blocks,
+    _blocks_fake,
 )
-LIBRARY.define(
+_register(
     "generator_blocks_bwd(Tensor grad_out, Tensor hidden, Tensor conditioning, Tensor[] parameters, Tensor[] saved, "
-    "Tensor? index, Tensor? inverse, int group, ScalarType[] dtypes) -> Tensor[]"
+    "Tensor? index, Tensor? inverse, int group, ScalarType[] dtypes) -> Tensor[]",
+    _blocks_backward,
+    _blocks_backward_fake,
 )
-LIBRARY.impl("generator_blocks_fwd", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("generator_blocks_bwd", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("ear_kernels::generator_blocks_fwd", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("ear_kernels::generator_blocks_bwd", _backward_fake, lib=LIBRARY)
-
-
-def _is_norm(position: int, count: int) -> bool:
-    return position % BLOCK_PARAMETERS < 2 and position < count - count % BLOCK_PARAMETERS
 
 
 class GeneratorBlocks(torch.autograd.Function):
@@ -141,45 +302,34 @@ class GeneratorBlocks(torch.autograd.Function):
         save: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        run = torch.ops.ear_kernels.generator_blocks_fwd if torch.compiler.is_compiling() else _forward
-        compute = conditioning.dtype
         # Cast once a step and keep: casting again in backward would read the float32 weights again.
         cast = [
-            parameter if _is_norm(position, len(parameters)) else low_copy(parameter, compute)
+            parameter if is_norm_parameter(position, len(parameters)) else low_copy(parameter, conditioning.dtype)
             for position, parameter in enumerate(parameters)
         ]
-        out, *saved = run(hidden, conditioning, cast, index, group, temperature, eps, save)
+        out, *saved = _generator_forward(hidden, conditioning, cast, index, group, temperature, eps, save)
         if save:
             ctx.save_for_backward(hidden, conditioning, index, inverse, *cast, *saved)
-            ctx.group, ctx.dtypes, ctx.spent = group, [parameter.dtype for parameter in parameters], False
+            ctx.group, ctx.dtypes = group, [parameter.dtype for parameter in parameters]
+            ctx.is_overwritten = False
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        adaln.refuse_double_backward("mlp_generator")
+        refuse_double_backward("mlp_generator")
         hidden, conditioning, index, inverse, *tensors = ctx.saved_tensors
-        count = len(ctx.dtypes)
-        arguments = (
-            grad_out,
-            hidden,
-            conditioning,
-            list(tensors[:count]),
-            list(tensors[count:]),
-            index,
-            inverse,
-            ctx.group,
-            ctx.dtypes,
-        )
+        cast, saved = list(tensors[: len(ctx.dtypes)]), list(tensors[len(ctx.dtypes) :])
+        arguments = (grad_out, hidden, conditioning, cast, saved, index, inverse, ctx.group, ctx.dtypes)
         if torch.compiler.is_compiling():
             grad_hidden, grad_conditioning, *gradients = torch.ops.ear_kernels.generator_blocks_bwd(*arguments)
         else:
-            if ctx.spent:
+            if ctx.is_overwritten:
                 raise RuntimeError(
                     "mlp_generator: backward ran before and has overwritten what it saved; "
                     "give the first call retain_graph=True"
                 )
-            ctx.spent = not adaln.graph_is_kept()
-            grad_hidden, grad_conditioning, *gradients = _backward(*arguments, reuse=ctx.spent)
+            ctx.is_overwritten = not graph_is_kept()
+            grad_hidden, grad_conditioning, *gradients = launch.backward(*arguments, reuse=ctx.is_overwritten)
         return (grad_hidden, grad_conditioning, None, None, None, None, None, None, *gradients)
 
 
@@ -196,5 +346,35 @@ def generator_blocks(
     """See :func:`ear_kernels.functional.generator_blocks`."""
     # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, conditioning, *parameters))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _without_autocast(hidden):
         return GeneratorBlocks.apply(hidden, conditioning, index, inverse, group, temperature, eps, save, *parameters)
+
+
+# -------------------------------------------------------------------------------------------- few rows, no gradients
+
+
+def _few_rows_fake(z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], *others: Any) -> Tensor:
+    return z.new_empty((noise.shape[0], parameters[-2].shape[0]), dtype=others[-1])
+
+
+_few_rows = _register(
+    "generator_few_rows(Tensor z, Tensor noise, Tensor[] inputs, Tensor[] parameters, int samples, "
+    "float temperature, float eps, ScalarType dtype) -> Tensor",
+    launch_few_rows.few_rows,
+    _few_rows_fake,
+)
+
+
+def few_rows(
+    z: Tensor,
+    noise: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    samples: int,
+    temperature: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The whole generator without gradients; see :func:`launch_few_rows.few_rows`."""
+    with _without_autocast(z):
+        return _few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)

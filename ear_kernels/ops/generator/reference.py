@@ -1,17 +1,69 @@
-"""The residual blocks and final layer of the generator in plain PyTorch (paper Eq. 11; spec 2)."""
+"""The generator's operations in plain PyTorch (paper Eq. 11; docs/model.md, section Generator)."""
+
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ear_kernels.ops.adaln.reference import adaln_modulate
-from ear_kernels.ops.silu_ffn.reference import gated_silu_ffn
+
+class Block(NamedTuple):
+    """Parameters of a residual block, in the order of all lists of them."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+    weight_mod: Tensor
+    bias_mod: Tensor
+
+
+class FinalLayer(NamedTuple):
+    """Parameters of the final layer, which follow those of the blocks."""
+
+    weight_mod: Tensor
+    bias_mod: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+
 
 BLOCK_PARAMETERS = 8
-"""Parameters of one block, in this order: norm weight, bias; first linear weight, bias; second linear weight,
-bias; modulation weight, bias."""
-
 FINAL_PARAMETERS = 4
-"""Parameters of the final layer: modulation weight, bias; output linear weight, bias."""
+
+
+def split_parameters(parameters: list[Tensor]) -> tuple[list[Block], FinalLayer]:
+    """Parameters of each block, and of the final layer."""
+    *blocks, final = (
+        parameters[start : start + BLOCK_PARAMETERS] for start in range(0, len(parameters), BLOCK_PARAMETERS)
+    )
+    return [Block(*block) for block in blocks], FinalLayer(*final)
+
+
+def is_norm_parameter(position: int, count: int) -> bool:
+    """Whether the parameter at ``position`` of ``count`` belongs to a norm, which may keep a dtype of its own."""
+    return position % BLOCK_PARAMETERS < 2 and position < count - FINAL_PARAMETERS
+
+
+def adaln_modulate(
+    hidden: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``LN(hidden) * (1 + scale) + shift``."""
+    return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps) * (1 + scale) + shift
+
+
+def gated_silu_ffn(
+    hidden: Tensor,
+    modulated: Tensor,
+    gate: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> Tensor:
+    """``hidden + gate * (weight_out @ SiLU(weight_in @ modulated + bias_in) + bias_out)``."""
+    inner = F.silu(F.linear(modulated, weight_in, bias_in))
+    return hidden + gate * F.linear(inner, weight_out, bias_out)
 
 
 def generator_blocks(
@@ -32,13 +84,12 @@ def generator_blocks(
         return modulation.repeat_interleave(group, 0, output_size=rows) if group > 1 else modulation
 
     activated = F.silu(conditioning)
-    *blocks, final = (
-        parameters[start : start + BLOCK_PARAMETERS] for start in range(0, len(parameters), BLOCK_PARAMETERS)
-    )
-    for norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, weight_mod, bias_mod in blocks:
-        shift, scale, gate = per_row(F.linear(activated, weight_mod, bias_mod)).chunk(3, -1)
-        modulated = adaln_modulate(hidden, shift * temperature, scale, norm_weight, norm_bias, eps)
-        hidden = gated_silu_ffn(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out)
-    weight_mod, bias_mod, weight_last, bias_last = final
-    shift, scale = per_row(F.linear(activated, weight_mod, bias_mod)).chunk(2, -1)
-    return F.linear(adaln_modulate(hidden, shift, scale, None, None, eps), weight_last, bias_last)
+    blocks, final = split_parameters(parameters)
+    for block in blocks:
+        shift, scale, gate = per_row(F.linear(activated, block.weight_mod, block.bias_mod)).chunk(3, -1)
+        modulated = adaln_modulate(hidden, shift * temperature, scale, block.norm_weight, block.norm_bias, eps)
+        hidden = gated_silu_ffn(
+            hidden, modulated, gate, block.weight_in, block.bias_in, block.weight_out, block.bias_out
+        )
+    shift, scale = per_row(F.linear(activated, final.weight_mod, final.bias_mod)).chunk(2, -1)
+    return F.linear(adaln_modulate(hidden, shift, scale, None, None, eps), final.weight_out, final.bias_out)

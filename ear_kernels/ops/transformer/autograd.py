@@ -1,153 +1,31 @@
-"""Launchers and autograd of the transformer block's memory-bound parts. Imports Triton."""
+"""Autograd of the transformer block's memory-bound parts. Imports Triton."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ear_kernels.low_copies import low as low_copy
-from ear_kernels.ops.adaln.autograd import RowConfig, backward_grid, block_of, refuse_double_backward, warps_of
-from ear_kernels.ops.column_sums.launchers import column_sums
-from ear_kernels.ops.generator.passes import weight_gradient
-from ear_kernels.ops.silu_ffn.autograd import linear
-from ear_kernels.ops.transformer import kernels
-
-PROGRAMS = 528
-"""Programs of a backward kernel over rows: 4 for each of an H200's SMs; a constant for the order of its sums."""
-
-COLUMNS = 1024
-"""Columns of the MLP's inner width that a program takes."""
-
-GELU_PROGRAMS = 2112
-"""Most runs of rows that the GELU's forward takes."""
-
-GELU_BACKWARD_PROGRAMS = 528
-"""Programs of the GELU's backward, all columns together: 4 for each of an H200's SMs."""
-
-STEPS = 2**16
+from ear_kernels.ops.transformer import launch, launch_attention
+from ear_kernels.ops.transformer.launch import Dropout
+from ear_kernels.runtime.autograd import refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
+from ear_kernels.runtime.copies import low
+from ear_kernels.runtime.gemm import linear, weight_gradient
 
 
-def norm_forward_warps(width: int) -> int:
-    """Within 2 % of the fastest on an H200 at 768, 1,024 and 1,280 (benchmarks/sweep_transformer.py)."""
-    return 4 if 1024 < width <= 2048 else warps_of(width)
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
-def norm_backward_config(width: int) -> RowConfig:
-    """Within 2 % of the fastest there of 12 to 40 launches each."""
-    if 1024 < width <= 2048:
-        return RowConfig(4, 4, PROGRAMS)
-    return RowConfig(warps_of(width), 3, 396 if width == 1024 else PROGRAMS)
+def cast_to(dtype: torch.dtype | None, gradient: Tensor) -> Tensor | None:
+    """A gradient in the dtype of its tensor; None for a tensor that was not given."""
+    return None if dtype is None else gradient.to(dtype)
 
 
-def dropout_options(dropout: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, int, float]:
-    """(seed tensor, threshold of 16 bits, scale of what is kept) of a dropout probability.
-
-    ``like`` stands in for a seed that is not needed, and is kept for backward in its place.
-    """
-    threshold = round(dropout * STEPS)
-    if threshold and seed is None:
-        seed = torch.randint(2**31, (1,), device=like.device)
-    return (seed if seed is not None else like), threshold, 1 / (1 - threshold / STEPS)
-
-
-def _add_norm(
-    branch: Tensor,
-    branch_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor,
-    threshold: int,
-    scale: float,
-    eps: float,
-    dtype: torch.dtype,
-    normed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, LN(x) in ``dtype``, mean, rstd) for contiguous ``branch, residual [R, W]``.
-
-    With ``normed [R, W]`` that gets ``(x - mean) rstd``, and the mean is left out.
-    """
-    rows, width = residual.shape
-    x, out = residual.new_empty((rows, width)), residual.new_empty((rows, width), dtype=dtype)
-    mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    if rows:
-        kernels.dropout_add_layer_norm_fwd_kernel[(rows,)](
-            branch,
-            branch_bias if branch_bias is not None else weight,
-            residual,
-            weight,
-            bias,
-            seed,
-            x,
-            out,
-            mean,
-            rstd,
-            normed if normed is not None else out,
-            threshold,
-            scale,
-            eps,
-            WIDTH=width,
-            BLOCK=max(8, block_of(width)),
-            DROPOUT=threshold > 0,
-            HAS_BRANCH_BIAS=branch_bias is not None,
-            SAVE_NORMED=normed is not None,
-            num_warps=norm_forward_warps(width),
-        )
-    return x, out, mean, rstd
-
-
-def _add_norm_backward(
-    grad_out: Tensor,
-    grad_x: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor,
-    threshold: int,
-    scale: float,
-    dtype: torch.dtype,
-    again: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
-
-    With ``again = (bias, out)`` ``x`` is ``(x - mean) rstd``, and out, which may be its memory, gets LN(x).
-    """
-    rows, width = x.shape
-    grad_branch = x.new_empty((rows, width), dtype=dtype)
-    # Alike in dtype to x, of which there may be no more than its normed rows.
-    grad_residual = x.new_empty((rows, width)) if grad_x is None or again is None else torch.empty_like(grad_x)
-    if rows == 0:
-        return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
-    config = norm_backward_config(width)
-    programs, rows_per_program = backward_grid(rows, config.programs)
-    partials = x.new_empty((programs, 3, width), dtype=torch.float32)
-    kernels.dropout_add_layer_norm_bwd_kernel[(programs,)](
-        grad_out.contiguous(),
-        grad_x.contiguous() if grad_x is not None else x,
-        x,
-        weight,
-        again[0] if again is not None else weight,
-        mean,
-        rstd,
-        seed,
-        grad_residual,
-        grad_branch,
-        again[1] if again is not None else x,
-        partials,
-        rows,
-        rows_per_program,
-        threshold,
-        scale,
-        WIDTH=width,
-        BLOCK=max(8, block_of(width)),
-        DROPOUT=threshold > 0,
-        HAS_GRAD_X=grad_x is not None,
-        NORMED=again is not None,
-        STAGES=config.stages,
-        num_warps=config.warps,
-    )
-    return grad_branch, grad_residual, column_sums(partials)
+def cast_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(``rows @ weight^T + bias`` in the rows' dtype, the weight in that dtype)."""
+    weight = low(weight, rows.dtype)
+    return linear(rows, weight, None if bias is None else low(bias, rows.dtype)), weight
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
@@ -161,85 +39,28 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         residual: Tensor,
         weight: Tensor,
         bias: Tensor,
-        seed: Tensor,
-        threshold: int,
-        scale: float,
+        dropout: Dropout,
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        x, out, mean, rstd = _add_norm(
-            branch, branch_bias, residual, weight, bias, seed, threshold, scale, eps, dtype
-        )
-        ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
-        ctx.threshold, ctx.scale, ctx.dtype = threshold, scale, branch.dtype
-        ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
+        x, out, mean, rstd = launch.add_norm(branch, branch_bias, residual, weight, bias, dropout, eps, dtype)
+        # The seed is in ``dropout``; saved, autograd sees if it is changed.
+        ctx.save_for_backward(x, weight, bias, mean, rstd, dropout.seed)
+        ctx.dropout, ctx.dtype, ctx.bias_dtype = dropout, branch.dtype, dtype_of(branch_bias)
         ctx.set_materialize_grads(False)
         return x, out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("dropout_add_layer_norm")
-        x, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        x, weight, bias, mean, rstd, _ = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        options = (ctx.threshold, ctx.scale, ctx.dtype)
-        branch, residual, sums = _add_norm_backward(grad_out, grad_x, x, weight, mean, rstd, seed, *options)
-        branch_bias = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
-        nothing = (None,) * 5
-        return branch, branch_bias, residual, sums[0].to(weight.dtype), sums[1].to(bias.dtype), *nothing
-
-
-def _gelu_dropout(pre: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
-    rows, width = pre.shape
-    out = torch.empty_like(pre)
-    if rows:
-        programs, rows_per_program = backward_grid(rows, GELU_PROGRAMS)
-        block = max(8, min(COLUMNS, block_of(width)))
-        kernels.gelu_dropout_fwd_kernel[(programs, -(-width // block))](
-            pre,
-            seed,
-            out,
-            rows,
-            rows_per_program,
-            threshold,
-            scale,
-            WIDTH=width,
-            BLOCK=block,
-            DROPOUT=threshold > 0,
-            num_warps=warps_of(block),
+        branch, residual, sums = launch.add_norm_backward(
+            grad_out, grad_x, x, weight, mean, rstd, ctx.dropout, ctx.dtype
         )
-    return out
-
-
-def _gelu_dropout_backward(
-    grad_out: Tensor, pre: Tensor, out: Tensor, seed: Tensor, threshold: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(gradient of ``pre``, in the memory of ``grad_out``; its column sums); writes the result again to ``out``."""
-    rows, width = pre.shape
-    if rows == 0:
-        return grad_out, pre.new_zeros(width, dtype=torch.float32)
-    block = max(8, min(COLUMNS, block_of(width)))
-    tiles = -(-width // block)
-    programs, rows_per_program = backward_grid(rows, max(1, GELU_BACKWARD_PROGRAMS // tiles))
-    partials = pre.new_empty((programs, width), dtype=torch.float32)
-    kernels.gelu_dropout_bwd_kernel[(programs, tiles)](
-        grad_out,
-        pre,
-        seed,
-        grad_out,
-        out,
-        partials,
-        rows,
-        rows_per_program,
-        threshold,
-        scale,
-        WIDTH=width,
-        BLOCK=block,
-        DROPOUT=threshold > 0,
-        STAGES=3,
-        num_warps=warps_of(block),
-    )
-    return grad_out, column_sums(partials)
+        parameters = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
+        return branch, cast_to(ctx.bias_dtype, sums[2]), residual, *parameters, None, None, None
 
 
 class Linear(torch.autograd.Function):
@@ -247,17 +68,31 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        low = low_copy(weight, x.dtype)
-        ctx.save_for_backward(x, low)
+        out, low_weight = cast_linear(x, weight, None)
+        ctx.save_for_backward(x, low_weight)
         ctx.dtype = weight.dtype
-        return linear(x, low, None)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        refuse_double_backward("linear")
-        x, low = ctx.saved_tensors
+        refuse_double_backward("project")
+        x, low_weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return torch.mm(grad, low), weight_gradient(grad, x, ctx.dtype)
+        return torch.mm(grad, low_weight), weight_gradient(grad, x, ctx.dtype)
+
+
+def mlp_backward(
+    grad: Tensor, pre: Tensor, second: Tensor, dropout: Dropout, dtypes: list[Any]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(gradient of ``pre``; those of bias_in, weight_out and bias_out) of the MLP from its pre-activation on.
+
+    ``dtypes`` are those of weight_in, bias_in, weight_out and bias_out; ``second`` is weight_out in the low dtype.
+    """
+    grad_pre, inner = torch.mm(grad, second), torch.empty_like(pre)
+    sums = launch.gelu_dropout_backward(grad_pre, pre, inner, dropout)
+    _, bias_in, weight_out, bias_out = dtypes
+    bias = None if bias_out is None else column_sums(grad, bias_out)
+    return grad_pre, [cast_to(bias_in, sums), weight_gradient(grad, inner, weight_out), bias]
 
 
 class GeluMLP(torch.autograd.Function):
@@ -271,83 +106,77 @@ class GeluMLP(torch.autograd.Function):
         bias_in: Tensor | None,
         weight_out: Tensor,
         bias_out: Tensor | None,
-        seed: Tensor,
-        threshold: int,
-        scale: float,
+        dropout: Dropout,
     ) -> Tensor:
-        dtype = x.dtype
-        first, second = low_copy(weight_in, dtype), low_copy(weight_out, dtype)
-        pre = linear(x, first, None if bias_in is None else low_copy(bias_in, dtype))
-        out = linear(
-            _gelu_dropout(pre, seed, threshold, scale),
-            second,
-            None if bias_out is None else low_copy(bias_out, dtype),
-        )
-        ctx.save_for_backward(x, pre, first, second, seed)
-        ctx.threshold, ctx.scale = threshold, scale
-        ctx.dtypes = [None if each is None else each.dtype for each in (weight_in, bias_in, weight_out, bias_out)]
+        pre, first = cast_linear(x, weight_in, bias_in)
+        out, second = cast_linear(launch.gelu_dropout(pre, dropout), weight_out, bias_out)
+        ctx.save_for_backward(x, pre, first, second, dropout.seed)
+        ctx.dropout, ctx.dtypes = dropout, [dtype_of(each) for each in (weight_in, bias_in, weight_out, bias_out)]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("gelu_mlp")
-        x, pre, first, second, seed = ctx.saved_tensors
-        weight_in, bias_in, weight_out, bias_out = ctx.dtypes
-        grad = grad.contiguous()
-        inner = torch.empty_like(pre)
-        grad_pre, sums = _gelu_dropout_backward(torch.mm(grad, second), pre, inner, seed, ctx.threshold, ctx.scale)
-        return (
-            torch.mm(grad_pre, first),
-            weight_gradient(grad_pre, x, weight_in),
-            None if bias_in is None else sums.to(bias_in),
-            weight_gradient(grad, inner, weight_out),
-            None if bias_out is None else column_sums(grad, bias_out),
-            None,
-            None,
-            None,
+        x, pre, first, second, _ = ctx.saved_tensors
+        grad_pre, rest = mlp_backward(grad.contiguous(), pre, second, ctx.dropout, ctx.dtypes)
+        return torch.mm(grad_pre, first), weight_gradient(grad_pre, x, ctx.dtypes[0]), *rest, None
+
+
+class QKVHeads(torch.autograd.Function):
+    """``x [B, L, W]`` -> query, key and value ``[B, H, L, D]``, strided views of one linear's output.
+
+    Backward packs their gradients into one matrix and sums its columns in the same pass; autograd's own way stacks,
+    permutes and copies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, width = x.shape
+        rows = x.reshape(-1, width)
+        packed, low_weight = cast_linear(rows, weight, bias)
+        ctx.save_for_backward(rows, low_weight)
+        ctx.dtypes = weight.dtype, dtype_of(bias)
+        query, key, value = (
+            packed.view(batch, length, 3, heads, weight.shape[0] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
         )
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("qkv_heads")
+        rows, low_weight = ctx.saved_tensors
+        batch, _, length, _ = grads[0].shape
+        packed, sums = launch.pack_heads(*grads)
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = torch.mm(packed, low_weight).view(batch, length, low_weight.shape[1])
+        return grad_x, weight_gradient(packed, rows, weight_dtype), cast_to(bias_dtype, sums), None
 
 
-def dropout_add_layer_norm(
-    branch: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    branch_bias: Tensor | None,
-    dropout: float,
-    eps: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`ear_kernels.functional.dropout_add_layer_norm`."""
-    width = residual.shape[-1]
-    options = (*dropout_options(dropout, seed, weight), eps, dtype)
-    x, out = DropoutAddLayerNorm.apply(
-        branch.reshape(-1, width), branch_bias, residual.reshape(-1, width), weight, bias, *options
-    )
-    return x.view(residual.shape), out.view(residual.shape)
+class SelfAttention(torch.autograd.Function):
+    """``x [B, L, C]`` -> the heads' results side by side, ``[B, L, W]``."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float) -> Tensor:
+        batch, length, columns = x.shape
+        rows = x.reshape(-1, columns)
+        qkv, low_weight = cast_linear(rows, weight, bias)
+        qkv = qkv.view(batch, length, weight.shape[0])
+        draws = launch_attention.draw(batch, heads, length, x.device) if dropout else None
+        out, lse = launch_attention.attention(qkv, heads, draws, dropout)
+        ctx.save_for_backward(rows, low_weight, qkv, out, lse, draws)
+        ctx.dtypes, ctx.heads, ctx.dropout = (weight.dtype, dtype_of(bias)), heads, dropout
+        return out
 
-def gelu_mlp(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See :func:`ear_kernels.functional.gelu_mlp`."""
-    options = dropout_options(dropout, seed, weight_in)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        out = GeluMLP.apply(rows, weight_in, bias_in, weight_out, bias_out, *options)
-    return out.view(*x.shape[:-1], weight_out.shape[0])
-
-
-def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`ear_kernels.functional_transformer.project`."""
-    with torch.autocast(x.device.type, enabled=False):
-        out = Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("self_attention")
+        rows, low_weight, qkv, out, lse, draws = ctx.saved_tensors
+        grad, sums = launch_attention.attention_backward(
+            grad_out.contiguous(), qkv, out, lse, ctx.heads, draws, ctx.dropout
+        )
+        grad = grad.flatten(0, 1)
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = torch.mm(grad, low_weight).view(*qkv.shape[:2], rows.shape[1])
+        return grad_x, weight_gradient(grad, rows, weight_dtype), cast_to(bias_dtype, sums), None, None

@@ -50,24 +50,21 @@ def _normal(h, FAST: tl.constexpr):
 @triton.jit
 def dropout_add_layer_norm_fwd_kernel(
     branch,  # [R, W]
-    branch_bias,  # [W]: added to branch first
+    branch_bias,  # [W], added to branch first, or None
     residual,  # [R, W]
     weight,  # [W]
     bias,  # [W]
-    seed,  # [1] int64
+    seed,  # [1] int64, or None: no dropout
     x,  # [R, W], out: residual + dropout(branch + branch_bias)
     out,  # [R, W], out: LN(x)
-    mean,  # [R] float32, out; not written with SAVE_NORMED
+    mean,  # [R] float32, out, or None
     rstd,  # [R] float32, out
-    normed,  # [R, W], out with SAVE_NORMED: (x - mean) rstd
+    normed,  # [R, W], out, in the place of mean: (x - mean) rstd
     threshold,
     scale,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HAS_BRANCH_BIAS: tl.constexpr,
-    SAVE_NORMED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -75,9 +72,9 @@ def dropout_add_layer_norm_fwd_kernel(
     place = row * WIDTH + cols
     y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
     r_W = tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
-    if HAS_BRANCH_BIAS:
+    if branch_bias is not None:
         y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
-    if DROPOUT:
+    if seed is not None:
         y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, scale, BLOCK)
     # Rounded to the stream's type before the norm: backward sees this stored row.
     stored_W = (r_W + y_W).to(x.dtype.element_ty)
@@ -87,10 +84,10 @@ def dropout_add_layer_norm_fwd_kernel(
     centred_W = tl.where(live, x_W - mu, 0.0)
     rs = 1.0 / tl.sqrt(tl.sum(centred_W * centred_W, 0) / WIDTH + eps)
     tl.store(rstd + row, rs)
-    if SAVE_NORMED:
-        tl.store(normed + place, (centred_W * rs).to(normed.dtype.element_ty), mask=live)
-    else:
+    if mean is not None:
         tl.store(mean + row, mu)
+    else:
+        tl.store(normed + place, (centred_W * rs).to(normed.dtype.element_ty), mask=live)
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
     b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
     tl.store(out + place, (centred_W * rs * w_W + b_W).to(out.dtype.element_ty), mask=live)
@@ -99,16 +96,16 @@ def dropout_add_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
-    grad_x,  # [R, W]: gradient that reaches x past the norm
-    x,  # [R, W], or with NORMED (x - mean) rstd
+    grad_x,  # [R, W]: gradient that reaches x past the norm; None for 0
+    x,  # [R, W], or without mean (x - mean) rstd
     weight,  # [W]
-    bias,  # [W], read with NORMED
-    mean,  # [R] float32, not read with NORMED
+    bias,  # [W], or None with mean
+    mean,  # [R] float32, or None
     rstd,  # [R] float32
-    seed,  # [1] int64
+    seed,  # [1] int64, or None: no dropout
     grad_residual,  # [R, W], out (may be grad_x's memory)
     grad_branch,  # [R, W], out
-    again,  # [R, W], out with NORMED: LN(x) again, for the weight gradient of what reads it (may be x's memory)
+    recomputed,  # [R, W], out without mean: LN(x), for the weight gradient of what reads it (may be x's memory)
     partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias
     rows,
     rows_per_program,
@@ -116,18 +113,15 @@ def dropout_add_layer_norm_bwd_kernel(
     scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HAS_GRAD_X: tl.constexpr,
-    NORMED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
     w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
-    if NORMED:
+    if mean is None:
         b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
-    if DROPOUT:
+    if seed is not None:
         drawn_from = tl.load(seed)
     sum_weight_W = tl.zeros([BLOCK], tl.float32)
     sum_bias_W = tl.zeros([BLOCK], tl.float32)
@@ -139,9 +133,9 @@ def dropout_add_layer_norm_bwd_kernel(
         g_W = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
         rs = tl.load(rstd + row)
-        if NORMED:
+        if mean is None:
             n_W = x_W
-            tl.store(again + place, (n_W * w_W + b_W).to(again.dtype.element_ty), mask=live)
+            tl.store(recomputed + place, (n_W * w_W + b_W).to(recomputed.dtype.element_ty), mask=live)
         else:
             # Not 0 past the end of the row, but what it is multiplied by there is.
             n_W = (x_W - tl.load(mean + row)) * rs
@@ -151,10 +145,10 @@ def dropout_add_layer_norm_bwd_kernel(
         average = tl.sum(g_W, 0) / WIDTH
         projection = tl.sum(g_W * n_W, 0) / WIDTH
         dx_W = (g_W - (average + n_W * projection)) * rs
-        if HAS_GRAD_X:
+        if grad_x is not None:
             dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
-        if DROPOUT:
+        if seed is not None:
             dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
         sum_branch_W += dx_W
         tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
@@ -167,7 +161,7 @@ def dropout_add_layer_norm_bwd_kernel(
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def gelu_dropout_fwd_kernel(
     pre,  # [R, V]
-    seed,  # [1] int64
+    seed,  # [1] int64, or None: no dropout
     out,  # [R, V], out
     rows,
     rows_per_program,
@@ -175,7 +169,6 @@ def gelu_dropout_fwd_kernel(
     scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    DROPOUT: tl.constexpr,
 ):
     """Axis 0 of the grid: rows; axis 1: columns, BLOCK at a time.
 
@@ -184,7 +177,7 @@ def gelu_dropout_fwd_kernel(
     tile = tl.program_id(1)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     live = cols < WIDTH
-    if DROPOUT:
+    if seed is not None:
         drawn_from = tl.load(seed)
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
@@ -195,7 +188,7 @@ def gelu_dropout_fwd_kernel(
         next_h = tl.load(pre + WIDTH + place, mask=live & (index + 1 < end))
         cumulative, _ = _normal(h, out.dtype.element_ty != tl.float32)
         y = h * cumulative
-        if DROPOUT:
+        if seed is not None:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
             y *= _kept(drawn_from, counter, threshold, scale, BLOCK)
         tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
@@ -205,9 +198,9 @@ def gelu_dropout_fwd_kernel(
 def gelu_dropout_bwd_kernel(
     grad_out,  # [R, V]
     pre,  # [R, V]
-    seed,  # [1] int64
+    seed,  # [1] int64, or None: no dropout
     grad_pre,  # [R, V], out (may be grad_out's memory)
-    out,  # [R, V], out: forward's result again, for the weight gradient of the next linear (may be pre's memory)
+    out,  # [R, V], out: forward's result, for the weight gradient of the next linear (may be pre's memory)
     partials,  # [programs, V] float32, out: column sums of grad_pre
     rows,
     rows_per_program,
@@ -215,25 +208,23 @@ def gelu_dropout_bwd_kernel(
     scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = tl.program_id(1)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     live = cols < WIDTH
-    if DROPOUT:
+    if seed is not None:
         drawn_from = tl.load(seed)
     total = tl.zeros([BLOCK], tl.float32)
     begin = program * rows_per_program
-    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=3):
         place = tl.cast(index, tl.int64) * WIDTH + cols
         g = tl.load(grad_out + place, mask=live, other=0.0).to(tl.float32)
         h = tl.load(pre + place, mask=live, other=0.0).to(tl.float32)
         cumulative, density = _normal(h, out.dtype.element_ty != tl.float32)
         y = h * cumulative
         slope = cumulative + h * density
-        if DROPOUT:
+        if seed is not None:
             counter = (tl.cast(index, tl.int32) * tl.num_programs(1) + tile) * (BLOCK // 8)
             kept = _kept(drawn_from, counter, threshold, scale, BLOCK)
             y *= kept
@@ -261,7 +252,6 @@ def pack_heads_kernel(
     WIDTH: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Axis 1 of the grid says which of the three."""
     which = tl.program_id(1)
@@ -275,7 +265,7 @@ def pack_heads_kernel(
     inside = (cols // DIM) * stride_head + cols % DIM
     total = tl.zeros([BLOCK], tl.float32)
     begin = tl.program_id(0) * rows_per_program
-    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=2):
         row = tl.cast(index, tl.int64)
         start = (row // length) * stride_batch + (row % length) * stride_row
         x = tl.load(source + start + inside, mask=live, other=0.0)

@@ -1,5 +1,10 @@
-"""The memory-bound parts of a pre-norm transformer block in plain PyTorch: the oracle and the CPU path."""
+"""The memory-bound parts of a pre-norm transformer block in plain PyTorch: the oracle and the CPU path.
 
+The eager path of self-attention is ``F.scaled_dot_product_attention``; :func:`attention` is its oracle with a given
+dropout mask.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,3 +43,26 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     packed = F.linear(x, weight, bias).view(batch, length, 3, heads, weight.shape[0] // (3 * heads))
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
     return query, key, value
+
+
+def columns(length: int) -> Tensor:
+    """The odd numbers c of the positions, int64 ``[L]``: what ``kernels_attention._column`` computes."""
+    x = (torch.arange(length) + 1) * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x85EBCA6B & 0xFFFFFFFF
+    return (x ^ (x >> 13)) | 1
+
+
+def kept(draws: Tensor, threshold: int) -> Tensor:
+    """Bool ``[B H, L, L]``: what the kernels keep of the attention weights for ``draws [2, B H, L]`` (int32).
+
+    An element is kept if ``r_i c_j + s_i mod 2^32``, as a signed number, is at least ``threshold``.
+    """
+    r, s = draws.long().unsqueeze(-1).unbind()
+    bits = (r * columns(draws.shape[-1]).to(r.device) + s) & 0xFFFFFFFF
+    return torch.where(bits >= 2**31, bits - 2**32, bits) >= threshold
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, factors: Tensor | None = None) -> Tensor:
+    """``(softmax(q k^T / sqrt(D)) * factors) v`` of ``[B, H, L, D]``; ``factors [B, H, L, L]``: the dropout's."""
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+    return (weights if factors is None else weights * factors.to(weights.dtype)) @ value

@@ -1,0 +1,159 @@
+"""The energy loss: shapes, dtypes, checks and errors. The maths is in ``reference.py``."""
+
+import torch
+from torch import Tensor
+
+from ear_kernels.ops.energy_loss import reference
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, dimension
+from ear_kernels.targets import GaussianTarget
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: str) -> None:
+    """Raise ValueError or TypeError unless the options of :func:`energy_loss` are usable."""
+    for name, value in (("alpha", alpha), ("tau", tau), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not 0 < alpha <= 2:
+        raise ValueError(f"alpha is {alpha}; it must be in (0, 2]")
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau is {tau}; it must be in (0, 1]")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps}; it must be 0 or a positive finite number")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+
+
+def _refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str | None:
+    """Why the kernels cannot do a call of the energy loss that the reference can; None if they can."""
+    if torch.is_grad_enabled():
+        for name, tensor in (("weights", weights), ("feature_weights", feature_weights)):
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} that require gradients, which the kernels do not give"
+    return None
+
+
+def _in_front_of_features(tensor: Tensor, name: str, dim: int) -> Tensor:
+    """``tensor`` with the dimension ``dim`` moved to the place before the last; itself where it is there."""
+    dim = dimension(name, dim, tensor.ndim)
+    return tensor if dim == tensor.ndim - 2 else tensor.movedim(dim, -2)
+
+
+def _fits(targets_RmD: Tensor, rows: torch.Size, features: int) -> bool:
+    shape = targets_RmD.shape
+    return shape[:-2] == rows and shape[-1] == features and shape[-2] >= 1
+
+
+def _wrong_target(
+    name: str, given: Tensor, samples: Tensor, rows: torch.Size, features: int, target_dim: int, is_gaussian: bool
+) -> str:
+    several = f" or, with m targets a row along dimension {target_dim}, {(*rows, 'm', features)}"
+    return (
+        f"{name} has shape {tuple(given.shape)}; for samples of shape {tuple(samples.shape)} it must be "
+        f"{(*rows, features)}{'' if is_gaussian else several}"
+    )
+
+
+def energy_loss(
+    samples: Tensor,
+    target: Tensor | GaussianTarget,
+    mask: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    tau: float = 1.0,
+    sample_dim: int = -2,
+    target_dim: int = -2,
+    weights: Tensor | None = None,
+    feature_weights: Tensor | None = None,
+    eps: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Energy loss of n samples against m targets a row (paper Eq. 10; general form in docs/energy_loss.md).
+
+    ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``
+
+    With n = 2, m = 1 this is Eq. 10 to the letter; with tau = 1 it is twice the fair (U-statistic) energy score.
+    All differences, squares and sums are in float32, or in float64 if an input is float64. The gradient of a
+    distance at coincident points is 0 for every alpha.
+
+    Args:
+        samples: ``[..., n, D]``, n >= 2, floating point; the n samples are along ``sample_dim``.
+        target: ``[..., D]`` (one target a row) or ``[..., m, D]`` (as many dimensions as ``samples``; the m targets
+            are along ``target_dim``), or a :class:`GaussianTarget`, whose m targets are drawn in the kernel.
+        mask: broadcastable to the rows ``[...]``, bool or number; rows where it is 0 contribute nothing and get
+            zero gradient, whatever they hold (NaN and Inf included).
+        alpha: exponent of the distances, in (0, 2]. Strictly proper below 2.
+        tau: weight of the diversity term, in (0, 1].
+        sample_dim: the dimension of the samples in ``samples``; 0 for the samples-first layout. Strided views are
+            not copied.
+        target_dim: the dimension of the targets where ``target`` has one.
+        weights: row weights, broadcastable to ``[...]``, non-negative.
+        feature_weights: ``[D]``, non-negative, inside the norm: ``|v|^2 = sum_d w_d v_d^2``.
+        eps: smoothing of the distance, ``(|v|^2 + eps^2)^(alpha/2)``; keeps gradients bounded for alpha < 1.
+        reduction: "mean" (over unmasked rows; over the weights where given; 0 if there are none), "sum", or
+            "none" (weighted rows, masked ones 0).
+
+    Returns:
+        A scalar, or ``[...]`` for "none"; float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: an option out of range, fewer than 2 samples, shapes or devices that do not fit.
+        TypeError: an argument that is no floating-point tensor.
+    """
+    check_energy_loss_options(alpha, tau, eps, reduction)
+    check_floating("samples", samples)
+    gaussian = target if isinstance(target, GaussianTarget) else None
+    given = target.mean if isinstance(target, GaussianTarget) else target
+    name = "target" if gaussian is None else "target.mean"
+    check_floating(name, given)
+    check_device(name, given, samples, "samples")
+    if samples.ndim < 2:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
+    samples_RnD = _in_front_of_features(samples, "sample_dim", sample_dim)
+    rows, (n, features) = samples_RnD.shape[:-2], samples_RnD.shape[-2:]
+    if n < 2:
+        raise ValueError(
+            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; "
+            "the energy loss needs at least 2"
+        )
+    if features < 1:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+    targets_RmD = None
+    if gaussian is None and given.ndim == samples.ndim:
+        targets_RmD = _in_front_of_features(given, "target_dim", target_dim)
+    elif given.ndim == samples.ndim - 1:
+        targets_RmD = given.unsqueeze(-2)
+    if targets_RmD is None or not _fits(targets_RmD, rows, features):
+        raise ValueError(_wrong_target(name, given, samples, rows, features, target_dim, gaussian is not None))
+    for name, tensor in (("mask", mask), ("weights", weights)):
+        if tensor is not None:
+            check_device(name, tensor, samples, "samples")
+            check_broadcast(name, tensor, tuple(rows))
+    if feature_weights is not None:
+        check_floating("feature_weights", feature_weights)
+        check_device("feature_weights", feature_weights, samples, "samples")
+        if tuple(feature_weights.shape) != (features,):
+            raise ValueError(f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]")
+    reason = _refusal(weights, feature_weights)
+    if applies("energy_loss", samples, reason):
+        # Imported here, so that importing ear_kernels needs no Triton.
+        from ear_kernels.ops.energy_loss import autograd
+        from ear_kernels.ops.energy_loss.launch import Options
+
+        options = Options(float(alpha), float(tau), float(eps), reduction)
+        if gaussian is not None:
+            log_std = gaussian.log_std.expand_as(gaussian.mean)
+            return autograd.energy_loss_gaussian(
+                samples_RnD, gaussian.mean, log_std, gaussian.num_targets, mask, weights, feature_weights, options
+            )
+        return autograd.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, options)
+    if gaussian is not None:
+        targets_RmD = reference.draw_gaussian_targets(
+            samples_RnD, gaussian.mean, gaussian.log_std, gaussian.num_targets
+        )
+    return reference.energy_loss(
+        samples_RnD, targets_RmD, mask, weights, feature_weights,
+        alpha=float(alpha), tau=float(tau), eps=float(eps), reduction=reduction,
+    )  # fmt: skip

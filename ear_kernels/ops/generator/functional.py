@@ -1,0 +1,245 @@
+"""Shapes, dtypes, checks and errors of the generator's operations, and the choice of their backend."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ear_kernels.ops.generator import reference
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype
+
+MAX_WIDTH = 8192
+"""Widest row of the kernels: one program holds a row and its column sums in registers."""
+
+
+def _refusal(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors, the first of which has their rows; None if they can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
+    width = tensors[0].shape[-1] if tensors[0] is not None else 0
+    return None if 1 <= width <= MAX_WIDTH else f"width {width} (the kernels take 1 to {MAX_WIDTH})"
+
+
+def _rows_an_entry(rows: tuple[int, ...], leading: tuple[int, ...]) -> int | None:
+    """Rows per entry when ``leading`` (a broadcastable shape) holds one entry for a run of consecutive rows.
+
+    None if the shapes broadcast in any other way, and then the caller must expand.
+    """
+    leading = (1,) * (len(rows) - len(leading)) + leading
+    split = 0
+    while split < len(rows) and leading[split] == rows[split]:
+        split += 1
+    return math.prod(rows[split:]) if all(size == 1 for size in leading[split:]) else None
+
+
+def _modulation_rows(hidden: Tensor, *tensors: Tensor) -> tuple[int, list[Tensor]]:
+    """(group, the tensors as ``[R / group, W]``) for tensors that broadcast to ``hidden [..., W]``."""
+    rows, width = tuple(hidden.shape[:-1]), hidden.shape[-1]
+    groups = {
+        _rows_an_entry(rows, tuple(tensor.shape[:-1])) if tensor.ndim and tensor.shape[-1] == width else None
+        for tensor in tensors
+    }
+    group = groups.pop() if len(groups) == 1 else None
+    if not group:
+        return 1, [tensor.expand(hidden.shape).reshape(-1, width) for tensor in tensors]
+    return group, [tensor.reshape(-1, width) for tensor in tensors]
+
+
+def adaln_modulate(
+    hidden: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``LN(hidden) * (1 + scale) + shift`` over the last dimension (paper Eq. 11, first line).
+
+    Args:
+        hidden: ``[..., W]``, floating point.
+        shift, scale: broadcastable to ``hidden``; one of them a row, or one for several rows.
+        weight, bias: the LayerNorm's affine parameters, ``[W]``; None for a norm without them.
+        eps: added to the variance.
+
+    Returns:
+        ``[..., W]`` in the promoted dtype of hidden, shift and scale. The Triton path computes in float32 and, under
+        autocast, returns the autocast dtype (the linear that follows would cast to it).
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    check_floating("hidden", hidden)
+    if hidden.ndim < 1:
+        raise ValueError("hidden is a scalar; it must be [..., W]")
+    for name, tensor in (("shift", shift), ("scale", scale)):
+        check_floating(name, tensor)
+        check_device(name, tensor, hidden, "hidden")
+        check_broadcast(name, tensor, tuple(hidden.shape))
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_device(name, parameter, hidden, "hidden")
+            if tuple(parameter.shape) != (hidden.shape[-1],):
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
+    # A single feature less its mean is 0 in eager arithmetic. On a GPU the kernel's division leaves a rounding error,
+    # which 1/sqrt(eps) makes large; there is nothing to gain at that width, so it stays with the reference.
+    refusal = _refusal(hidden, shift, scale, weight, bias)
+    if hidden.shape[-1] > 1 and applies("adaln_modulate", hidden, refusal):
+        from ear_kernels.ops.generator.autograd import AdaLNModulate
+
+        dtype = compute_dtype(hidden, shift, scale)
+        group, (shift, scale) = _modulation_rows(hidden, shift, scale)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return AdaLNModulate.apply(rows, shift, scale, weight, bias, group, eps, dtype).view(hidden.shape)
+    return reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
+
+
+def gated_silu_ffn(
+    hidden: Tensor,
+    modulated: Tensor,
+    gate: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> Tensor:
+    """``hidden + gate * FFN(modulated)``, FFN = Linear, SiLU, Linear (paper Eq. 11, second line).
+
+    Args:
+        hidden: the residual stream, ``[..., W]``.
+        modulated: the FFN's input, ``[..., U]``, with the leading dimensions of ``hidden``.
+        gate: broadcastable to ``hidden``.
+        weight_in, bias_in: ``[V, U]`` and ``[V]`` or None.
+        weight_out, bias_out: ``[W, V]`` and ``[W]`` or None.
+
+    Returns:
+        ``[..., W]`` in the promoted dtype; in the autocast dtype under autocast. The Triton path rounds ``hidden``
+        and ``gate`` to that dtype as well.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: integer tensors.
+    """
+    named = (("hidden", hidden), ("modulated", modulated), ("gate", gate), ("weight_in", weight_in))
+    for name, tensor in (*named, ("weight_out", weight_out)):
+        check_floating(name, tensor)
+        check_device(name, tensor, hidden, "hidden")
+    if modulated.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"modulated has shape {tuple(modulated.shape)}; its leading dimensions must be those of hidden, "
+            f"{tuple(hidden.shape)}"
+        )
+    check_broadcast("gate", gate, tuple(hidden.shape))
+    if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
+        raise ValueError(f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]")
+    inner = weight_in.shape[0]
+    if tuple(weight_out.shape) != (hidden.shape[-1], inner):
+        raise ValueError(f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]")
+    for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
+        if bias is not None and tuple(bias.shape) != (size,):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
+    weights = (weight_in, bias_in, weight_out, bias_out)
+    refusal = _refusal(hidden, modulated, gate, *weights) or _refusal(weight_in.t())
+    if applies("gated_silu_ffn", hidden, refusal):
+        from ear_kernels.ops.generator import autograd
+
+        group, (gate_rows,) = _modulation_rows(hidden, gate)
+        rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, modulated)]
+        dtype = compute_dtype(hidden, modulated, gate, *weights)
+        return autograd.gated_silu_ffn([*rows, gate_rows, *weights], group, dtype).view(hidden.shape)
+    return reference.gated_silu_ffn(hidden, modulated, gate, *weights)
+
+
+def generator_blocks(
+    hidden: Tensor,
+    conditioning: Tensor,
+    parameters: list[Tensor],
+    *,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+    group: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """All residual blocks and the final layer of the MLP generator (paper Eq. 11) as one operation.
+
+    Legend: T tokens, R = E * group rows, E conditioning vectors, W width, D size of a token.
+
+    Args:
+        hidden: ``[T, W]``: the projected hidden state of each token.
+        conditioning: ``[E, W]``: the embedded noise c, before its SiLU; rows ``e * group`` to ``(e + 1) * group - 1``
+            share vector e.
+        parameters: 8 a block (norm weight and bias, first linear, second linear, modulation linear), then 4 of
+            the final layer (modulation linear, output linear); each linear's weight before its bias.
+        index: ``[R]`` int32, the token of each row; None if rows are tokens. Every token has the same number of rows
+            in ``inverse``.
+        inverse: ``[T * n]``: the row of sample s of token t at ``t * n + s``; None if rows are in that order.
+            Rows that it does not name are padding and get no gradient from ``hidden``.
+        group: rows a conditioning vector.
+        temperature: multiplies the shift of the residual blocks. Other than 1 only without gradients.
+        eps: of every norm.
+
+    Returns:
+        ``[R, D]`` in row order, in the dtype of ``conditioning``.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature with gradients.
+    """
+    check_floating("hidden", hidden)
+    check_floating("conditioning", conditioning)
+    check_device("conditioning", conditioning, hidden, "hidden")
+    block, final = reference.BLOCK_PARAMETERS, reference.FINAL_PARAMETERS
+    if len(parameters) < block + final or len(parameters) % block != final:
+        raise ValueError(f"{len(parameters)} parameters were given; there must be {block} a block and {final} more")
+    rows = conditioning.shape[0] * group
+    have = hidden.shape[0] if index is None else index.shape[0]
+    if hidden.ndim != 2 or conditioning.ndim != 2 or hidden.shape[1] != conditioning.shape[1] or have != rows:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, conditioning {tuple(conditioning.shape)}, group {group}, "
+            f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and "
+            "[E * group]"
+        )
+    refusal = _refusal(hidden, conditioning, *parameters)
+    if hidden.dtype != conditioning.dtype:
+        refusal = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
+    if temperature != 1 and torch.is_grad_enabled():
+        refusal = f"temperature {temperature} with gradients enabled"
+    if applies("mlp_generator", hidden, refusal):
+        from ear_kernels.ops.generator import autograd
+
+        return autograd.generator_blocks(hidden, conditioning, parameters, index, inverse, group, temperature, eps)
+    return reference.generator_blocks(hidden, conditioning, parameters, index, group, temperature, eps)
+
+
+def generator_few_rows(
+    z: Tensor,
+    noise: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor | None:
+    """The whole generator for few rows and without gradients, or None where that path does not apply.
+
+    Args:
+        z: ``[T, C]``. noise: ``[T * samples, noise_dim]``.
+        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``.
+        parameters, temperature, eps: as in :func:`generator_blocks`.
+
+    Returns:
+        ``[T * samples, D]`` in the autocast dtype, or in the parameters' dtype without autocast.
+    """
+    if torch.is_grad_enabled() or not applies("mlp_generator", z, None):
+        return None
+    from ear_kernels.ops.generator import autograd, launch_few_rows
+
+    dtype = compute_dtype(*inputs)
+    # Without autocast, eager arithmetic refuses inputs of another dtype.
+    if not compute_dtype(z) == compute_dtype(noise) == dtype:
+        return None
+    if not launch_few_rows.fits(noise.shape[0], z, noise, inputs, parameters, dtype):
+        return None
+    return autograd.few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)

@@ -1,0 +1,298 @@
+"""Put the fused head and loss into a public EAR, MAR or CALM model, in place and without copying a parameter.
+
+A model is recognised by the names and shapes of its head's submodules (``docs/accelerate.md``), never by its class:
+nothing of the public code is imported. Submodules keep their names and their ``nn.Parameter`` objects, so state
+dicts, optimisers, EMA copies and hooks go on working; only ``forward`` methods are replaced, on the instances.
+"""
+
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ear_kernels import functional
+
+
+class UnknownModelError(ValueError):
+    """The model has no head that :func:`accelerate` knows."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What :func:`accelerate` did: the model's kind and, by module path, what each replaced method does now."""
+
+    kind: str
+    methods: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"accelerated {self.kind}:", *(f"  {path}: {what}" for path, what in self.methods.items())]
+        return "\n".join(lines)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path (digits index sequences), or None."""
+    for name in path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def _linear(module: nn.Module, path: str, out_features: int | None, in_features: int | None) -> nn.Linear | None:
+    """The biased linear at ``path`` if its shape is as given (None: any)."""
+    linear = _child(module, path)
+    fits = (
+        isinstance(linear, nn.Linear)
+        and linear.bias is not None
+        and out_features in (None, linear.out_features)
+        and in_features in (None, linear.in_features)
+    )
+    return linear if fits else None  # type: ignore[return-value]
+
+
+def _head_parameters(net: nn.Module) -> list[Tensor] | None:
+    """Parameters of the residual blocks and the final layer in the order of ``functional.generator_blocks``.
+
+    None unless every block has ``in_ln``, ``mlp.0``, ``mlp.2``, ``adaLN_modulation.1`` of one width W and
+    the final layer ``adaLN_modulation.1`` ``[2W, W]``, ``linear`` and no norm parameters.
+    """
+    stream = _linear(net, "input_proj", None, None)
+    blocks = _child(net, "res_blocks")
+    final = _child(net, "final_layer")
+    if stream is None or final is None or not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        return None
+    width = stream.out_features
+    parameters: list[Tensor] = []
+    for block in blocks:
+        norm = _child(block, "in_ln")
+        linears = [
+            _linear(block, "mlp.0", width, width),
+            _linear(block, "mlp.2", width, width),
+            _linear(block, "adaLN_modulation.1", 3 * width, width),
+        ]
+        names = {name for name, _ in block.named_parameters()}
+        fits = (
+            isinstance(norm, nn.LayerNorm)
+            and norm.normalized_shape == (width,)
+            and norm.weight is not None
+            and norm.bias is not None
+            and norm.eps == 1e-6
+            and isinstance(_child(block, "mlp.1"), nn.SiLU)
+            and all(linear is not None for linear in linears)
+            and len(names) == 8
+        )
+        if not fits:
+            return None
+        for module in (norm, *linears):
+            parameters += [module.weight, module.bias]  # type: ignore[union-attr, list-item]
+    linears = [_linear(final, "adaLN_modulation.1", 2 * width, width), _linear(final, "linear", None, width)]
+    if any(linear is None for linear in linears) or len(list(final.parameters())) != 4:
+        return None
+    for linear in linears:
+        parameters += [linear.weight, linear.bias]  # type: ignore[union-attr]
+    return parameters
+
+
+def _run_blocks(
+    net: nn.Module, hidden: Tensor, conditioning: Tensor, temperature: Any = 1.0, index: Tensor | None = None
+) -> Tensor:
+    """Blocks and final layer of a recognised net over rows ``[R, W]``."""
+    parameters = _head_parameters(net)
+    if parameters is None:
+        raise RuntimeError("the head's submodules changed after accelerate(); call it again")
+    factor = _shift_factor(net, temperature)
+    return functional.generator_blocks(hidden, conditioning, parameters, index=index, temperature=factor, eps=1e-6)
+
+
+def _shift_factor(net: nn.Module, temperature: Any) -> float:
+    """What a net multiplies its shifts by: its temperature, but 1 in training."""
+    if net.training:
+        return 1.0
+    return float(temperature.item() if isinstance(temperature, Tensor) else temperature)
+
+
+# ------------------------------------------------------------------------------------------------- EAR
+
+
+def _ear_net_forward(self: nn.Module, z: Tensor, noise: Tensor, infer_temperature: Any = 1.0) -> Tensor:
+    """Rows of hidden states and noise to tokens, as the public net's ``forward``."""
+    leading = z.shape[:-1]
+    z, noise = z.reshape(-1, z.shape[-1]), noise.reshape(-1, noise.shape[-1])
+    inputs: Any = [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]  # type: ignore[union-attr]
+    factor = _shift_factor(self, infer_temperature)
+    out = functional.generator_few_rows(z, noise, inputs, _head_parameters(self) or [], temperature=factor)
+    if out is None:
+        out = _run_blocks(self, self.input_proj(z), self.noise_embed(noise), infer_temperature)  # type: ignore[operator]
+    return out.view(*leading, out.shape[-1])
+
+
+def _ear_samples(loss: nn.Module, z: Tensor, noise: Tensor) -> Tensor:
+    """``z [M, C]``, ``noise [M, n, noise_channels]`` -> ``[M, n, D]``: z is projected once for its n samples."""
+    net = loss.net
+    assert isinstance(net, nn.Module)
+    rows, samples, channels = noise.shape
+    index = torch.arange(rows * samples, dtype=torch.int32, device=z.device) // samples
+    conditioning = net.noise_embed(noise.reshape(-1, channels))  # type: ignore[operator]
+    out = _run_blocks(net, net.input_proj(z), conditioning, index=index)  # type: ignore[operator]
+    return out.view(rows, samples, out.shape[-1])
+
+
+def _draw(loss: nn.Module, rows: int, like: Tensor) -> Tensor:
+    """Noise for two samples of each row, ``[2, rows, noise_channels]``: the public code's draw, number for number."""
+    channels = int(loss.noise_channels)  # type: ignore[arg-type]
+    noise = torch.rand((2 * rows, channels), dtype=like.dtype, device=like.device) - 0.5
+    return noise.view(2, rows, -1)
+
+
+def _ear_energy(loss: nn.Module, sample: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    alpha, tau = float(loss.alpha), float(loss.train_temperature)  # type: ignore[arg-type]
+    return functional.energy_loss(sample, target, mask, alpha=alpha, tau=tau)
+
+
+def _ear_loss_forward(self: nn.Module, target: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The public training loss: two samples a row, masked mean of the energy loss."""
+    noise = _draw(self, z.shape[0], z).transpose(0, 1)
+    return _ear_energy(self, _ear_samples(self, z, noise), target, mask)
+
+
+def _ear_model_forward_loss(self: nn.Module, z: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The public model's loss on the masked tokens alone, each projected once for all of its samples.
+
+    The public code runs the head on every token and multiplies the others by 0: the value is the same.
+    """
+    loss, repeats = self.scoreloss, int(self.score_batch_mul)  # type: ignore[arg-type]
+    assert isinstance(loss, nn.Module)
+    z, target = z.reshape(-1, z.shape[-1]), target.reshape(-1, target.shape[-1])
+    rows = z.shape[0]
+    noise = _draw(loss, repeats * rows, z).view(2, repeats, rows, -1)
+    keep = mask.reshape(-1).nonzero().squeeze(1)
+    noise = noise[:, :, keep].permute(2, 1, 0, 3)  # [masked, repeats, 2, noise_channels]
+    sample = _ear_samples(loss, z[keep], noise.reshape(keep.shape[0], 2 * repeats, -1))
+    sample = sample.view(keep.shape[0], repeats, 2, sample.shape[-1])
+    return _ear_energy(loss, sample, target[keep].unsqueeze(1).expand(-1, repeats, -1), None)
+
+
+def _is_ear_model(module: nn.Module) -> bool:
+    loss = _child(module, "scoreloss")
+    return (
+        loss is not None
+        and _is_ear_loss(loss)
+        and callable(getattr(module, "forward_loss", None))
+        and isinstance(getattr(module, "score_batch_mul", None), int)
+    )
+
+
+def _is_ear_loss(module: nn.Module) -> bool:
+    net = _child(module, "net")
+    return (
+        net is not None
+        and _linear(net, "noise_embed", None, getattr(module, "noise_channels", -1)) is not None
+        and all(hasattr(module, name) for name in ("alpha", "train_temperature"))
+        and 0 < float(module.alpha) <= 2  # type: ignore[arg-type]
+        and 0 < float(module.train_temperature) <= 1  # type: ignore[arg-type]
+        and _head_parameters(net) is not None
+    )
+
+
+# ------------------------------------------------------------------------------------------------- MAR
+
+
+def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Noisy tokens, times and conditions to the predicted noise and variance range, as the public ``forward``."""
+    conditioning = self.time_embed(t) + self.cond_embed(c)  # type: ignore[operator]
+    return _run_blocks(self, self.input_proj(x), conditioning)  # type: ignore[operator]
+
+
+def _is_mar_loss(module: nn.Module) -> bool:
+    net = _child(module, "net")
+    return (
+        net is not None
+        and _linear(net, "cond_embed", None, None) is not None
+        and _linear(net, "time_embed.mlp.0", None, None) is not None
+        and _linear(net, "time_embed.mlp.2", None, None) is not None
+        and _head_parameters(net) is not None
+    )
+
+
+# ------------------------------------------------------------------------------------------------- CALM
+
+
+def _calm_energy_score(self: nn.Module, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """CALM's energy score of ``x [n, rows, D]`` against targets from N(mean, exp(log_std)^2): minus the energy loss.
+
+    100 targets a row, samples first, as in the public code; alpha is its ``beta``.
+    """
+    targets = mean + torch.exp(log_std) * torch.randn((100, *mean.shape), device=mean.device, dtype=mean.dtype)
+    return -functional.energy_loss(
+        x, targets, alpha=float(self.beta), sample_dim=0, target_dim=0, reduction="none"  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _is_calm(module: nn.Module) -> bool:
+    head = _child(module, "generative_head")
+    return (
+        head is not None
+        and callable(getattr(module, "energy_score", None))
+        and hasattr(module, "beta")
+        and _child(module, "transformer") is not None
+        and 0 < float(module.beta) <= 2  # type: ignore[arg-type]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def accelerate(model: nn.Module) -> Replaced:
+    """Replace head and loss of a public model in place by the fused operations.
+
+    Args:
+        model: an instance of the public EAR model (``scoreloss``), MAR model (``diffloss``), or CALM energy
+            Transformer (``generative_head`` and ``energy_score``), or a module that contains one.
+
+    Returns:
+        What was replaced; print it.
+
+    Raises:
+        TypeError: ``model`` is no module. UnknownModelError: nothing in it is recognised; it is left untouched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    kinds: list[str] = []
+    methods: dict[str, str] = {}
+    found: list[tuple[nn.Module, str, Any]] = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if _is_ear_model(module):
+            found.append((module, "forward_loss", _ear_model_forward_loss))
+            methods[f"{prefix}forward_loss"] = "masked tokens only, each projected once"
+        if _is_ear_loss(module):
+            kinds.append("EAR")
+            found += [(module, "forward", _ear_loss_forward), (module.net, "forward", _ear_net_forward)]
+            methods[f"{prefix}forward"] = "fused energy loss, one projection a row"
+            methods[f"{prefix}net.forward"] = "fused MLP generator"
+        elif _is_mar_loss(module):
+            kinds.append("MAR")
+            found.append((module.net, "forward", _mar_net_forward))
+            methods[f"{prefix}net.forward"] = "fused MLP blocks and final layer (the diffusion loss is unchanged)"
+        elif _is_calm(module):
+            kinds.append("CALM")
+            found.append((module, "energy_score", _calm_energy_score))
+            methods[f"{prefix}energy_score"] = "fused energy score, 100 Gaussian targets a row"
+    if not found:
+        children = ", ".join(name for name, _ in model.named_children()) or "none"
+        raise UnknownModelError(
+            f"{type(model).__name__} is not a model that accelerate() knows: no submodule has the public EAR score "
+            "loss (net.{noise_embed, input_proj, res_blocks, final_layer}, alpha, train_temperature, "
+            "noise_channels), the MAR diffusion loss (net.{time_embed, cond_embed, input_proj, res_blocks, "
+            "final_layer}) or CALM's energy Transformer (generative_head, transformer, energy_score, beta). "
+            f"Its children: {children}. It was left untouched."
+        )
+    for module, name, function in found:
+        setattr(module, name, MethodType(function, module))
+    return Replaced(" and ".join(dict.fromkeys(kinds)), methods)
+
+
+__all__ = ["Replaced", "UnknownModelError", "accelerate"]
