@@ -1,7 +1,5 @@
 """The assembled model: tokenizer, backbone and score. Shapes: B images, L tokens, M masked tokens an image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -52,12 +50,12 @@ class EAR(nn.Module):
         self.score = EnergyScore(config)
 
     @classmethod
-    def from_preset(cls, name: str) -> EAR:
+    def from_preset(cls, name: str) -> "EAR":
         """A freshly initialised model: "digits", "ear_base", "ear_large" or "ear_huge"."""
         return cls(model_config(name))
 
     @classmethod
-    def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> EAR:
+    def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> "EAR":
         """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights.
 
         Args:

@@ -1,7 +1,5 @@
 """``ear train``: a run directory from a preset and options, then samples and scores."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -140,7 +138,7 @@ def _train(command: Train, switched: bool) -> None:
 
 
 def _write_pictures(
-    model: EAR, config: RunConfig, out: Path, decoder: Decoder | None, scoring: Scoring | None
+    model: "EAR", config: RunConfig, out: Path, decoder: "Decoder | None", scoring: "Scoring | None"
 ) -> str:
     """Samples, loss curve and scores of a finished run; returns where they are."""
     from ear_model import plots
@@ -155,7 +153,7 @@ def _write_pictures(
     rows = 10 if decoder.image_size > 64 else 64  # of more classes, evenly spaced ones are shown
     shown = range(0, num_classes, -(-num_classes // rows))
     labels = class_labels(shown, 10 * len(shown), num_classes)
-    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
+    images = sample_images(model, labels, config.sampling, seed=config.train.seed)
     plots.save_grid(decoder(images), out / "samples.png", columns=10)
     written = f"samples: {out / 'samples.png'}   {written}"
     if scoring is not None:

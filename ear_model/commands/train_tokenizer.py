@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -43,14 +43,8 @@ def run(arguments: list[str]) -> int:
 
     started = time.perf_counter()
     try:
-        report = train_autoencoder(
-            command.images,
-            command.out,
-            command.model,
-            command.training,
-            device=resolve_device(command.device),
-            threads=command.workers,
-        )
+        given: Any = {"device": resolve_device(command.device), "threads": command.workers}
+        report = train_autoencoder(command.images, command.out, command.model, command.training, **given)
     except KeyboardInterrupt:
         print("ear: interrupted; the same command goes on from the last .partial file", file=sys.stderr)
         return 130

@@ -28,14 +28,14 @@ def draw_latents(moments: Tensor, generator: torch.Generator, latent_scale: floa
 
 
 class LatentCache:
-    """A cache as training data: rows of the memory-mapped shards, by index; a :class:`ear_model.data.TrainingData`.
+    """A cache as training data (:class:`ear_model.data.batches.TrainingData`): rows of mapped shards, by index.
 
     Moments: one of the two flips at random and a draw from its posterior, times the latent scale. Pixels: -1..1,
     mirrored at random. All randomness comes from the generator given to :meth:`gather`.
 
     Args:
         path: the directory.
-        verify: see :func:`ear_model.cache_format.verify_shards`.
+        verify: see :func:`ear_model.data.cache_format.verify_shards`.
 
     Raises:
         ValueError: no cache, an unfinished or damaged one, another version's; shards that are missing, of wrong
@@ -45,37 +45,21 @@ class LatentCache:
     def __init__(self, path: str | Path, verify: Verify = "full") -> None:
         self.path = Path(path)
         self.manifest = load_manifest(self.path)
+        self.image_shape, self.classes = self.manifest.image_shape, self.manifest.classes
+        self.num_classes = len(self.classes)
         verify_shards(self.path, self.manifest, verify)
         opened = [_open_shard(self.path, self.manifest, index) for index in range(len(self.manifest.shards))]
         self._rows: list[Tensor] = [rows for rows, _ in opened]
-        self._labels = torch.cat([labels for _, labels in opened])
+        self.labels = torch.cat([labels for _, labels in opened])
         counts = torch.tensor([len(rows) for rows in self._rows])
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.manifest.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.manifest.classes)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; label i is the i-th."""
-        return self.manifest.classes
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels of all images, int64 ``[N]``."""
-        return self._labels
-
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See :class:`ear_model.data.TrainingData`: float32 images ``[b, c, h, w]``, int64 labels ``[b]``.
+        """See :class:`ear_model.data.batches.TrainingData`: float32 images ``[b, c, h, w]``, int64 labels ``[b]``.
 
         Raises:
             IndexError: indices outside ``0 .. len - 1``.
@@ -84,7 +68,7 @@ class LatentCache:
             raise IndexError(
                 f"indices reach from {indices.min()} to {indices.max()}; the cache has {len(self)} images"
             )
-        labels = self._labels[indices]
+        labels = self.labels[indices]
         if self.manifest.kind == "pixels":
             images = to_float(self._read(indices, lambda rows: rows))
             return (random_flips(images, generator) if self.manifest.flips else images), labels

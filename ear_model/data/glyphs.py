@@ -1,15 +1,14 @@
 """A data set without end, made offline: characters of matplotlib's fonts in random colours, poses and backgrounds.
 
 Every image is a function of (seed, split, class, index) alone, so with the same Pillow and matplotlib a second
-machine draws the same pixels. docs/glyphs.md shows a sheet and says which
-characters were left out and why.
+machine draws the same pixels. docs/glyphs.md shows a sheet and says which characters were left out and why.
 """
 
 import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ear_model.files import begin_directory
+from ear_model.files import begin_directory, save_picture
 from ear_model.progress import Progress
 
 # Characters that differ only in size, or not at all in some fonts, are there once: 0 and o are O; I and l are 1; c,
@@ -26,14 +25,9 @@ from ear_model.progress import Progress
 CHARACTERS = "123456789abdefghijmnqrtABCDEFGHJKLMNOPQRSTUVWXYZ"
 
 
-def _class_name(character: str) -> str:
-    """A directory name; a and A must differ where a file system ignores case."""
-    kind = "digit" if character.isdigit() else "lower" if character.islower() else "upper"
-    return f"{kind}_{character}"
-
-
-# Sorted, so that class c of an image tree is label c.
-CLASS_NAMES = tuple(_class_name(character) for character in CHARACTERS)
+# Directory names: a and A differ where a file system ignores case. Sorted, so that class c of a tree is label c.
+_KINDS = ("digit" if each.isdigit() else "lower" if each.islower() else "upper" for each in CHARACTERS)
+CLASS_NAMES = tuple(f"{kind}_{character}" for kind, character in zip(_KINDS, CHARACTERS, strict=True))
 
 # Not here: cmmi10 (its old-style 1 is a small capital I), cmsy10 and cmex10 (symbols), STIX's size and non-Unicode
 # fonts and DejaVu's Display fonts (no letters), LastResort (a box for everything).
@@ -226,19 +220,14 @@ def write_tree(
 
 
 def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: int, split: Split) -> int:
-    from PIL import Image
-
     drawn = 0
     for index in indices:
         path = out / CLASS_NAMES[label] / f"{index:06d}.png"
         if _is_whole(path, size):
             continue
-        picture = Image.fromarray(render_glyph(label, index, seed=seed, size=size, split=split))
-        # Renamed, so that no half file is ever there; not flushed, which would take longer than all the rest:
-        # what a power cut leaves is recognised by its end and drawn again.
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        picture.save(temporary, format="PNG", compress_level=1)
-        os.replace(temporary, path)
+        # What a power cut leaves is recognised by its end and drawn again.
+        pixels = render_glyph(label, index, seed=seed, size=size, split=split)
+        save_picture(path, pixels, compress_level=1)
         drawn += 1
     return drawn
 
@@ -260,7 +249,7 @@ def _map(function: Any, tasks: list[tuple], workers: int, images_per_task: int) 
     """``function(*task)`` of every task in order, on so many processes, with progress that counts images."""
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(Progress(len(tasks) * images_per_task, 0, "image", stays=False))
-        results = itertools.starmap(function, tasks)
+        results: Iterator[Any] = itertools.starmap(function, tasks)
         if workers > 1:
             # Not forked: the caller may have started threads or a GPU.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))

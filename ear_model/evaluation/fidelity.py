@@ -1,4 +1,4 @@
-"""FID and Inception Score as the paper reports them: torch-fidelity's Inception and a statistics file (spec 6)."""
+"""FID and Inception Score as the paper reports them: torch-fidelity's Inception and a statistics file."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence

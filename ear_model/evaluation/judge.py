@@ -3,8 +3,6 @@
 Shapes: N images, K classes, F features, S image size.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.models.resnet import BasicBlock, ResNet
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ear_model.data.images import LabelledImages, to_float
@@ -76,7 +74,7 @@ class Judge:
         write_tensors(path, self.model.state_dict(), metadata)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> Judge:
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Judge":
         """Read what :meth:`save` wrote. Raises ValueError if it is not there, damaged or something else."""
         if not path.is_file():
             raise ValueError(f"{path} is not there; `ear train-judge` writes it")
@@ -98,14 +96,8 @@ class Judge:
 def _network(config: JudgeConfig, num_classes: int) -> ResNet:
     """timm's ResNet with one block a stage and a stem of three small convolutions."""
     block: Any = BasicBlock
-    return ResNet(
-        block,
-        (1, 1, 1, 1),
-        num_classes=num_classes,
-        stem_type="deep",
-        stem_width=max(1, config.channels[0] // 2),
-        channels=config.channels,
-    )
+    stem: Any = {"stem_type": "deep", "stem_width": max(1, config.channels[0] // 2)}
+    return ResNet(block, (1, 1, 1, 1), num_classes=num_classes, channels=config.channels, **stem)
 
 
 def train_judge(
@@ -115,7 +107,7 @@ def train_judge(
     *,
     device: torch.device | str = "cpu",
     log: Callable[[str], object] | None = None,
-) -> Judge:
+) -> "Judge":
     """Train a classifier on real images; its accuracy is that on ``held_out``. On a CPU, a seed gives one judge.
 
     Args:
@@ -178,8 +170,3 @@ def _shift(images: Tensor, limit: int, draws: torch.Generator) -> Tensor:
     columns = offsets[1] + torch.arange(width, device=images.device)
     batch = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trained values."""
-    return sum(parameter.numel() for parameter in model.parameters())

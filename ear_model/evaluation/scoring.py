@@ -20,7 +20,7 @@ from ear_model.evaluation.config import ScoringConfig
 from ear_model.evaluation.judge import Judge
 from ear_model.plots import to_bytes
 from ear_model.sampling.decoder import Decoder
-from ear_model.sampling.images import class_labels, sample_batches
+from ear_model.sampling.images import Sampler, class_labels
 
 MAX_TRAIN_IMAGES = 20_000  # training images that are searched for copies
 
@@ -112,15 +112,8 @@ class Scoring:
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Labels of the first ``classes`` classes, and 8-bit images of them, batch after batch."""
         labels = class_labels(range(classes), self.options.num, self.config.model.num_classes)
-        batches = sample_batches(
-            model,
-            labels,
-            self.decoder,
-            seed=seed,
-            batch_size=self.options.batch_size,
-            progress=True,
-            **dataclasses.asdict(setting),
-        )
+        sampler = Sampler(model, self.decoder, setting, seed, self.options.batch_size)
+        batches = sampler.batches(labels)
         return labels, (images for _, images in batches)
 
     def _train_images(self, judge: Judge, seed: int) -> tuple[LabelledImages | None, str]:

@@ -4,8 +4,6 @@ No code in a file is ever run: pickles are read with ``weights_only=True``, whic
 plain containers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -70,11 +68,6 @@ class AutoencoderTokenizer:
         """Where the weights are, and images and latents must be."""
         return self.autoencoder.quant_conv.weight.device
 
-    def to(self, device: torch.device | str) -> AutoencoderTokenizer:
-        """This tokenizer, its weights moved to ``device``."""
-        self.autoencoder.to(device)
-        return self
-
 
 def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderTokenizer:
     """The tokenizer of a weight file, on ``device``.
@@ -102,7 +95,7 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
     expected = autoencoder.state_dict()
     _check_tensors(path, expected, tensors)
     autoencoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
-    return AutoencoderTokenizer(autoencoder, scale).to(device)
+    return AutoencoderTokenizer(autoencoder.to(device), scale)
 
 
 def save_autoencoder(path: Path, autoencoder: AutoencoderKL, latent_scale: float) -> None:

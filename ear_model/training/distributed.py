@@ -117,8 +117,8 @@ def another_process_reports(error: BaseException) -> bool:
 def prefer_expandable_segments() -> None:
     """Ask torch for memory that grows in place, unless the environment says otherwise; before CUDA is first used.
 
-    The generator's tensors have another size in every step (spec 3, masking), and blocks of fixed sizes fit none of
-    them for long: 24.8 GB instead of 19.9 for EAR-B (docs/performance_train_step.md).
+    The generator's tensors have another size in every step (docs/model.md, "Masking"), and blocks of fixed sizes fit
+    none of them for long: 24.8 GB instead of 19.9 for EAR-B.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

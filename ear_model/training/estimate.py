@@ -43,7 +43,7 @@ MEASURED = (
 
 
 def mean_mask_ratio(minimum: float, masking: str = "truncated_normal") -> float:
-    """Mean of training's mask ratio, a normal of mean 1 and deviation 0.25 truncated to [minimum, 1] (spec 3).
+    """Mean of training's mask ratio, a normal of mean 1 and deviation 0.25 truncated to [minimum, 1].
 
     With ``masking`` "cosine" it is 2/pi (:func:`ear_model.masking.draw_num_masked`).
     """

@@ -27,17 +27,7 @@ from ear_model.training.public_format import infer_model, infer_training, public
 
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
 _SCALER = torch.amp.GradScaler("cpu").state_dict()
-_GROUP_DEFAULTS = {
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
+_GROUP_DEFAULTS = torch.optim.AdamW([torch.zeros(1)], betas=(0.9, 0.95)).state_dict()["param_groups"][0]
 
 
 def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, lo
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
 from ear_model.run_dir import save_config
 from ear_model.sampling.decoder import Decoder
-from ear_model.sampling.images import class_labels, sample_batches
+from ear_model.sampling.images import Sampler, class_labels
 from ear_model.training import checkpoint
 from tests.model.conftest import tiny_run
 
@@ -98,16 +98,8 @@ def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsy
     scores = json.loads((run / "evaluation.json").read_text())["fidelity"]
     sampling = config.sampling
     assert (scores["guidance"], scores["temperature"]) == (sampling.guidance, sampling.temperature)
-    model = EAR.from_pretrained(run).eval()
-    batches = sample_batches(
-        model,
-        class_labels(range(10), 40, 10),
-        Decoder(config),
-        batch_size=16,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        temperature=sampling.temperature,
-    )
+    sampler = Sampler(EAR.from_pretrained(run), Decoder(config), sampling, batch_size=16)
+    batches = sampler.batches(class_labels(range(10), 40, 10))
     samples = torch.cat([images for _, images in batches])
     features = fake_extractor(samples)[0]
     expected = frechet_distance(*feature_statistics(features), *load_statistics(statistics_file))
