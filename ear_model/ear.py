@@ -86,7 +86,7 @@ class EAR(nn.Module):
 
         Args:
             images: images or latents, ``[B, channels, size, size]``, floating point.
-            labels: int64 ``[B]``. Values are checked on a CPU only: a look at a GPU tensor would stall the step.
+            labels: int64 ``[B]``. Values are checked on a CPU only: reading a GPU tensor would stall the step.
             num_masked: masked tokens an image; drawn anew for every batch if None (docs/model.md, "Masking").
             draws: where orders, dropped classes and noise come from.
             run_blocks: what does the work of ``backbone.run_blocks`` in its place, such as a CUDA graph.

@@ -3,7 +3,7 @@
     CACHE/manifest.json             what it holds; written last, so a cache with one is whole
     CACHE/shard-00000.safetensors   moments [n, flips, 2 c, h, w] or images uint8 [n, 3, H, W]; labels int64 [n]
     CACHE/build/                    the plan and the finished shards, from which `ear cache` goes on
-    CACHE/verified.json             sizes and times of the shards whose checksums were right when last looked at
+    CACHE/verified.json             sizes and times of the shards whose checksums were found right
 
 Moments are mean and log variance of the tokenizer's posterior, unscaled, of the image and (flips = 2) of its mirror
 image, side by side so that one image is one read. Pixels are kept once: their mirror image costs nothing.
@@ -168,7 +168,7 @@ def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> N
             be right at its present size and ctime, and notes those that are in CACHE/verified.json (if the
             directory can be written). So only the first run of a machine pays for it, and a shard that is replaced or
             edited is read again. What it can't notice is a disk that changes bytes under an unchanged file; remove
-            verified.json to look again.
+            verified.json to have all read.
 
     Raises:
         ValueError: a shard is missing, has another size, or a wrong checksum.

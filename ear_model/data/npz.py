@@ -22,7 +22,7 @@ class NpzCache:
     ``[32, 16, 16]``. One of the two is taken at random, drawn from, and scaled.
 
     On opening, one file of each class and of each file size is read (files of one resolution have one size unless
-    they are compressed), up to 1,000 sizes; the shape of every file is looked at again whenever it is read.
+    they are compressed), up to 1,000 sizes; the shape of every file is checked whenever it is read.
 
     Args:
         path: the directory with a folder a class.

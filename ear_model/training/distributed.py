@@ -1,4 +1,4 @@
-"""Training on several processes: their group, what they tell each other, and how a model is spread over them.
+"""Training on several processes: their group, what they exchange, and how a model is spread over them.
 
 Every function works on a single process too, where it does nothing. `torchrun` starts the processes; its environment
 variables (RANK, WORLD_SIZE, LOCAL_RANK) say who is who.
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 
 
 class SharedError(ValueError):
-    """An error that every process raises with the same message, so that one of them tells it."""
+    """An error that every process raises with the same message, so that one of them reports it."""
 
     on_every_process = True
 
@@ -86,7 +86,7 @@ def lost_process_errors(hint: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turn a failed exchange with another process into a LostProcessError of one line.
 
     Args:
-        hint: what to tell behind it, such as how to go on.
+        hint: what to say behind it, such as how to go on.
     """
     try:
         yield

@@ -95,7 +95,7 @@ class Randomness:
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Go on from a checkpoint of :meth:`state`.
 
-        After as many processes as there are now, every generator goes on where it stood. After another number the
+        After as many processes as there are here, every generator goes on where it stood. After another number the
         common ones do, and each process's own are seeded by seed, rank and step.
         """
         processes = state.get("process_rng", [None])  # converted checkpoints know of none
