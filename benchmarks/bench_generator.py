@@ -1,242 +1,183 @@
-# ruff: noqa: B023 (timed closures are called in the iteration that makes them)
-"""Generator: each operation and the whole, forward, forward + backward, few rows, pool; rivals in the same
-run.
+"""The MLP generator: the public code's eager, the same by torch.compile, and ours, bf16.
 
-    pytest benchmarks/bench_generator.py --benchmark-only          # needs a GPU; -k "6x1024" for one size
+    python -m benchmarks.bench_generator --out FILE.json       # a GPU; --only 6x1024 for one size
 
-Times are GPU times: launches between two events (few rows: replays of a CUDA graph). ``extra_info`` of each
-row holds TFLOP/s, the cuBLAS rate of the same run, GB/s or peak memory.
+Many rows: bf16 autocast over float32 weights, 4 samples a token. Few rows, as in sampling: forward in a CUDA graph,
+bf16 weights.
 """
 
-import contextlib
+from __future__ import annotations
+
 import os
-import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ear_kernels import FusedMLPGenerator, adaln_modulate, gated_silu_ffn
+from benchmarks import harness
+from benchmarks.clocks import DEVICE, HAS_GPU, Call, graphed
+from benchmarks.harness import COMPILED, EAGER, OURS, Row
+from benchmarks.public_ear import Net, initialise
+from ear_kernels import FusedMLPGenerator
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
-
-ROWS, SAMPLES = 65_536, 4
+INPUT, TOKEN, NOISE, SAMPLES = 768, 16, 64, 4
 SIZES = {"6x1024": (6, 1024), "8x1280": (8, 1280), "12x1536": (12, 1536)}
-RIVALS = ("eager", "compile", "triton")
+ROWS_OF_A_STEP, POOLS = 65_536, (16_384, 4_096)
+FEW_SIZES, FEW_ROWS = ("6x1024", "12x1536"), (4, 64, 1024)
+SMALL, SMALL_ROWS = (2, 64), 1024
+MODES = ("forward", "forward + backward")
+LOW = torch.bfloat16 if HAS_GPU else torch.float16  # Triton's interpreter gets bf16 wrong
 
 
-def gpu_seconds(function: Callable[[], object], launches: int) -> float:
-    """Seconds of one call, from events around ``launches`` calls."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(launches):
-        function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / launches / 1e3
+def make(size: tuple[int, int], ours: bool) -> nn.Module:
+    """The same weights in the public module or in ours."""
+    depth, width = size
+    net = Net(INPUT, width, TOKEN, depth, NOISE)
+    initialise(net)
+    if ours:
+        fused = FusedMLPGenerator(INPUT, width, TOKEN, depth=depth, noise_dim=NOISE)
+        fused.load_state_dict(net.state_dict())
+        return fused.to(DEVICE)
+    return net.to(DEVICE)
 
 
-def measure(benchmark, function: Callable[[], object], launches: int = 5, rounds: int = 5) -> float:
-    """Median GPU seconds of a call; also hands the function to pytest-benchmark (which times the wall)."""
-    for _ in range(3):
-        function()
-    seconds = statistics.median(gpu_seconds(function, launches) for _ in range(rounds))
-
-    def synchronised() -> None:
-        function()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=3, iterations=1, warmup_rounds=1)
-    benchmark.extra_info["gpu_ms"] = seconds * 1e3
-    benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
-    benchmark.extra_info["torch"] = torch.__version__
-    return seconds
+def eager_backend() -> AbstractContextManager:
+    return patch.dict(os.environ, EAR_KERNELS_BACKEND="eager")
 
 
-@pytest.fixture(scope="module")
-def cublas_tflops() -> dict[int, float]:
-    """Rate of a plain linear at each width, measured in this run."""
-    rates = {}
-    for _, width in SIZES.values():
-        x = torch.randn(ROWS, width, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16)
-        gpu_seconds(lambda: F.linear(x, weight), 3)
-        seconds = statistics.median(gpu_seconds(lambda: F.linear(x, weight), 10) for _ in range(5))
-        rates[width] = 2 * ROWS * width**2 / seconds / 1e12
-    return rates
+class Generator:
+    """A rival's generator with its inputs; a noise pool is ours in every backend.
 
+    Args:
+        size: depth and width.
+        rows: tokens times samples.
+        which: "eager", "exact" (in float32, on the CPU in float64), "torch.compile" or ours.
+        pool: vectors of a noise pool; 0 for a vector a row.
+    """
 
-@contextlib.contextmanager
-def backend(rival: str):
-    before = os.environ.get("EAR_KERNELS_BACKEND")
-    os.environ["EAR_KERNELS_BACKEND"] = "triton" if rival == "triton" else "eager"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["EAR_KERNELS_BACKEND"]
+    def __init__(self, size: tuple[int, int], rows: int, which: str, pool: int = 0) -> None:
+        self.is_ours, self.pool = which == OURS or pool > 0, pool
+        self.dtype = torch.float32 if HAS_GPU or which != "exact" else torch.float64
+        self.autocast = HAS_GPU and which != "exact"
+        self.model = make(size, self.is_ours).to(self.dtype)
+        g = torch.Generator(DEVICE).manual_seed(1)
+        z = torch.randn(rows // SAMPLES, INPUT, generator=g, device=DEVICE)
+        noise = torch.rand(rows // SAMPLES, SAMPLES, NOISE, generator=g, device=DEVICE) - 0.5
+        grad = torch.randn(rows // SAMPLES, SAMPLES, TOKEN, generator=g, device=DEVICE)
+        low = LOW if HAS_GPU else torch.float32
+        self.z = z.to(low).to(low if self.autocast else self.dtype).requires_grad_()
+        self.noise, self.grad = noise.to(self.dtype), grad.to(low)
+        if which == COMPILED:
+            torch._dynamo.reset()
+            self.run: Callable[..., Tensor] = torch.compile(self.rows, dynamic=False)
         else:
-            os.environ["EAR_KERNELS_BACKEND"] = before
+            self.run = self.rows
 
+    def rows(self, z: Tensor, noise: Tensor) -> Tensor:
+        if self.is_ours:
+            return self.model(z, noise, noise_pool=self.pool) if self.pool else self.model(z, noise)
+        return self.model(z.repeat_interleave(SAMPLES, 0), noise.flatten(0, 1)).unflatten(0, noise.shape[:2])
 
-def compiled(rival: str, function):
-    return torch.compile(function) if rival == "compile" else function
+    def forward(self) -> Tensor:
+        with torch.autocast(DEVICE.type, LOW, enabled=self.autocast):
+            return self.run(self.z, self.noise)
 
-
-def relative(ours: torch.Tensor, other: torch.Tensor) -> float:
-    """Root mean square difference over root mean square."""
-    return float((ours.float() - other.float()).norm() / other.float().norm())
-
-
-def check(outputs: Callable[[str], list[torch.Tensor]], rival: str, allowed: float = 0.03) -> None:
-    """Fail if the rival's outputs are not the eager ones up to the rounding of bf16 sums."""
-    for ours, eager in zip(outputs(rival), outputs("eager"), strict=True):
-        assert relative(ours, eager) < allowed, f"{rival} is off by {relative(ours, eager):.3f}"
-
-
-def make(depth: int, width: int) -> FusedMLPGenerator:
-    torch.manual_seed(0)
-    generator = FusedMLPGenerator(768, width, 16, depth=depth, noise_dim=64)
-    for parameter in generator.parameters():
-        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
-    return generator.cuda()
-
-
-def training_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = ROWS // SAMPLES
-    z = torch.randn(tokens, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    noise = torch.rand(tokens, SAMPLES, 64, device="cuda") - 0.5
-    return z, noise, torch.randn(tokens, SAMPLES, 16, device="cuda", dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
-@pytest.mark.parametrize("size", SIZES)
-def test_whole(benchmark, cublas_tflops, size: str, mode: str, rival: str) -> None:
-    whole(benchmark, cublas_tflops, size, mode, rival)
-
-
-@pytest.mark.parametrize("pool", [16_384, 4_096])
-@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
-def test_pool(benchmark, cublas_tflops, mode: str, pool: int) -> None:
-    whole(benchmark, cublas_tflops, "6x1024", mode, "triton", noise_pool=pool)
-
-
-def whole(benchmark, cublas_tflops, size: str, mode: str, rival: str, **options) -> None:
-    depth, width = SIZES[size]
-    generator = make(depth, width)
-    z, noise, grad = training_inputs()
-
-    def outputs(which: str) -> list[torch.Tensor]:
-        generator.zero_grad(set_to_none=True)
-        z.grad = None
-        with backend(which), torch.autocast("cuda", torch.bfloat16):
-            out = generator(z, noise, **options)
-            out.backward(grad)
-        return [out.detach(), z.grad, *(p.grad for p in generator.parameters() if mode == "fwd_bwd")]
-
-    if rival == "triton":
-        check(outputs, rival)
-    with backend(rival):
-        run = compiled(rival, generator)
-
-        def forward() -> None:
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                run(z, noise, **options)
-
-        def both() -> None:
-            generator.zero_grad(set_to_none=True)
-            z.grad = None
-            with torch.autocast("cuda", torch.bfloat16):
-                out = run(z, noise, **options)
-            out.backward(grad)
-
-        seconds = measure(benchmark, forward if mode == "fwd" else both)
-        generator.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        (forward if mode == "fwd" else both)()
-        peak = torch.cuda.max_memory_allocated() - base
-    modulated = min(ROWS, options.get("noise_pool", ROWS))
-    flops = 2 * width**2 * (2 * depth * ROWS + (3 * depth + 2) * modulated) * (1 if mode == "fwd" else 3)
-    benchmark.extra_info.update(
-        tflops=flops / seconds / 1e12, cublas_tflops=cublas_tflops[width], peak_gib=peak / 2**30, rows=ROWS
-    )
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("rival", ["eager", "triton"])
-@pytest.mark.parametrize("rows", [4, 64, 1024])
-@pytest.mark.parametrize("size", ["6x1024", "12x1536"])
-def test_few_rows(benchmark, size: str, rows: int, rival: str) -> None:
-    """Forward in a CUDA graph, bf16 weights."""
-    generator = make(*SIZES[size]).bfloat16().eval()
-    z = torch.randn(rows, 768, device="cuda", dtype=torch.bfloat16)
-    noise = torch.rand(rows, 64, device="cuda", dtype=torch.bfloat16) - 0.5
-    with torch.no_grad(), backend(rival):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                generator(z, noise)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = generator(z, noise)
-        graph.replay()
-
-        def outputs(which: str) -> list[torch.Tensor]:
-            with backend(which):
-                return [out if which == rival else generator(z, noise)]
-
-        check(outputs, rival)
-        seconds = measure(benchmark, graph.replay, launches=100)
-    weights = sum(parameter.numel() * 2 for parameter in generator.parameters())
-    benchmark.extra_info.update(gbs=weights / seconds / 1e9, rows=rows)
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
-@pytest.mark.parametrize("operation", ["adaln_modulate", "gated_silu_ffn"])
-def test_operation(benchmark, cublas_tflops, operation: str, mode: str, rival: str) -> None:
-    """One public operation at 65,536 x 1024, bf16."""
-    width = 1024
-
-    def draw(*size: int, grad: bool = True) -> torch.Tensor:
-        return torch.randn(*size, device="cuda", dtype=torch.bfloat16).requires_grad_(grad)
-
-    rows = [draw(ROWS, width) for _ in range(3)]
-    if operation == "adaln_modulate":
-        inputs, function = [*rows, draw(width), draw(width)], adaln_modulate
-    else:
-        weights = [draw(width, width), draw(width), draw(width, width), draw(width)]
-        inputs, function = [*rows, *weights], gated_silu_ffn
-    grad = draw(ROWS, width, grad=False)
-    with backend(rival):
-        run = compiled(rival, function)
-
+    def call(self, mode: str) -> Call:
         def forward() -> None:
             with torch.no_grad():
-                run(*inputs)
+                self.forward()
 
-        def both() -> None:
-            torch.autograd.grad(run(*inputs), inputs, grad)
+        return forward if mode == "forward" else self.both
 
-        def outputs(which: str) -> list[torch.Tensor]:
-            with backend(which):
-                out = function(*inputs)
-                return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+    def both(self) -> dict[str, Tensor]:
+        """Output and all gradients."""
+        self.model.zero_grad(set_to_none=True)
+        self.z.grad = None
+        out = self.forward()
+        out.backward(self.grad.to(out.dtype))
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return {"out": out.detach(), "z": self.z.grad, **gradients}
 
-        check(outputs, rival)
 
-        seconds = measure(benchmark, forward if mode == "fwd" else both)
-    if operation == "adaln_modulate":
-        passes = 4 if mode == "fwd" else 11
-        benchmark.extra_info["gbs"] = passes * ROWS * width * 2 / seconds / 1e9
-    else:
-        flops = 4 * ROWS * width**2 * (1 if mode == "fwd" else 3)
-        benchmark.extra_info.update(tflops=flops / seconds / 1e12, cublas_tflops=cublas_tflops[width])
+@cache
+def check(size: tuple[int, int], rows: int, rival: str, pool: int) -> float:
+    def results(which: str) -> dict[str, Tensor]:
+        with nullcontext() if which == rival else eager_backend():
+            return Generator(size, rows, which, pool).both()
+
+    def scale(name: str, exact: Tensor) -> float:
+        """Gradients of parameters are sums over all rows, in which most cancels."""
+        return (1 if name in ("out", "z") else rows**0.5) * float(exact.abs().max())
+
+    return harness.check_results(results, rival, scale)
+
+
+def flops(size: tuple[int, int], rows: int, mode: str, pool: int = 0) -> float:
+    """Of the square matrices."""
+    depth, width = size
+    modulated = pool or rows
+    return 2 * width**2 * (2 * depth * rows + (3 * depth + 2) * modulated) * (1 if mode == "forward" else 3)
+
+
+def many_rows(name: str, size: tuple[int, int], rows: int, pools: Sequence[int] = ()) -> list[Row]:
+    rivals = [(EAGER, EAGER, 0), (COMPILED, COMPILED, 0), (OURS, OURS, 0)]
+    rivals += [(f"{OURS}, pool of {pool:,}", OURS, pool) for pool in pools]
+    made = []
+    for mode, (label, which, pool) in product(MODES, rivals):
+        given = (size, rows, which, pool)
+        prepare = partial(lambda mode, *given: [Generator(*given).call(mode)], mode, *given)
+        checked = None if which == EAGER else partial(check, *given)
+        case = f"generator {name}, {rows:,} rows, {mode}"
+        made.append(Row(case, label, prepare, checked, {"flops": flops(size, rows, mode, pool)}))
+    return made
+
+
+class FewRows:
+    """A rival's forward of a few rows in bf16, or in float64 for "exact"."""
+
+    def __init__(self, size: tuple[int, int], rows: int, which: str) -> None:
+        dtype = torch.float64 if which == "exact" else LOW
+        self.model = make(size, which == OURS).to(LOW).to(dtype).eval()
+        g = torch.Generator(DEVICE).manual_seed(1)
+        self.z = torch.randn(rows, INPUT, generator=g, device=DEVICE).to(LOW).to(dtype)
+        self.noise = (torch.rand(rows, NOISE, generator=g, device=DEVICE) - 0.5).to(LOW).to(dtype)
+        if which == COMPILED:
+            torch._dynamo.reset()
+        self.run = torch.compile(self.model, dynamic=False) if which == COMPILED else self.model
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return self.run(self.z, self.noise)
+
+
+def check_few(size: tuple[int, int], rows: int, rival: str) -> float:
+    return harness.check_results(lambda which: {"out": FewRows(size, rows, which)()}, rival)
+
+
+def few_rows(name: str, rows: int, rival: str) -> Row:
+    given = (SIZES[name], rows, rival)
+    checked = None if rival == EAGER else partial(check_few, *given)
+    case = f"generator {name}, {rows:,} rows in a CUDA graph"
+    return Row(case, rival, lambda: [graphed(FewRows(*given))], checked)
+
+
+ROWS = many_rows("6x1024", SIZES["6x1024"], ROWS_OF_A_STEP, POOLS)
+ROWS += [row for name in ("8x1280", "12x1536") for row in many_rows(name, SIZES[name], ROWS_OF_A_STEP)]
+ROWS += [few_rows(*given) for given in product(FEW_SIZES, FEW_ROWS, (EAGER, COMPILED, OURS))]
+ROWS = harness.needs_gpu(ROWS)
+ROWS += [] if HAS_GPU else many_rows("small", SMALL, SMALL_ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_generator(row: Row, run_row) -> None:
+    run_row(row)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(ROWS, __doc__))

@@ -1,216 +1,220 @@
-"""A training step of EAR-B, L and H: public-style eager, the same with compiled blocks and head, and ours, one run.
+"""A training step of 64 images of EAR-B, L and H: the public code's way, the same compiled, accelerated, and ours.
 
-    pytest benchmarks/bench_train_step.py --benchmark-only --benchmark-json=OUT.json     # needs a GPU; -k ear_base
+    python -m benchmarks.bench_train_step --out FILE.json --only "EAR-B"       # a GPU; a minute or two a row
 
-64 latents, 4 samples a token, bf16 autocast over float32 weights, dropout as in the paper; forward, backward, clip,
-fused AdamW, EMA, the trainer's own optimiser step for ours. ``extra_info`` holds ms by phase and of a whole step
-(medians of steps; ``step_mean`` beside it), images/s and TFLOP/s of the products that the maths needs at the median
-step, and peak memory. Each case runs in a process of its own. The public-style model is benchmarks/public_ear.py.
-Before a time is reported, our model's loss and gradients are held against its own eager backend, dropout off.
+4 samples a token, bf16 autocast over float32 weights, dropout as in the paper; forward, backward, clip, AdamW, EMA.
+Ours is ``Trainer.train_step`` as `ear train imagenet256` calls it, on a cache of random latents. Eager is the public
+code's way, benchmarks/public_ear.py with PyTorch's fused AdamW; compiled are its blocks and its head, which is what
+can be. Each row runs in a process of its own. GPU time is how long kernels ran, wall time that of steps back to back,
+memory all that torch reserves, with what CUDA graphs keep between their kernels. Before ours is timed, loss and
+gradients of a smaller model are held against its eager backend.
 """
 
+from __future__ import annotations
+
+import functools
+import gc
 import multiprocessing
 import os
-import statistics
+import re
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.public_ear import PublicEAR, compile_parts
-from ear_kernels import FusedAdamW
-from ear_model import masking, optim
-from ear_model.config import MODELS, TrainConfig
-from ear_model.distributed import leave_out_gemm_workspace, prefer_expandable_segments
-from ear_model.ear import EAR
-from ear_model.estimate import training_flops
-from ear_model.graphs import can_capture
+from benchmarks import harness
+from benchmarks.bench_loader import write_latents
+from benchmarks.clocks import DEVICE, HAS_GPU, percentiles, profiled
+from benchmarks.harness import COMPILED, EAGER, OURS, Row
+from benchmarks.public_ear import PublicEAR, compile_parts, initialise
+from ear_kernels import accelerate
+from ear_kernels.testing import errors
+from ear_model.config import ModelConfig, RunConfig
+from ear_model.presets import MODELS, RUNS
+from ear_model.training.distributed import leave_out_gemm_workspace, prefer_expandable_segments
+from ear_model.training.estimate import training_flops
+from ear_model.training.trainer import Trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
-
-prefer_expandable_segments()  # as `ear train` does, for all rivals
-
-IMAGES, STEPS, SEED = 64, 8, 7
-TRAIN = TrainConfig()
-PHASES = ("forward", "backward", "clip_and_adamw", "ema")
-WHICH = (
-    "public",
-    "compiled",
-    "ours",
-    "ours_pool4",
-    "ours_chunks2",
-    "ours_chunks4",
-    "ours_workspace",
-    "ours_uncaptured",
-    "ours_compiled_blocks",
-)
+ACCELERATED = "accelerate()"
+SETTINGS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    f"{OURS}, pool R/K = 4": {"rows_per_noise": 4},
+    f"{OURS}, 2 loss chunks": {"loss_chunks": 2},
+    f"{OURS}, 4 loss chunks": {"loss_chunks": 4},
+}
+NAMES = {"EAR-B": "ear_base", "EAR-L": "ear_large", "EAR-H": "ear_huge"}
+IMAGES, WARM, ROUNDS, STEPS = (64, 6, 6, 4) if HAS_GPU else (16, 2, 3, 2)
+SMALL = replace(
+    MODELS["ear_base"], image_size=4, width=64, depth=2, num_heads=4, class_tokens=4, generator_width=64,
+    generator_depth=2, num_classes=10,
+)  # fmt: skip
 
 
-def check(name: str, which: str) -> float:
-    """Largest error of a gradient of ours against the float32 eager model's, over that of bf16 eager."""
-    config = replace(MODELS[name], depth=3, generator_depth=2, dropout=0.0, attention_dropout=0.0)
-    torch.manual_seed(0)
-    model = EAR(config).cuda().train()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
-    set_score(model, which)
-    images, labels = torch.randn(8, 16, 16, 16, device="cuda"), torch.arange(8, device="cuda")
-    found = {}
-    for run, backend, low in (("exact", "eager", False), ("eager", "eager", True), ("ours", "auto", True)):
-        os.environ["EAR_KERNELS_BACKEND"] = backend
-        model.zero_grad()
-        if run == "ours":
-            arrange(model, which, len(labels), [200])
-        torch.manual_seed(1)
-        with torch.autocast("cuda", torch.bfloat16, enabled=low):
-            loss = model(images, labels, num_masked=200)
-        loss.backward()
-        found[run] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-        # What a graph is captured from must not be alive in another graph of autograd.
-        del loss
-    os.environ["EAR_KERNELS_BACKEND"] = "auto"
+# Groups of a step's kernels; the first whose pattern is in a name.
+KINDS = {
+    "attention": r"sdpa|flash|fmha|attention|dot_do_o|convert_dq",
+    "matrix products": r"nvjet|gemm|cutlass|cublas|splitK|linear_kernel",
+    "clip, AdamW, EMA": r"multi_tensor_apply|adamw",
+    "GELU and dropout": r"gelu_dropout",
+    "dropout, residual, norm": r"dropout_add_layer_norm",
+    "AdaLN, SiLU, energy loss": r"adaln|silu|gate_|energy",
+    "column sums": r"column_sums|reduce_kernel|GammaBeta|pack_heads",
+    "the rest": "",
+}
+
+
+def grouped(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """ms of a step by kind."""
+    groups = dict.fromkeys(KINDS, 0.0)
+    for kernel in kernels:
+        groups[next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel["name"]))] += kernel["ms"]
+    return groups
+
+
+def make_config(model: ModelConfig, folder: Path, images: int = IMAGES, **train: Any) -> RunConfig:
+    """That of `ear train imagenet256` on random latents, which are written to ``folder`` if they are not there."""
+    cache = folder / "cache"
+    if not cache.exists():
+        cache.mkdir()
+        write_latents(cache, 1024 if HAS_GPU else 64, model.image_size, model.num_classes)
+    run = RUNS["imagenet256"]
+    return replace(run, model=model, data_path=str(cache), train=replace(run.train, batch_size=images, **train))
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Loss and gradients of one step from weights of which every gradient is alive."""
+    initialise(trainer.model)
+    found: dict[str, Tensor] = {}
+    for name, parameter in trainer.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: found.__setitem__(name, parameter.grad.clone())
+        )
+    found["loss"] = trainer.train_step()[0]
+    return found
+
+
+def check(name: str, rival: str) -> float:
+    """Largest RMS error of ours against float32 over that of bf16 eager, which may be 2."""
+    model = replace(MODELS[name], depth=3, generator_depth=2, dropout=0.0, attention_dropout=0.0)
+    found = []
+    for backend, precision in (("eager", "fp32"), ("eager", "bf16"), ("auto", "bf16")):
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, EAR_KERNELS_BACKEND=backend):
+            config = make_config(model, Path(folder), images=8, precision=precision, **SETTINGS[rival])
+            found.append(gradients(Trainer(config, Path(folder) / "run", device=DEVICE.type)))
+    exact, eager, ours = found
     worst = 0.0
-    for exact, eager, ours in zip(found["exact"], found["eager"], found["ours"], strict=True):
-        worst = max(worst, float((ours - exact).norm() / ((eager - exact).norm() + 1e-3 * exact.norm())))
+    for key, truth in exact.items():
+        size = float(truth.double().square().mean().sqrt())
+        worst = max(worst, errors(ours[key], truth)[1] / (errors(eager[key], truth)[1] + 1e-3 * size))
     assert worst < 2, f"a gradient is {worst:.2f} times as far off as in eager bf16"
     return worst
 
 
-def masked_tokens(name: str) -> list[int]:
-    """Masked tokens of the measured steps, the same for all rivals."""
-    torch.manual_seed(SEED)
-    config = MODELS[name]
-    return [masking.draw_num_masked(config.num_tokens, config.min_mask_ratio) for _ in range(STEPS)]
-
-
-def make(name: str, which: str) -> nn.Module:
+def public_step(model: ModelConfig, rival: str) -> Callable[[], Tensor]:
+    """A step as the public code makes it."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        if which in ("public", "compiled"):
-            model: nn.Module = PublicEAR(MODELS[name])
-            if which == "compiled":
-                compile_parts(model)  # type: ignore[arg-type]
-            return model.train()
-        ours = EAR(MODELS[name]).train()
-    set_score(ours, which)
-    arrange(ours, which, IMAGES, masked_tokens(name))
-    return ours
+    with DEVICE:
+        public = PublicEAR(model).train()
+    if rival == COMPILED:
+        compile_parts(public)
+    if rival == ACCELERATED:
+        accelerate(public)
+    parameters = list(public.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+    train = RUNS["imagenet256"].train
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(train.beta1, train.beta2), fused=True)
+    latents = torch.randn(IMAGES, model.channels, model.image_size, model.image_size, device=DEVICE)
+    labels = torch.randint(0, model.num_classes, (IMAGES,), device=DEVICE)
 
-
-def set_score(model: EAR, which: str) -> None:
-    """Noise pool or loss chunks, as ``which`` says."""
-    if which == "ours_pool4":
-        model.score.rows_per_noise = 4
-    if which.startswith("ours_chunks"):
-        model.score.loss_chunks = int(which.removeprefix("ours_chunks"))
-
-
-def arrange(model: EAR, which: str, images: int, masked: list[int]) -> None:
-    """The model as the trainer would have it: CUDA graphs, unless ``which`` says otherwise."""
-    if which == "ours_compiled_blocks":
-        model.backbone.compile_blocks()
-    elif which != "ours_uncaptured" and can_capture(model.config, use_bf16=True):
-        model.capture(images, use_bf16=True, num_masked=masked)
-
-
-def groups(model: nn.Module, which: str) -> torch.optim.AdamW:
-    betas = (TRAIN.beta1, TRAIN.beta2)
-    if which.startswith("ours"):
-        return FusedAdamW(model.parameters(), lr=1e-4, betas=betas)
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=betas, fused=True)
-
-
-def measure(name: str, which: str) -> dict[str, float]:
-    """Times in ms, and rates."""
-    model = make(name, which)
-    optimizer = groups(model, which)
-    ema = optim.ExponentialMovingAverage(model, TRAIN.ema)
-    latents = torch.randn(IMAGES, 16, 16, 16, device="cuda")
-    labels = torch.randint(0, 1000, (IMAGES,), device="cuda")
-
-    def step(marks: list[torch.cuda.Event] | None = None) -> torch.Tensor:
-        def mark() -> None:
-            if marks is not None:
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-
-        mark()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(latents, labels)
-        mark()
+    def step() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HAS_GPU):
+            loss = public(latents, labels)
         loss.backward()
-        mark()
-        if which.startswith("ours"):
-            optim.clipped_step(optimizer, TRAIN.clip, ema)
-        else:
-            optim.clip_gradients(model.parameters(), TRAIN.clip)
-            optimizer.step()
+        nn.utils.clip_grad_norm_(parameters, train.clip)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        mark()
-        if not which.startswith("ours"):  # ours is in the same pass
-            ema.update()
-        mark()
-        return loss
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - train.ema)
+        return loss.detach()
 
-    torch.manual_seed(SEED)
-    for _ in range(4):
+    return step
+
+
+def time_steps(step: Callable[[], Tensor]) -> dict[str, Any]:
+    """Wall and GPU time of a step, and memory."""
+    synchronize = torch.cuda.synchronize if HAS_GPU else lambda: None
+    for _ in range(WARM):
         loss = step()
-    torch.cuda.synchronize()
-    assert loss.isfinite()
-    del loss
+    assert loss.isfinite(), loss
+    synchronize()
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    recorded: list[list[torch.cuda.Event]] = []
-    begun = time.perf_counter()
-    # The mask ratio is drawn for every step, as in training; its seed is the same for all rivals.
-    torch.manual_seed(SEED)
-    for _ in range(STEPS):
-        recorded.append([])
-        step(recorded[-1])
-    torch.cuda.synchronize()
-    wall = (time.perf_counter() - begun) / STEPS * 1e3
-    times = {
-        phase: statistics.median(marks[number].elapsed_time(marks[number + 1]) for marks in recorded)
-        for number, phase in enumerate(PHASES)
-    }
-    whole = [marks[0].elapsed_time(marks[-1]) for marks in recorded]
-    median = statistics.median(whole)
-    flops = training_flops(MODELS[name], 4 if which == "ours_pool4" else 1) * IMAGES
-    return {
-        **times,
-        "step": median,
-        "step_mean": statistics.fmean(whole),
-        "wall": wall,
-        "images_per_second": IMAGES / median * 1e3,
-        "tflops": flops / median / 1e9,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        # What graphs keep between their kernels counts here alone.
-        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-    }
+    if HAS_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        synchronize()
+        times.append((time.perf_counter() - begun) / STEPS * 1e3)
+    record: dict[str, Any] = {"wall_ms": percentiles(times) | {"mean": sum(times) / ROUNDS}}
+    if HAS_GPU:
+        record["peak_bytes"] = torch.cuda.max_memory_reserved()
+        kernels = profiled([step], least=8)
+        record["gpu_ms"] = {"median": kernels.busy_ms}
+        record |= {"kernels_ms": kernels.ms, "launches": kernels.launches, "groups": grouped(kernels.table)}
+        record["kernels"] = kernels.table[:40]
+    return record
 
 
-def run(name: str, which: str) -> dict[str, float]:
-    """:func:`check` and :func:`measure`, ours in the environment that ``ear train`` makes; for a new process."""
-    ours = which.startswith("ours")
-    if ours and which not in ("ours_uncaptured", "ours_compiled_blocks", "ours_workspace"):
-        leave_out_gemm_workspace()
-    checked = {"worst_error_over_eager": check(name, which)} if ours else {}
-    return {**checked, **measure(name, which)}
+def run(name: str, rival: str) -> dict[str, Any]:
+    """Everything to record of a row, in an environment that a process has once."""
+    prefer_expandable_segments()  # as `ear train` does, for all rivals
+    model = MODELS[name] if HAS_GPU else SMALL
+    if rival not in SETTINGS:
+        return time_steps(public_step(model, rival))
+    leave_out_gemm_workspace()
+    checked = {"error_over_eager": check(name, rival)} if HAS_GPU else {"note": "eager backend"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(model, Path(folder), **SETTINGS[rival])
+        trainer = Trainer(config, Path(folder) / "run", device=DEVICE.type)
+        record = checked | time_steps(lambda: trainer.train_step()[0])
+    flops = training_flops(model, SETTINGS[rival].get("rows_per_noise", 1)) * IMAGES
+    return record | {"flops_per_s": 1e3 * flops / record["wall_ms"]["mean"]}
 
 
-@pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("name", ["ear_base", "ear_large", "ear_huge"])
-def test_train_step(benchmark, name: str, which: str) -> None:
-    # cuBLAS reads its environment once a process, and rivals get torch's own.
+def measure(name: str, rival: str) -> dict[str, Any]:
+    """:func:`run` in a process of its own: cuBLAS and the allocator read their environment once a process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        result = process.submit(run, name, which).result()
-    benchmark.extra_info.update(name=name, which=which, images=IMAGES, **result)
-    print(name, which, {key: round(value, 2) for key, value in result.items()}, flush=True)
-    benchmark.pedantic(lambda: None, rounds=1)
+        record = process.submit(run, name, rival).result()
+    return record | {"images_per_s": 1e3 * IMAGES / record["wall_ms"]["mean"]}
+
+
+def row(title: str, rival: str, run_it: Callable[..., dict[str, Any]], name: str) -> Row:
+    return Row(f"training step, {title}", rival, measure=functools.partial(run_it, name, rival))
+
+
+RIVALS = (EAGER, COMPILED, ACCELERATED, *SETTINGS)
+ROWS = harness.needs_gpu(row(title, rival, measure, name) for title, name in NAMES.items() for rival in RIVALS)
+ROWS += [] if HAS_GPU else [row("small", rival, run, "") for rival in (EAGER, COMPILED, OURS)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_train_step(row: Row, run_row) -> None:
+    run_row(row)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(ROWS, __doc__))

@@ -1,128 +1,106 @@
-"""`ear train digits` on a GPU, many runs side by side: quality by seed for backends and shared noise.
+"""What sharing noise vectors costs: scores of `ear train digits` by seed and R/K, and the variance of its gradients.
 
-    python benchmarks/digits_quality.py OUT.json    # 18 runs of 2,600 steps, six at once: 4 minutes on an H200
+    python -m benchmarks.digits_quality --out FILE.json       # 18 runs, six at once: 4 minutes on an H200
 
-Runs: the Triton kernels (backend "auto") with R/K = 1, 4, 16 rows a noise vector, seeds 0 to 4, and the eager
-backend, seeds 0 to 2. Then the variance that the noise alone gives the head's gradient: one batch and one mask, 64
-draws of noise, on the trained model of seed 0, as a ratio to independent noise.
+R/K of 1, 4 and 16 rows a noise vector, seeds 0 to 4; the eager backend, seeds 0 to 2. Then the variance that the
+noise alone gives the head's gradient: one batch, everything masked, 64 draws of noise, on the model of seed 0.
 """
 
-import json
+from __future__ import annotations
+
+import argparse
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 
-SHARES = (1, 4, 16)
-AT_ONCE = 6
-DRAWS = 64
-ROWS = 16_384
+from benchmarks import harness
+from benchmarks.clocks import DEVICE
+from ear_model.config import RunConfig
+from ear_model.data.digits import load_digits
+from ear_model.ear import EAR
+from ear_model.evaluation.digits import evaluate_digits
+from ear_model.presets import RUNS
+from ear_model.training.loss import TrainingLoss
+from ear_model.training.trainer import Trainer
+
+SHARES, AT_ONCE, DRAWS, ROWS = (1, 4, 16), 6, 64, 16_384
+JOBS = [("auto", share, seed) for share in SHARES for seed in range(5)] + [("eager", 1, seed) for seed in range(3)]
+SETTINGS = [(1.0, 1.0), (2.0, 0.7)]
 
 
-def one(backend: str, seed: int, share: int, out: str) -> None:
-    """Train, score and write one run."""
+def train(config: RunConfig, backend: str, share: int, seed: int, num: int = 1000) -> dict[str, Any]:
+    """Train and score one run; for a process of its own."""
     os.environ["EAR_KERNELS_BACKEND"] = backend
-    import torch
-
-    from ear_model.config import RUNS
-    from ear_model.evaluate import evaluate_digits
-    from ear_model.train import Trainer
-
     torch.set_num_threads(1)
-    config = RUNS["digits"]
     config = replace(config, train=replace(config.train, seed=seed, rows_per_noise=share))
-    trainer = Trainer(config, Path(tempfile.mkdtemp()) / "run", device="auto")
-    for _ in range(config.train.steps):
-        trainer.train_step()
-    model = trainer.averaged_model()
-    scores = evaluate_digits(model, [(1.0, 1.0), (2.0, 0.7)], steps=config.sampling.steps, seed=seed)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {
-        "device": where,
-        "backend": backend,
-        "seed": seed,
-        "rows_per_noise": share,
-        "scores": [asdict(each) for each in scores],
-    }
-    if backend == "auto" and seed == 0 and share == 1:
-        result["gradient_variance"] = variance(model.train())
-    Path(out).write_text(json.dumps(result))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder) / "run", device=DEVICE.type)
+        for _ in range(config.train.steps):
+            trainer.train_step()
+        model = trainer.averaged_model()
+    scores = evaluate_digits(model, SETTINGS, num=num, steps=config.sampling.steps, seed=seed)
+    result = {"backend": backend, "rows_per_noise": share, "seed": seed, "scores": [asdict(each) for each in scores]}
+    return result | ({"gradient_variance": variance(model)} if (backend, share, seed) == JOBS[0] else {})
 
 
-def variance(model) -> dict[str, float]:
-    """Variance of the head's gradient over draws of noise, relative to independent noise."""
-    import torch
-
-    from ear_model.data import load_digits
-
-    data = load_digits()[0]
+def variance(model: EAR) -> dict[int, float]:
+    """Of the head's gradient over draws of noise, relative to independent noise."""
+    data, device = load_digits()[0], next(model.parameters()).device
     count = ROWS // (model.score.num_samples * model.config.num_tokens)
-    device = next(model.parameters()).device
-    images, labels = data.images[:count].to(device), data.labels[:count].to(device)
-    parameters = list(model.score.generator.parameters())
-    found = {}
+    tokens = model.tokenizer.encode(data.images[:count].to(device))
+    with torch.no_grad():
+        masked = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)
+        classes = model.backbone.embed_classes(data.labels[:count].to(device))
+        hidden = model.backbone(tokens, masked, classes).flatten(0, 1)
+    parameters, found = list(model.train().score.generator.parameters()), {}
     for share in SHARES:
-        model.score.rows_per_noise = share
-        total = square = 0.0
+        loss_of, gradients = TrainingLoss(model.score, rows_per_noise=share), []
         for draw in range(DRAWS):
-            torch.manual_seed(0)
-            tokens = model.tokenizer.encode(images)
-            masked = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)
-            with torch.no_grad():
-                hidden = model.backbone(tokens, masked, model.backbone.embed_classes(labels)).flatten(0, 1)
             torch.manual_seed(1000 + draw)
-            gradient = torch.autograd.grad(model.score.loss(hidden, tokens.flatten(0, 1)), parameters)
-            flat = torch.cat([each.flatten() for each in gradient]).double()
-            total, square = total + flat, square + flat.square()
-        found[str(share)] = float(((square - total.square() / DRAWS) / (DRAWS - 1)).sum())
-    return {share: value / found["1"] for share, value in found.items()}
+            gradient = torch.autograd.grad(loss_of(hidden, tokens.flatten(0, 1)), parameters)
+            gradients.append(torch.cat([each.flatten() for each in gradient]).double())
+        found[share] = float(torch.stack(gradients).var(dim=0).sum())
+    return {share: value / found[SHARES[0]] for share, value in found.items()}
 
 
-def main(out: Path) -> None:
-    from benchmarks.timing import environment
-    from ear_model.files import write_atomically
-
-    folder = Path(tempfile.mkdtemp())
-    jobs = [("auto", seed, share) for share in SHARES for seed in range(5)]
-    jobs += [("eager", seed, 1) for seed in range(3)]
-    runs: list[dict] = []
-    failed: list[tuple[str, int, int]] = []
-
-    def start(job: tuple[str, int, int]) -> None:
-        backend, seed, share = job
-        path = folder / f"{backend}_{seed}_{share}.json"
-        command = [sys.executable, __file__, "one", backend, str(seed), str(share), str(path)]
-        if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode:
-            failed.append(job)
-        else:
-            runs.append(json.loads(path.read_text()))
-        # After every run, so that an interruption loses the running ones only.
-        text = json.dumps({"environment": environment(), "failed": failed, "runs": runs}, indent=1) + "\n"
-        write_atomically(out, lambda temporary: temporary.write_text(text))
-
-    # More at once take turns on the GPU and gain nothing.
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(start, jobs))
-    for backend, share in [("eager", 1)] + [("auto", share) for share in SHARES]:
+def summary(runs: Sequence[dict[str, Any]]) -> str:
+    """A line a backend, R/K and setting: by seed, then the mean distance."""
+    lines = []
+    for backend, share in dict.fromkeys((backend, share) for backend, share, _ in JOBS):
         chosen = [run for run in runs if (run["backend"], run["rows_per_noise"]) == (backend, share)]
-        for place, name in ((0, "guidance 1"), (1, "guidance 2, temperature 0.7")):
-            right = [run["scores"][place]["class_consistency"] for run in chosen]
-            distance = [run["scores"][place]["energy_distance"] for run in chosen]
-            print(
-                f"{backend:5s} R/K={share:2d} {name:28s} consistency {' '.join(f'{x:.3f}' for x in right)}  energy "
-                f"distance {' '.join(f'{x:.3f}' for x in distance)}  mean {statistics.fmean(distance or [0]):.3f}"
+        for number, (guidance, temperature) in enumerate(SETTINGS if chosen else ()):
+            scores = [run["scores"][number] for run in sorted(chosen, key=lambda run: run["seed"])]
+            right, far = ([score[name] for score in scores] for name in ("class_consistency", "energy_distance"))
+            lines.append(
+                f"{backend:5s} R/K={share:2d} guidance {guidance:g}, temperature {temperature:g}: consistency "
+                f"{' '.join(f'{x:.3f}' for x in right)}  energy distance {' '.join(f'{x:.3f}' for x in far)}  "
+                f"mean {statistics.fmean(far):.3f}"
             )
-    print([run["gradient_variance"] for run in runs if "gradient_variance" in run], "failed:", failed)
+    return "\n".join([*lines, *(str(run["gradient_variance"]) for run in runs if "gradient_variance" in run)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    # More at once take turns on the GPU and gain nothing.
+    with ProcessPoolExecutor(AT_ONCE, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in as_completed([pool.submit(train, RUNS["digits"], *job) for job in JOBS]):
+            runs.append(job.result())
+            harness.write_json(options.out, {"environment": harness.environment(), "runs": runs})
+    print(summary(runs))
+    return 0
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "one":
-        one(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
-    else:
-        main(Path(sys.argv[1]))
+    sys.exit(main())

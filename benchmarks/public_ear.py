@@ -1,4 +1,4 @@
-"""A stand-in for the public EAR code: its key layout, its arithmetic and its waste (spec 2 and 6), our lines.
+"""A stand-in for the public EAR code: its key layout, its arithmetic and its waste, our lines.
 
 All tokens, masked or not, go through the head and are multiplied by 0 afterwards; ``input_proj`` runs on z repeated
 for every sample; SiLU(c) is computed in every block. ``accelerate`` recognises it.
@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ear_model.config import ModelConfig
-from ear_model.masking import draw_num_masked
+from ear_model.model.masking import draw_num_masked
 
 
 class ResBlock(nn.Module):
@@ -42,13 +42,14 @@ class FinalLayer(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """The MLP generator; its state dict is also :class:`ear_kernels.FusedMLPGenerator`'s."""
+
+    def __init__(self, input_dim: int, width: int, output_dim: int, depth: int, noise_dim: int) -> None:
         super().__init__()
-        width = config.generator_width
-        self.noise_embed = nn.Linear(config.noise_dim, width)
-        self.input_proj = nn.Linear(config.width, width)
-        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.generator_depth))
-        self.final_layer = FinalLayer(width, config.token_dim)
+        self.noise_embed = nn.Linear(noise_dim, width)
+        self.input_proj = nn.Linear(input_dim, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, output_dim)
 
     def forward(self, z: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         x, c = self.input_proj(z), self.noise_embed(noise)
@@ -61,7 +62,8 @@ class ScoreLoss(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.noise_channels, self.alpha, self.train_temperature = config.noise_dim, config.alpha, 1.0
-        self.net = Net(config)
+        sizes = config.generator_width, config.token_dim, config.generator_depth, config.noise_dim
+        self.net = Net(config.width, *sizes)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         norm = (a - b).norm(dim=-1)
@@ -128,15 +130,8 @@ class PublicEAR(nn.Module):
 def initialise(model: nn.Module, seed: int = 0) -> None:
     """Weights from which every gradient is alive (the public zero-initialised linears would hide half of them)."""
     torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.7 / module.in_features**0.5)
-            nn.init.normal_(module.bias, std=0.02)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and name in ("fake_latent", "mask_token", "decoder_pos_embed_learned"):
-            nn.init.normal_(parameter, std=0.02)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2)
 
 
 def compile_parts(model: PublicEAR) -> None:
@@ -144,6 +139,3 @@ def compile_parts(model: PublicEAR) -> None:
     for block in model.decoder_blocks:
         block.compile()
     model.scoreloss.net.compile()
-
-
-__all__ = ["PublicEAR", "compile_parts", "initialise"]

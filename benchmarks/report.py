@@ -1,83 +1,120 @@
-"""A saved benchmark as a table in markdown, and a plot.
+"""Every published table and plot, from the result files of ``python -m benchmarks.bench_*``.
 
-pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/h200.json
-python benchmarks/report.py benchmarks/results/h200.json --plot benchmarks/results/h200.png
+    python -m benchmarks.report RESULT.json                                        # the table, in Markdown
+    python -m benchmarks.report RESULT.json --plot docs/energy_loss_speed.png --only "energy loss" --title "..."
+
+A cell of the table is GPU / wall time in ms, with the peak memory on top of the inputs where it was measured.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import COMPILED, EAGER, OURS
+
+# Apart in hue and in brightness, also for the colour-blind and in print.
+COLOURS = {EAGER: "#8a8f98", COMPILED: "#1f77d0", OURS: "#d1480b"}
+METRICS = {"gpu_ms": "ms on the GPU", "wall_ms": "ms of wall time"}
 
 
-def rows_of(saved: dict) -> list[dict]:
-    """One dictionary a benchmark: shape, which, times, rate, memory."""
-    rows = []
-    for entry in saved["benchmarks"]:
-        extra = entry["extra_info"]
-        if "gpu_ms" not in extra:
-            continue
-        wall = entry["stats"]["median"] / extra.get("calls_per_round", 1) * 1e3
-        rows.append({**extra, "wall_ms": wall})
-    return rows
+def rounded(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(saved: dict) -> str:
-    """Markdown: a line a shape and implementation, with the speed-up over eager (or cdist) in the same run."""
-    environment = saved["machine_info"].get("ear", {})
-    lines = [
-        f"{environment.get('device')}, torch {environment.get('torch')}, triton {environment.get('triton')}, "
-        f"{environment.get('date')}, commit {environment.get('commit')}: `{environment.get('command')}`",
-        "",
-        "| shape | | ms (p20-p80) | against eager | GB/s | of copy | wall ms a call | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows = rows_of(saved)
-    base = {row["shape"]: row["gpu_ms"]["median"] for row in rows if row["which"] in ("eager", "cdist")}
-    for row in rows:
-        ms = row["gpu_ms"]
-        ratio = f"{base[row['shape']] / ms['median']:.1f}x" if row["shape"] in base else ""
-        lines.append(
-            f"| {row['shape']} | {row['which']} | {ms['median']:.4f} ({ms['p20']:.4f}-{ms['p80']:.4f}) | {ratio} | "
-            f"{row['gb_per_s']:.0f} | {row['share_of_copy']:.0%} | {row['wall_ms']:.4f} | "
-            f"{row['peak_bytes'] / 1e6:.1f} MB |"
-        )
+def memory(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def cell(record: dict[str, Any] | None) -> str:
+    """GPU / wall ms (peak memory), or why there is none."""
+    if record is None:
+        return ""
+    for status in ("failed", "skipped"):
+        if status in record:
+            return record[status].split(":")[0]
+    times = " / ".join(rounded(record[metric]["median"]) for metric in METRICS if metric in record)
+    return times + (f" ({memory(record['peak_bytes'])})" if "peak_bytes" in record else "")
+
+
+def source(saved: dict[str, Any]) -> str:
+    """GPU, versions, date, commit and command, in one sentence."""
+    environment = saved["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton"))
+    where = f"{environment['device']}, {versions}, {environment['date'][:10]}, commit {environment['commit']}"
+    return f"{where}: `{environment['command']}`."
+
+
+def markdown(saved: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """A line a case, a column a rival; and of steps the ms of every group of kernels."""
+    cases, rivals = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "rival"))
+    found = {(row["case"], row["rival"]): row for row in rows}
+    lines = [source(saved), "", f"| | {' | '.join(rivals)} |", "|---" * (len(rivals) + 1) + "|"]
+    for case in cases:
+        lines.append(f"| {case} | {' | '.join(cell(found.get((case, rival))) for rival in rivals)} |")
+    profiles = [row for row in rows if "groups" in row]
+    if profiles:
+        titles = [f"{row['case'].split(', ')[-1]}, {row['rival']}" for row in profiles]
+        lines += ["", f"| ms of kernels | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        for kind in profiles[0]["groups"]:
+            lines.append(f"| {kind} | {' | '.join(rounded(row['groups'][kind]) for row in profiles)} |")
     return "\n".join(lines)
 
 
-def plot(saved: dict, path: Path) -> None:
-    """Bars of the times, a group a shape, on a logarithmic axis."""
+def plot(saved: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of eager, torch.compile and ours on a logarithmic axis: GPU time above, wall time below."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = rows_of(saved)
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    kinds = list(dict.fromkeys(row["which"] for row in rows))
-    figure, axes = plt.subplots(figsize=(1.6 * len(shapes) + 2, 3.6))
-    for index, kind in enumerate(kinds):
-        points = [(shapes.index(row["shape"]), row["gpu_ms"]["median"]) for row in rows if row["which"] == kind]
-        axes.bar(
-            [x + (index - (len(kinds) - 1) / 2) * 0.22 for x, _ in points], [y for _, y in points], 0.2, label=kind
-        )
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(shapes)), shapes, rotation=20)
-    axes.set_ylabel("ms, forward + backward")
-    axes.set_title(saved["machine_info"].get("ear", {}).get("device", ""))
-    axes.legend()
+    rows = [row for row in rows if row["rival"] in COLOURS and "wall_ms" in row]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
+    figure, panels = plt.subplots(
+        len(metrics), figsize=(1.55 * len(cases) + 1.5, 2.7 * len(metrics)), sharex=True, squeeze=False
+    )
+    for axes, metric in zip(panels[:, 0], metrics, strict=True):
+        for number, (rival, colour) in enumerate(COLOURS.items()):
+            values = {row["case"]: row[metric]["median"] for row in rows if row["rival"] == rival and metric in row}
+            places = [cases.index(case) + 0.29 * (number - 1) for case in values]
+            bars = axes.bar(places, list(values.values()), 0.28, color=colour, label=rival)
+            axes.bar_label(bars, [rounded(value) for value in values.values()], padding=1, fontsize=7)
+        axes.set(yscale="log", ylabel=METRICS[metric])
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(range(len(cases)), [short(case) for case in cases], fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    figure.suptitle(f"{title}\n{source(saved).split(', commit')[0]}".strip(), fontsize=9)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
+    plt.close(figure)
 
 
-def main() -> None:
+def short(case: str) -> str:
+    """A case's name over several lines, without the operation that all have in common."""
+    return "\n".join(re.sub(r"^(energy loss|generator|training step), |^generator ", "", case).split(", "))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("saved", type=Path)
-    parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
-    saved = json.loads(arguments.saved.read_text())
-    print(table(saved))
-    if arguments.plot:
-        plot(saved, arguments.plot)
+    parser.add_argument("--only", default="", help="regular expression: rows whose 'case: rival' has it")
+    parser.add_argument("--plot", type=Path, help="also write this picture")
+    parser.add_argument("--title", default="", help="of the picture")
+    options = parser.parse_args(arguments)
+    saved = json.loads(options.saved.read_text())
+    rows = [row for row in saved["rows"] if re.search(options.only, f"{row['case']}: {row['rival']}")]
+    print(markdown(saved, rows))
+    if options.plot:
+        plot(saved, rows, options.plot, options.title)
 
 
 if __name__ == "__main__":

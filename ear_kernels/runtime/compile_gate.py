@@ -1,79 +1,227 @@
-"""Cross-compile every shipped kernel without a GPU; ``python -m ear_kernels.runtime.compile_gate`` prints the table.
+"""Cross-compile every launch of the package, without a GPU: ``python -m ear_kernels.runtime.compile_gate``.
 
-Fails on a spill, on shared memory over the limit, on a failed compiler pass, and on a WGMMA that takes its A operand
-from registers (ptxas 12.8 may use them again too early). Needs a process in which triton was
-imported without TRITON_INTERPRET=1. For AMD only the passes and the shared memory are checked: the wheel has no tool
-that reads its spills except the code object's own notes, which are read where they say something.
+The launches are those of :mod:`ear_kernels.runtime.example_calls`, recorded for each target as if on such a GPU,
+specialised by Triton itself, and compiled once each. Fails on a failed compiler pass, on a spill that
+``KNOWN_SPILLS`` does not state, on shared memory over the limit, and on a WGMMA that takes its A operand from
+registers (ptxas 12.8 may use them again too early). AMD's registers and spills are those of the code object's notes.
+
+Needs a process in which triton was imported without TRITON_INTERPRET=1. By default sm_90 is compiled in full and the
+other targets in a fixed selection (:func:`covering`); ``--all`` compiles everything for all of them.
 """
 
 import argparse
 import importlib
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ear_kernels.runtime.launching import Processor, recording
+
+Calls = Iterable[tuple[str, Callable[[], object]]]
+
 
 @dataclass(frozen=True)
-class ShippedKernel:
-    """One kernel in one configuration that the package launches: what the compile gate compiles.
+class Target:
+    """A GPU to compile for: Triton's names of it, bytes of shared memory of a program, the kind that launches see."""
+
+    backend: str
+    architecture: int | str
+    warp: int
+    shared: int
+    processor: Processor
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, Processor(8, 108)),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, Processor(9, 132)),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, Processor(10, 148)),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, Processor(0, 304, is_amd=True)),
+}
+# The GPU that the configurations are chosen on: its launches are compiled one and all.
+FULL_TARGET = "sm_90"
+
+
+@dataclass(frozen=True)
+class KnownSpill:
+    """Bytes of a thread that a launch may spill, and why; more is a failure.
 
     Args:
-        name: shown by the gate.
-        kernel: the ``@triton.jit`` function.
-        signature: Triton type of every argument that is no constexpr, for instance ``"*fp32"`` or ``"i32"``. Pointers
-            and integers named here are taken to be divisible by 16.
-        constexprs: value of every constexpr, and of every integer argument that is specialised to 1.
-        num_warps, num_stages: launch options.
-        options: further launch options, such as ``maxnreg`` (NVIDIA only).
-        undivided: integers of the signature that need not be divisible by 16.
-        max_spills: registers that may spill; anything but 0 needs a reason beside it.
-        known_spills: bytes that may spill with one compiler on one target, ``("3.6", "sm_80")`` for instance, and no
-            more; each needs a reason beside it. Other compilers and targets stay at ``max_spills``.
+        kernel: the kernel's name.
+        constexprs: values that the launch has, among others; a tuple lists alternatives.
+        most: bytes.
+        reason: why that launch is kept.
+        targets: where; empty for everywhere.
+        triton: the release that spills, "3.6" for instance; empty for any.
     """
 
-    name: str
-    kernel: Any
-    signature: dict[str, str]
+    kernel: str
     constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    max_spills: int = 0
-    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
-    options: dict[str, Any] = field(default_factory=dict)
-    undivided: frozenset[str] = frozenset()
-    known_spills: dict[tuple[str, str], int] = field(default_factory=dict)
+    most: int
+    reason: str
+    targets: tuple[str, ...] = ()
+    triton: str = ""
 
 
-# Modules with a function ``shipped() -> list[ShippedKernel]``; a new kernel joins the compile gate here.
-SHIPPED_MODULES = (
-    "ear_kernels.ops.adamw.shipped",
-    "ear_kernels.ops.attention.shipped",
-    "ear_kernels.ops.energy_loss.shipped",
-    "ear_kernels.ops.generator.shipped",
-    "ear_kernels.ops.transformer.shipped",
-)
+KNOWN_SPILLS: tuple[KnownSpill, ...] = ()
 
 
-def shipped_kernels() -> list[ShippedKernel]:
-    """Every configuration of every kernel that the package launches (imports Triton)."""
-    return [kernel for name in SHIPPED_MODULES for kernel in importlib.import_module(name).shipped()]
+@dataclass(frozen=True)
+class Record:
+    """One kernel in one specialisation, as Triton compiles it for a launch.
+
+    Args:
+        module, name: where the kernel is.
+        call: the first example call that launches it.
+        signature: type of every argument, "constexpr" for those that are compiled in.
+        constexprs: their values, by path of the argument.
+        attributes: what Triton knows of the others, divisibility by 16 for instance, by path.
+        options: of the launch, such as ``num_warps``.
+        parameters: values of the kernel's declared constexprs, by name.
+    """
+
+    module: str
+    name: str
+    call: str
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    parameters: dict[str, Any]
+
+    def pointer_types(self) -> tuple[str, ...]:
+        """Types of what its pointers and descriptors point to, each once."""
+        return tuple(sorted(set(re.findall(r"(?:\*k?|tensordesc<)(\w+)", str(self.signature)))))
 
 
-# Bytes of shared memory that one program may have.
-TARGETS: dict[str, tuple[str, Any, int, int]] = {
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
-}
+class _Driver:
+    """What Triton asks of a driver before it compiles, for a GPU that is not there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return gpu_target(self.name)
 
 
-def resource_usage(asm: dict[str, Any], metadata: Any) -> tuple[int, int]:
+def gpu_target(name: str) -> Any:
+    """Triton's description of one of ``TARGETS``."""
+    from triton.backends.compiler import GPUTarget
+
+    target = TARGETS[name]
+    return GPUTarget(target.backend, target.architecture, target.warp)
+
+
+def recorded(name: str, calls: Calls) -> list[Record]:
+    """What ``calls`` launch on the target ``name``, every specialisation once, in the order of the calls.
+
+    Triton binds and specialises the arguments itself, up to where it would compile.
+    """
+    import triton
+
+    found: dict[tuple[str, str, str], Record] = {}
+
+    def record(call: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not isinstance(kernel, triton.runtime.JITFunction):
+            raise RuntimeError("kernels run in Triton's interpreter; unset TRITON_INTERPRET to compile them")
+
+        def keep(*, key: str, compile: dict[str, Any], **_: Any) -> bool:
+            """Called by Triton before it compiles; True is not to."""
+            constants = compile["constants"]
+            parameters = {each.name: constants[each.num,] for each in kernel.params if each.is_constexpr}
+            launch_options = {name: value for name, value in options.items() if name not in parameters}
+            specialised = compile["signature"], constants, compile["configs"][0]
+            identity = kernel.__module__, kernel.__name__, key
+            found.setdefault(identity, Record(*identity[:2], call, *specialised, launch_options, parameters))
+            return True
+
+        triton.knobs.runtime.jit_cache_hook = keep
+        kernel.warmup(*arguments, grid=(1,), **options)
+
+    triton.runtime.driver.set_active(_Driver(name))
+    try:
+        for call, run in calls:
+            with recording(partial(record, call), TARGETS[name].processor):
+                run()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+        triton.runtime.driver.set_active(None)
+    return list(found.values())
+
+
+def covering(records: list[Record]) -> list[Record]:
+    """Fewer records: of each kernel every value of every constexpr, all launch options and every choice of dtypes.
+
+    Of several that would do, the one with the most arguments, and of those the first.
+    """
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for record in sorted(records, key=lambda record: len(record.constexprs)):
+        covered = {(record.name, name, str(value)) for name, value in record.parameters.items()}
+        covered |= {
+            (record.name, "options", str(record.options)),
+            (record.name, "types", str(record.pointer_types())),
+        }
+        if not covered <= seen:
+            seen |= covered
+            kept.append(record)
+    return kept
+
+
+def labels(records: list[Record]) -> list[str]:
+    """A name for each: its kernel, and whatever of dtypes, constexprs, options and arguments tells it from others."""
+
+    def described(record: Record) -> dict[str, str]:
+        parts = {"types": "/".join(record.pointer_types())}
+        for name, value in record.parameters.items():
+            parts[name] = (name if value else "") if isinstance(value, bool) else f"{name}={value}"
+        for position, name in enumerate(record.signature):
+            if name not in record.parameters:
+                value = record.constexprs.get((position,), name)
+                points = str(record.signature[name]).startswith(("*", "tensordesc"))
+                parts[name] = f"{name}={value}" if value == 1 else name if points else ""
+        return parts | {name: f"{name}={value}" for name, value in record.options.items()}
+
+    descriptions = [described(record) for record in records]
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for record, parts in zip(records, descriptions, strict=True):
+        for name, text in parts.items():
+            values[record.name, name].add(text)
+    names = []
+    for record, parts in zip(records, descriptions, strict=True):
+        told = [text for name, text in parts.items() if text and len(values[record.name, name]) > 1]
+        names.append(f"{record.name}[{' '.join(told)}]")
+    return names
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Of a compiled kernel: registers and bytes of spills of a thread, bytes of shared memory, WGMMAs with A in
+    registers."""
+
+    registers: int
+    spilled: int
+    shared: int
+    unsafe: int
+
+
+def resource_usage(asm: dict[str, Any]) -> tuple[int, int]:
     """(registers a thread, bytes of spills a thread) of a compiled kernel.
 
     NVIDIA: ``cuobjdump --dump-resource-usage`` of the cubin: what does not fit into registers is on the stack (our
@@ -98,74 +246,114 @@ def resource_usage(asm: dict[str, Any], metadata: Any) -> tuple[int, int]:
     return max(registers, default=0), 4 * max(spills, default=0)
 
 
-def compile_for(shipped: ShippedKernel, target: str) -> tuple[int, int, int, int]:
-    """(registers, spilled bytes, shared memory, WGMMAs with A in registers) of ``shipped`` for one of ``TARGETS``.
-
-    Raises whatever a compiler pass raises.
-    """
+def compile_record(record: Record, target: str) -> Compiled:
+    """Compile for one of ``TARGETS``; raises whatever a compiler pass raises."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, architecture, warp, _ = TARGETS[target]
-    position = {name: index for index, name in enumerate(shipped.kernel.arg_names)}
-    signature = {name: shipped.signature.get(name, "constexpr") for name in shipped.kernel.arg_names}
-    constexprs = {(position[name],): value for name, value in shipped.constexprs.items()}
-    attributes = {
-        (position[name],): [["tt.divisibility", 16]]
-        for name, kind in shipped.signature.items()
-        if kind.startswith("*") or (kind.startswith("i") and name not in shipped.undivided)
-    }
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages}
-    options |= shipped.options if backend == "cuda" else {}
-    compiled = triton.compile(
-        ASTSource(shipped.kernel, signature, constexprs, attributes),
-        target=GPUTarget(backend, architecture, warp),
-        options=options,
-    )
-    registers, spilled = resource_usage(compiled.asm, compiled.metadata)
+    kernel = getattr(importlib.import_module(record.module), record.name)
+    source = ASTSource(kernel, record.signature, record.constexprs, record.attributes)
+    compiled = triton.compile(source, target=gpu_target(target), options=dict(record.options))
+    registers, spilled = resource_usage(compiled.asm)
     unsafe = len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm.get("ptx", "")))
-    return registers, spilled, compiled.metadata.shared, unsafe
+    return Compiled(registers, spilled, compiled.metadata.shared, unsafe)
 
 
-def run(targets: list[str], pattern: str = "") -> int:
-    """Compile all, print a line each, and return the number of failures."""
+def _compile_and_send(sender: Connection, record: Record, target: str) -> None:
+    try:
+        sender.send(compile_record(record, target))
+    except Exception as error:  # whatever a compiler pass raises is a failure of this record
+        sender.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+
+def compile_alone(record: Record, target: str) -> tuple[Compiled | str, float]:
+    """(result or the failure, seconds), in a process of its own: some failures of the compiler end theirs."""
+    start = time.perf_counter()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_compile_and_send, args=(sender, record, target))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        result = f"the compiler ended its process with status {process.exitcode}"
+    process.join()
+    return result, time.perf_counter() - start
+
+
+def allowed_spill(record: Record, target: str) -> int:
+    """Bytes that the record may spill."""
     import triton
 
-    version = ".".join(triton.__version__.split(".")[:2])
-    failures = 0
-    for shipped in shipped_kernels():
-        for target in targets:
-            if target not in shipped.targets or pattern not in shipped.name:
-                continue
-            start, problems, numbers = time.perf_counter(), [], ""
-            try:
-                registers, spilled, shared, unsafe = compile_for(shipped, target)
-            except Exception as error:  # whatever a compiler pass raises is a failure of this configuration
-                problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-            else:
-                numbers = f"{registers:4d} registers {spilled:5d} B spilled {shared:7d} B shared"
-                if spilled > shipped.known_spills.get((version, target), 4 * shipped.max_spills):
-                    problems.append("spills")
-                if unsafe:
-                    problems.append(f"{unsafe} WGMMAs with A in registers")
-                if shared > TARGETS[target][3]:
-                    problems.append(f"shared memory over {TARGETS[target][3]} B")
-            failures += bool(problems)
-            print(
-                f"{'FAIL' if problems else 'ok':4s} {target:7s} {numbers} {time.perf_counter() - start:5.1f} s  "
-                f"{shipped.num_warps} warps  {shipped.name} {'; '.join(problems)}",
-                flush=True,
+    release = ".".join(triton.__version__.split(".")[:2])
+    most = 0
+    for known in KNOWN_SPILLS:
+        if known.kernel != record.name or known.triton not in ("", release):
+            continue
+        fits = all(
+            record.parameters.get(name) in (value if isinstance(value, tuple) else (value,))
+            for name, value in known.constexprs.items()
+        )
+        if fits and (not known.targets or target in known.targets):
+            most = max(most, known.most)
+    return most
+
+
+def problems_of(record: Record, target: str, compiled: Compiled) -> list[str]:
+    """What is wrong with a compiled record, if anything is."""
+    found = []
+    if compiled.spilled > allowed_spill(record, target):
+        found.append("spills")
+    if compiled.unsafe:
+        found.append(f"{compiled.unsafe} WGMMAs with A in registers")
+    if compiled.shared > TARGETS[target].shared:
+        found.append(f"shared memory over {TARGETS[target].shared} B")
+    return found
+
+
+def lines(records: list[Record], names: list[str], target: str, jobs: int) -> Iterator[tuple[bool, str]]:
+    """(whether it failed, a line of the table) for each record."""
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda record: compile_alone(record, target), records)
+        for record, name, (result, seconds) in zip(records, names, results, strict=True):
+            numbers, problems = "", [result] if isinstance(result, str) else problems_of(record, target, result)
+            if isinstance(result, Compiled):
+                numbers = f"{result.registers:4d} registers {result.spilled:5d} B spilled {result.shared:7d} B shared"
+            yield (
+                bool(problems),
+                f"{'FAIL' if problems else 'ok':4s} {target:7s} {numbers} {seconds:5.1f} s  {name} "
+                f"({record.call}) {'; '.join(problems)}",
             )
+
+
+def run(targets: list[str], pattern: str = "", everything: bool = False, jobs: int = 2) -> int:
+    """Record and compile, print a line each, and return the number of failures."""
+    from ear_kernels.runtime.example_calls import example_calls
+
+    failures = 0
+    for target in targets:
+        records = recorded(target, example_calls())
+        total = len(records)
+        if not everything and target != FULL_TARGET:
+            records = covering(records)
+        chosen = [(record, name) for record, name in zip(records, labels(records), strict=True) if pattern in name]
+        print(f"{target}: {len(chosen)} of {total} specialisations", flush=True)
+        for failed, line in lines([each[0] for each in chosen], [each[1] for each in chosen], target, jobs):
+            failures += failed
+            print(line, flush=True)
     return failures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
-    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--only", default="", help="part of a line's name")
+    parser.add_argument("--all", action="store_true", help="every specialisation for every target")
+    parser.add_argument("--jobs", type=int, default=2, help="compiler processes at a time")
     arguments = parser.parse_args()
-    failures = run(arguments.target or list(TARGETS), arguments.only)
+    failures = run(arguments.target or list(TARGETS), arguments.only, arguments.all, arguments.jobs)
     print(f"{failures} failures")
     return 1 if failures else 0
 

@@ -42,20 +42,10 @@ def distance_sum(squares, counts, alpha, MODE: tl.constexpr, DOUBLE: tl.constexp
 
 @triton.jit
 def pairwise_exact_kernel(
-    x_ptr,
-    y_ptr,
-    total_ptr,
-    count_x,
-    count_y,
-    features,
-    alpha_: tl.float64,
-    MODE: tl.constexpr,
-    SAME: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    x_ptr, y_ptr, total_ptr, count_x, count_y, features, alpha_: tl.float64,
+    MODE: tl.constexpr, SAME: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Sum of ``|x_i - y_j|^alpha`` by differences: two operations a pair and feature, no cancellation.
 
     ``x_ptr`` is [D, count_x] and ``y_ptr`` [D, count_y]: a step of the loop reads one feature of a tile's points.
@@ -86,25 +76,10 @@ def pairwise_exact_kernel(
 
 @triton.jit
 def pairwise_product_kernel(
-    x_high_ptr,
-    x_low_ptr,
-    x_norm_square_ptr,
-    x_exact_ptr,
-    y_high_ptr,
-    y_low_ptr,
-    y_norm_square_ptr,
-    y_exact_ptr,
-    total_ptr,
-    count_x,
-    count_y,
-    features,
-    alpha_: tl.float64,
-    MODE: tl.constexpr,
-    SAME: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_high_ptr, x_low_ptr, x_norm_square_ptr, x_exact_ptr, y_high_ptr, y_low_ptr, y_norm_square_ptr, y_exact_ptr,
+    total_ptr, count_x, count_y, features, alpha_: tl.float64,
+    MODE: tl.constexpr, SAME: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sum of ``|x_i - y_j|^alpha`` by ``|x|^2 + |y|^2 - 2 x.y`` on tensor cores, exact where that would cancel.
 
     Points come as a TF32 part and the rest (``high + low``, [count, D]), so that three TF32 products make a float32

@@ -105,27 +105,11 @@ def field_norms_kernel(
 
 @triton.jit
 def field_combine_kernel(
-    norm_ptr,
-    mask_ptr,
-    weight_ptr,
-    denominator_ptr,
-    loss_ptr,
-    inverse_ptr,
-    slope_ptr,
-    m,
-    blocks,
-    partner_blocks,
-    alpha_: tl.float64,
-    eps_: tl.float64,
-    target_coefficient_: tl.float64,
-    pair_coefficient_: tl.float64,
+    norm_ptr, mask_ptr, weight_ptr, denominator_ptr, loss_ptr, inverse_ptr, slope_ptr, m, blocks, partner_blocks,
+    alpha_: tl.float64, eps_: tl.float64, target_coefficient_: tl.float64, pair_coefficient_: tl.float64,
     scale_: tl.float64,
-    N: tl.constexpr,
-    MODE: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    N: tl.constexpr, MODE: tl.constexpr, HAS_EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Programs [rows, blocks of partners]: from the blocks' norms to loss, 1/norm and slope of every pair.
 
     Writes partial losses [rows, partner_blocks], already scaled and weighted, and ``inverse`` and ``slope``

@@ -66,29 +66,10 @@ def four_normals(seed, row, feature, group, ROUNDS: tl.constexpr):
 
 @triton.jit
 def accumulate_draws(
-    x,
-    root,
-    mean,
-    deviation,
-    seed,
-    row,
-    feature,
-    keep,
-    careful,
-    m,
-    coefficient,
-    alpha,
-    eps,
-    N: tl.constexpr,
-    MODE: tl.constexpr,
-    SINGLE: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    REFINE: tl.constexpr,
-    PARAMETER_GRADIENT: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, root, mean, deviation, seed, row, feature, keep, careful, m, coefficient, alpha, eps,
+    N: tl.constexpr, MODE: tl.constexpr, SINGLE: tl.constexpr, HAS_EPS: tl.constexpr, REFINE: tl.constexpr,
+    PARAMETER_GRADIENT: tl.constexpr, ROUNDS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Pairs of the samples ``x [R, N, D]`` with m drawn targets a row.
 
     Returns (sum of powers [R, N], gradient [R, N, D] times ``coefficient``, outside [R, N], sum of pulls [R, D], sum
@@ -130,23 +111,10 @@ def accumulate_draws(
 
 @triton.jit
 def accumulate_draws_fast(
-    x,
-    root,
-    mean,
-    deviation,
-    seed,
-    row,
-    feature,
-    keep,
-    m,
-    coefficient,
-    N: tl.constexpr,
-    REFINE: tl.constexpr,
-    PARAMETER_GRADIENT: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, root, mean, deviation, seed, row, feature, keep, m, coefficient,
+    N: tl.constexpr, REFINE: tl.constexpr, PARAMETER_GRADIENT: tl.constexpr, ROUNDS: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """``accumulate_draws`` for alpha = 1 without eps, as long as no sum of squares over- or underflows.
 
     Every lane of a warp does the arithmetic of all pairs of a target, so it is kept to a root, a product, a sum and

@@ -101,17 +101,9 @@ def is_in_safe_range(squares):
 
 @triton.jit
 def pair_step(
-    u,
-    valid,
-    careful,
-    coefficient,
-    alpha,
-    eps,
-    MODE: tl.constexpr,
-    SINGLE: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    REFINE: tl.constexpr,
-):
+    u, valid, careful, coefficient, alpha, eps,
+    MODE: tl.constexpr, SINGLE: tl.constexpr, HAS_EPS: tl.constexpr, REFINE: tl.constexpr,
+):  # fmt: skip
     """Power and pull of one tile of differences ``u [R, N, D]``; 0 where ``valid [R, N]`` is false.
 
     MODE is 1 or 2 for those alphas, which cost no exp or log, and 0 for any other alpha. SINGLE says that D is 1.
@@ -234,31 +226,11 @@ def store_sample_gradient(
 
 @triton.jit
 def accumulate_targets(
-    x,
-    root,
-    y_rows,
-    gy_rows,
-    feature,
-    keep,
-    careful,
-    in_range,
-    factor,
-    m,
-    features,
-    y_strides,
-    gy_strides,
-    coefficient,
-    alpha,
-    eps,
-    N: tl.constexpr,
-    MODE: tl.constexpr,
-    SINGLE: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    REFINE: tl.constexpr,
-    MANY: tl.constexpr,
-    ROW_DIMS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, root, y_rows, gy_rows, feature, keep, careful, in_range, factor, m, features, y_strides, gy_strides,
+    coefficient, alpha, eps,
+    N: tl.constexpr, MODE: tl.constexpr, SINGLE: tl.constexpr, HAS_EPS: tl.constexpr, REFINE: tl.constexpr,
+    MANY: tl.constexpr, ROW_DIMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Pairs of the samples ``x [R, N, D]`` with the row's m targets; writes the gradients of the targets.
 
     Returns (sum of powers [R, N], gradient [R, N, D] times ``coefficient``, without the row's factor and the second
@@ -308,25 +280,10 @@ def accumulate_targets(
 
 @triton.jit
 def accumulate_samples(
-    x,
-    root,
-    x_rows,
-    feature,
-    keep,
-    careful,
-    features,
-    x_strides,
-    coefficient,
-    alpha,
-    eps,
-    N: tl.constexpr,
-    MODE: tl.constexpr,
-    SINGLE: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    REFINE: tl.constexpr,
-    ROW_DIMS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, root, x_rows, feature, keep, careful, features, x_strides, coefficient, alpha, eps,
+    N: tl.constexpr, MODE: tl.constexpr, SINGLE: tl.constexpr, HAS_EPS: tl.constexpr, REFINE: tl.constexpr,
+    ROW_DIMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Ordered pairs of the samples ``x [R, N, D]`` of a row; every pair counts twice in the powers.
 
     The partner of every sample is loaded again (it is in the L1 cache), which keeps the tile free of gathers.

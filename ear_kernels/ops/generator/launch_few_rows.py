@@ -125,6 +125,10 @@ def few_rows(
     layers, output_dim = len(blocks) + 1, final.weight_out.shape[0]
     weights, norms = inputs[0].dtype, blocks[0].norm_weight.dtype
     config = config_for(rows, width, weights)
+    if config.bm >= 64:
+        # A WGMMA takes its left operand from registers where that was cast there, and ptxas 12.8 may use those again
+        # too early.
+        z, noise = z.to(dtype), noise.to(dtype)
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     line = 128 // weights.itemsize
     # The interpreter runs programs one after another: no barriers, a launch a phase.
