@@ -215,16 +215,10 @@ class _Backward:
             rebuilt = self.rebuilt if layer > 1 else None
             previous = PreviousBlock(before.ffn, gate, self.grad_ffn, grad_gate, rebuilt)
         self.sums = adaln.launch_backward(
-            grad_modulated,
-            inputs,
-            self.grad_hidden,
-            grad_shift,
-            grad_scale,
-            runs=Runs(self.group, self.group),
-            grad_residual=self.grad_hidden if layer < self.depth else None,
-            previous=previous,
+            grad_modulated, inputs, self.grad_hidden, grad_shift, grad_scale, runs=Runs(self.group, self.group),
+            grad_residual=self.grad_hidden if layer < self.depth else None, previous=previous,
             sum_modulation=self.group == 1,
-        )
+        )  # fmt: skip
 
     def final(self, grad_out: Tensor) -> None:
         """Back through the final layer."""
