@@ -35,7 +35,7 @@ from torch import Tensor
 from ear_kernels.ops.generator import launch_adaln as adaln
 from ear_kernels.ops.generator import launch_ffn as ffn_ops
 from ear_kernels.ops.generator.launch_adaln import ColumnSums, NormInputs, PreviousBlock, Runs
-from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, Block, FinalLayer, split_parameters
+from ear_kernels.ops.generator.reference import Block, FinalLayer, split_parameters
 from ear_kernels.runtime.column_sums import column_sums
 from ear_kernels.runtime.gemm import linear, weight_gradient
 from ear_kernels.runtime.launching import dense_rows
@@ -139,38 +139,6 @@ def forward(
     return [out, *saved, *saved_final] if save else [out]
 
 
-class _Gradients:
-    """Gradients of the parameters, each in its entry of ``dtypes``.
-
-    Rows of one kernel's sums share memory, which outputs of a library operation must not: ``copy`` parts them.
-    """
-
-    def __init__(self, dtypes: list[torch.dtype], copy: bool) -> None:
-        self._dtypes, self._copy = dtypes, copy
-        self._values: list[Tensor | None] = [None] * len(dtypes)
-
-    def _position(self, layer: int, name: str) -> int:
-        kind = Block if layer < len(self._dtypes) // BLOCK_PARAMETERS else FinalLayer
-        return layer * BLOCK_PARAMETERS + kind._fields.index(name)
-
-    def store(self, layer: int, name: str, value: Tensor | None) -> None:
-        """``value`` is that of a parameter of a block, or of the final layer after them."""
-        assert value is not None
-        position = self._position(layer, name)
-        self._values[position] = value.to(self._dtypes[position], copy=self._copy)
-
-    def store_product(self, layer: int, name: str, grad: Tensor, x: Tensor) -> None:
-        """The parameter's is ``grad^T @ x``."""
-        position = self._position(layer, name)
-        self._values[position] = weight_gradient(grad, x, self._dtypes[position])
-
-    def all(self) -> list[Tensor]:
-        """In the order of the parameters."""
-        values = [value for value in self._values if value is not None]
-        assert len(values) == len(self._values)
-        return values
-
-
 class _Backward:
     """One backward pass, layer by layer from the last: ``grad_hidden``, ``grad_activated`` and the sums, ``grad_ffn``
     and ``grad_mod`` that a layer's kernel leaves for the block before it."""
@@ -188,15 +156,30 @@ class _Backward:
     ) -> None:
         self.blocks, self.final_layer = split_parameters(parameters)
         self.depth, (entries, self.width) = len(self.blocks), conditioning.shape
+        kinds = [Block] * self.depth + [FinalLayer]
+        names = [(layer, name) for layer, kind in enumerate(kinds) for name in kind._fields]
+        self.dtypes = dict(zip(names, dtypes, strict=True))
+        self.gradients: dict[tuple[int, str], Tensor] = {}
         size = len(SavedBlock._fields)
         self.saved = [SavedBlock(*saved[size * layer : size * (layer + 1)]) for layer in range(self.depth)]
         self.saved_final = SavedFinalLayer(*saved[size * self.depth :])
         self.hidden, self.conditioning, self.index, self.group, self.reuse = hidden, conditioning, index, group, reuse
-        self.gradients = _Gradients(dtypes, copy=not reuse)
         self.grad_hidden = hidden.new_empty((entries * group, self.width))
         # Of every block but the first: the input of its norm, rebuilt.
         self.rebuilt = self.memory_of(self.saved_final.hidden) if self.depth > 1 else None
         self.sums = ColumnSums()
+
+    def store(self, layer: int, name: str, value: Tensor | None) -> None:
+        """The gradient of a parameter of a block, or of the final layer after them, in the dtype asked for.
+
+        Rows of one kernel's sums share memory, which outputs of a library operation must not: copies part them.
+        """
+        assert value is not None
+        self.gradients[layer, name] = value.to(self.dtypes[layer, name], copy=not self.reuse)
+
+    def store_product(self, layer: int, name: str, grad: Tensor, x: Tensor) -> None:
+        """The parameter's gradient is ``grad^T @ x``."""
+        self.gradients[layer, name] = weight_gradient(grad, x, self.dtypes[layer, name])
 
     def memory_of(self, saved: Tensor) -> Tensor:
         """Memory for a tensor of the same shape: that of ``saved`` itself where that may be overwritten."""
@@ -224,15 +207,15 @@ class _Backward:
         """Back through the final layer."""
         depth, width, layer, saved = self.depth, self.width, self.final_layer, self.saved_final
         sum_out = column_sums(grad_out)
-        self.gradients.store(depth, "bias_out", sum_out)
+        self.store(depth, "bias_out", sum_out)
         if self.group > 1:
             self.activated = ffn_ops.silu(self.conditioning.contiguous())
-            self.gradients.store_product(depth, "weight_out", grad_out, saved.modulated)
+            self.store_product(depth, "weight_out", grad_out, saved.modulated)
             grad_mod = torch.empty_like(saved.mod)
             inputs = NormInputs(saved.hidden, saved.mod[:, width:], None, None, saved.mean, saved.rstd)
             self.norm(depth, torch.mm(grad_out, layer.weight_out), inputs, grad_mod[:, :width], grad_mod[:, width:])
-            self.gradients.store(depth, "bias_mod", column_sums(grad_mod))
-            self.gradients.store_product(depth, "weight_mod", grad_mod, self.activated)
+            self.store(depth, "bias_mod", column_sums(grad_mod))
+            self.store_product(depth, "weight_mod", grad_mod, self.activated)
             self.grad_activated = torch.mm(grad_mod, layer.weight_mod)
             return
         self.activated = saved.modulated[:, width:]
@@ -241,7 +224,7 @@ class _Backward:
         product = both[:, width:]
         shift_weight, shift_bias = layer.weight_mod[:width].float(), layer.bias_mod[:width].float()
         grad_weight = both[:, :width] + product @ shift_weight.t() + torch.outer(sum_out, shift_bias)
-        self.gradients.store(depth, "weight_out", grad_weight)
+        self.store(depth, "weight_out", grad_weight)
         into = saved.modulated[:, :width] if self.reuse else None
         grad_modulated = torch.mm(grad_out, layer.weight_out, out=into)
         self.grad_activated = torch.mm(grad_out, output_weights(layer, width)[0][:, width:])
@@ -249,9 +232,9 @@ class _Backward:
         inputs = NormInputs(saved.hidden, saved.mod, None, None, saved.mean, saved.rstd)
         self.norm(depth, grad_modulated, inputs, None, grad_scale)
         assert self.sums.scale is not None
-        self.gradients.store(depth, "bias_mod", torch.cat((sum_out @ last, self.sums.scale)))
+        self.store(depth, "bias_mod", torch.cat((sum_out @ last, self.sums.scale)))
         grad_scale_weight = weight_gradient(grad_scale, self.activated, torch.float32)
-        self.gradients.store(depth, "weight_mod", torch.cat((last.t() @ product, grad_scale_weight)))
+        self.store(depth, "weight_mod", torch.cat((last.t() @ product, grad_scale_weight)))
         self.grad_activated.addmm_(grad_scale, layer.weight_mod[width:])
 
     def block(self, layer: int) -> None:
@@ -260,11 +243,11 @@ class _Backward:
         grad_mod, grad_ffn, sums_after = self.grad_mod, self.grad_ffn, self.sums
         active = self.memory_of(saved.pre)
         grad_pre = torch.mm(grad_ffn, block.weight_out)
-        self.gradients.store(layer, "bias_in", ffn_ops.silu_backward(grad_pre, saved.pre, grad_pre, active))
-        self.gradients.store_product(layer, "weight_out", grad_ffn, active)
-        self.gradients.store(layer, "bias_out", sums_after.ffn)
+        self.store(layer, "bias_in", ffn_ops.silu_backward(grad_pre, saved.pre, grad_pre, active))
+        self.store_product(layer, "weight_out", grad_ffn, active)
+        self.store(layer, "bias_out", sums_after.ffn)
         shift, scale, _ = saved.mod.split(width, 1)
-        self.gradients.store_product(layer, "weight_in", grad_pre, shift if self.group == 1 else saved.modulated)
+        self.store_product(layer, "weight_in", grad_pre, shift if self.group == 1 else saved.modulated)
         grad_shift, grad_scale, _ = grad_mod.split(width, 1)
         # For one modulation a row the shift's gradient is du itself: let the GEMM write it there.
         grad_modulated = torch.mm(grad_pre, block.weight_in, out=grad_shift if self.group == 1 else None)
@@ -274,14 +257,14 @@ class _Backward:
         index = self.index if layer == 0 else None
         inputs = NormInputs(hidden, scale, block.norm_weight, block.norm_bias, saved.mean, saved.rstd, index)
         self.norm(layer, grad_modulated, inputs, None if self.group == 1 else grad_shift, grad_scale)
-        self.gradients.store(layer, "norm_weight", self.sums.weight)
-        self.gradients.store(layer, "norm_bias", self.sums.bias)
+        self.store(layer, "norm_weight", self.sums.weight)
+        self.store(layer, "norm_bias", self.sums.bias)
         if self.group == 1:
             parts = (self.sums.shift, self.sums.scale, sums_after.gate)
-            self.gradients.store(layer, "bias_mod", torch.cat([part for part in parts if part is not None]))
+            self.store(layer, "bias_mod", torch.cat([part for part in parts if part is not None]))
         else:
-            self.gradients.store(layer, "bias_mod", column_sums(grad_mod))
-        self.gradients.store_product(layer, "weight_mod", grad_mod, self.activated)
+            self.store(layer, "bias_mod", column_sums(grad_mod))
+        self.store_product(layer, "weight_mod", grad_mod, self.activated)
         self.grad_activated.addmm_(grad_mod, block.weight_mod)
 
 
@@ -307,7 +290,8 @@ def backward(
         run.block(layer)
     grad_conditioning = conditioning.new_empty(conditioning.shape)
     ffn_ops.silu_backward(run.grad_activated, dense_rows(conditioning), grad_conditioning)
-    return [_sum_samples(run.grad_hidden, hidden, index, inverse), grad_conditioning, *run.gradients.all()]
+    gradients = [run.gradients[parameter] for parameter in run.dtypes]
+    return [_sum_samples(run.grad_hidden, hidden, index, inverse), grad_conditioning, *gradients]
 
 
 def _sum_samples(grad_rows: Tensor, hidden: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
