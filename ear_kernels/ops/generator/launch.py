@@ -27,6 +27,7 @@ With ``reuse`` every gradient of the size of a saved tensor overwrites the saved
 dscale, dgate those in ``mod``; y pre; df ffn; the rebuilt h the last one): half of what backward needs beside them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,44 @@ def output_weights(final: FinalLayer, width: int) -> tuple[Tensor, Tensor]:
     return torch.cat([final.weight_out, product.to(final.weight_out.dtype)], 1), bias.to(final.bias_out.dtype)
 
 
+class ResidualStream:
+    """The rows between the layers of a forward: ``hidden``, in which row r starts from row ``index[r]``, and the ffn
+    and gate of a block whose residual the next norm adds."""
+
+    def __init__(self, hidden: Tensor, index: Tensor | None, group: int, eps: float, dependent: bool = False) -> None:
+        self.hidden, self._index = dense_rows(hidden), index
+        self._unadded: tuple[Tensor, ...] = ()
+        self._runs, self._eps, self._dependent = Runs(group, group), eps, dependent
+
+    def normalise(
+        self, shift: Tensor | None, scale: Tensor, norm: Sequence[Tensor], temperature: float, u: Tensor, save: bool
+    ) -> list[Tensor]:
+        """Add what is unadded and write the norm, modulated, to ``u``; ``norm`` is its weight and bias, if it has
+        any. Returns its statistics with ``save``."""
+        stats = [u.new_empty(len(u), dtype=torch.float32) for _ in range(2)] if save else []
+        residual = (*self._unadded, self.hidden.new_empty(u.shape)) if self._unadded else ()
+        adaln.launch_forward(
+            self.hidden, shift, scale, norm, u, stats, runs=self._runs, eps=self._eps, temperature=temperature,
+            index=self._index, residual=residual, next_is_dependent=self._dependent,
+        )  # fmt: skip
+        if residual:
+            self.hidden, self._index, self._unadded = residual[-1], None, ()
+        return stats
+
+    def add(self, active: Tensor, block: Block, gate: Tensor, save: bool) -> Tensor | None:
+        """Add ``gate`` times the block's second linear of ``active``, which is returned where it is stored, as with
+        ``save`` it always is."""
+        if self._runs.group == 1 and self._index is None:
+            weights = (block.weight_out, block.bias_out)
+            fused = ffn_ops.gated_linear(active, *weights, self.hidden, gate, save, self._dependent)
+            if fused is not None:
+                self.hidden, ffn = fused
+                return ffn
+        ffn = linear(active, block.weight_out, block.bias_out)
+        self._unadded = (ffn, gate)
+        return ffn
+
+
 def forward(
     hidden: Tensor,
     conditioning: Tensor,
@@ -87,56 +126,32 @@ def forward(
     blocks, final = split_parameters(parameters)
     entries, width = conditioning.shape
     rows = entries * group
-    hidden = dense_rows(hidden)
+    stream = ResidualStream(hidden, index, group, eps)
     wide = conditioning.new_empty((entries, 2 * width)) if group == 1 else None
     activated = ffn_ops.silu(conditioning.contiguous(), wide[:, width:] if wide is not None else None)
     saved: list[Tensor] = []
-    unadded: tuple[Tensor, Tensor] | None = None  # ffn and gate of a block whose residual the next norm adds
-
-    def normalise(
-        shift: Tensor | None, scale: Tensor, norm: tuple[Tensor | None, Tensor | None], factor: float, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Write u; add what is unadded to ``hidden`` first. Returns the norm's statistics."""
-        nonlocal hidden, unadded, index
-        stats = (scale.new_empty(rows, dtype=torch.float32), scale.new_empty(rows, dtype=torch.float32))
-        residual = (*unadded, hidden.new_empty((rows, width))) if unadded is not None else None
-        adaln.launch_forward(
-            hidden, shift, scale, *norm, u, stats if save else None, runs=Runs(group, group), eps=eps,
-            temperature=factor, index=index, residual=residual,
-        )  # fmt: skip
-        if residual is not None:
-            hidden, index, unadded = residual[2], None, None
-        return stats
-
     for block in blocks:
         mod = linear(activated, block.weight_mod, block.bias_mod)
         shift, scale, gate = mod.split(width, 1)
-        u = shift if group == 1 else hidden.new_empty((rows, width))
-        stats = normalise(shift, scale, (block.norm_weight, block.norm_bias), temperature, u)
+        u = shift if group == 1 else mod.new_empty((rows, width))
+        stats = stream.normalise(shift, scale, (block.norm_weight, block.norm_bias), temperature, u, save)
         pre, active = ffn_ops.silu_linear(u, block.weight_in, block.bias_in, save)
-        fused = None
-        if group == 1 and index is None:
-            fused = ffn_ops.gated_linear(active, block.weight_out, block.bias_out, hidden, gate, save)
-        if fused is not None:
-            hidden, ffn = fused
-        else:
-            ffn = linear(active, block.weight_out, block.bias_out)
-            unadded = (ffn, gate)
+        ffn = stream.add(active, block, gate, save)
         if pre is not None and ffn is not None:
-            saved += SavedBlock(mod, hidden.new_empty(0) if group == 1 else u, pre, ffn, *stats)
-        del u, active, pre, mod, shift, scale
+            saved += SavedBlock(mod, mod.new_empty(0) if group == 1 else u, pre, ffn, *stats)
+        del u, active, pre, ffn, mod, shift, scale, gate
     if wide is not None:
-        scale = linear(activated, final.weight_mod[width:], final.bias_mod[width:])
-        stats = normalise(None, scale, (None, None), 1.0, wide[:, :width])
-        out = linear(wide, *output_weights(final, width))
-        saved_final = SavedFinalLayer(hidden, *stats, scale, wide)
+        mod = linear(activated, final.weight_mod[width:], final.bias_mod[width:])
+        stats = stream.normalise(None, mod, (), 1.0, wide[:, :width], save)
+        out, modulated = linear(wide, *output_weights(final, width)), wide
     else:
         mod = linear(activated, final.weight_mod, final.bias_mod)
-        u = hidden.new_empty((rows, width))
-        stats = normalise(mod[:, :width], mod[:, width:], (None, None), 1.0, u)
-        out = linear(u, final.weight_out, final.bias_out)
-        saved_final = SavedFinalLayer(hidden, *stats, mod, u)
-    return [out, *saved, *saved_final] if save else [out]
+        modulated = mod.new_empty((rows, width))
+        stats = stream.normalise(mod[:, :width], mod[:, width:], (), 1.0, modulated, save)
+        out = linear(modulated, final.weight_out, final.bias_out)
+    if save:
+        saved += SavedFinalLayer(stream.hidden, stats[0], stats[1], mod, modulated)
+    return [out, *saved]
 
 
 class _Backward:
@@ -278,6 +293,7 @@ def backward(
     inverse: Tensor | None,
     group: int,
     dtypes: list[torch.dtype],
+    *,
     reuse: bool,
 ) -> list[Tensor]:
     """[gradient of hidden, of conditioning, of each parameter (in its ``dtypes`` entry)].

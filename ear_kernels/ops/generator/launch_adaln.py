@@ -1,5 +1,6 @@
 """Launches of the LayerNorm + modulation kernels, with the static table of the backward's. Imports Triton."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,21 +122,21 @@ def launch_forward(
     hidden: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Sequence[Tensor | None],
     out: Tensor,
-    stats: tuple[Tensor, Tensor] | None,
+    stats: Sequence[Tensor],
     *,
     runs: Runs,
     eps: float,
     temperature: float = 1.0,
     index: Tensor | None = None,
-    residual: tuple[Tensor, Tensor, Tensor] | None = None,
+    residual: Sequence[Tensor] = (),
     next_is_dependent: bool = False,
 ) -> None:
-    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]``, mean and rstd to ``stats``.
+    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]``.
 
-    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
+    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. ``norm`` is the norm's
+    weight and bias, ``stats`` memory for mean and rstd; either may be empty. With
     ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
     ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
     ``next_is_dependent``: the next kernel is launched as
@@ -144,8 +145,9 @@ def launch_forward(
     rows, width = out.shape
     if rows == 0:
         return
-    ffn, gate, next_hidden = residual if residual is not None else (None, None, None)
-    mean, rstd = stats if stats is not None else (None, None)
+    weight, bias = norm or (None, None)
+    ffn, gate, next_hidden = residual or (None, None, None)
+    mean, rstd = stats or (None, None)
     launch(
         kernels.adaln_fwd_kernel, (runs.units_in(rows),),
         hidden, index, ffn, gate, shift, scale, weight, bias, next_hidden, out, mean, rstd, rows, *runs.sizes,
@@ -220,8 +222,8 @@ def adaln_forward(
     """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> rows ``[R, W]`` in ``dtype``, mean and rstd ``[R]``."""
     out = hidden.new_empty(hidden.shape, dtype=dtype)
     mean, rstd = (hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(2))
-    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    inputs = (dense_rows(hidden), dense_rows(shift), dense_rows(scale), weight, bias)
+    norm = [None if parameter is None else parameter.contiguous() for parameter in (weight, bias)]
+    inputs = (dense_rows(hidden), dense_rows(shift), dense_rows(scale), norm)
     launch_forward(*inputs, out, (mean, rstd), runs=Runs.of(group), eps=eps)
     return out, mean, rstd
 
