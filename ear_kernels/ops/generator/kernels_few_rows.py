@@ -100,17 +100,11 @@ def _linear(
         acc = tl.zeros([BM, BN], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             ks = start + tl.arange(0, BK)
-            a = tl.load(
-                x + source[:, None] * stride_x + ks[None, :],
-                mask=live[:, None] & (ks < K)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            ).to(COMPUTE)
-            b = tl.load(
-                weight + cols[:, None].to(tl.int64) * K + ks[None, :],
-                mask=(cols < N)[:, None] & (ks < K)[None, :],
-                other=0.0,
-            ).to(COMPUTE)
+            keep = live[:, None] & (ks < K)[None, :]
+            a = tl.load(x + source[:, None] * stride_x + ks[None, :], mask=keep, other=0.0, cache_modifier=".cg")
+            a = a.to(COMPUTE)
+            keep = (cols < N)[:, None] & (ks < K)[None, :]
+            b = tl.load(weight + cols[:, None].to(tl.int64) * K + ks[None, :], mask=keep, other=0.0).to(COMPUTE)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         return acc + bias_N[None, :]
     else:
@@ -118,17 +112,11 @@ def _linear(
         sums = tl.zeros([PARTS, BM, BN], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             ks = start + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-            a = tl.load(
-                x + source[None, :, None] * stride_x + ks,
-                mask=live[None, :, None] & (ks < K),
-                other=0.0,
-                cache_modifier=".cg",
-            ).to(COMPUTE)
-            b = tl.load(
-                weight + cols[None, :, None].to(tl.int64) * K + ks,
-                mask=(cols < N)[None, :, None] & (ks < K),
-                other=0.0,
-            ).to(COMPUTE)
+            keep = live[None, :, None] & (ks < K)
+            a = tl.load(x + source[None, :, None] * stride_x + ks, mask=keep, other=0.0, cache_modifier=".cg")
+            a = a.to(COMPUTE)
+            keep = (cols < N)[None, :, None] & (ks < K)
+            b = tl.load(weight + cols[None, :, None].to(tl.int64) * K + ks, mask=keep, other=0.0).to(COMPUTE)
             sums = tl.dot(a, tl.permute(b, (0, 2, 1)), sums, input_precision=PRECISION)
         return tl.sum(sums, 0) + bias_N[None, :]
 
