@@ -122,30 +122,6 @@ def _linear(
 
 
 @triton.jit
-def _modulation(
-    tile,
-    activated,
-    mod,  # [M, 3W]: of one layer
-    weight,
-    bias,
-    n,
-    rows,
-    live,
-    W: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One tile of columns of a layer's shift, scale and gate."""
-    cols = tile * BN + tl.arange(0, BN)
-    acc = _linear(activated, W, rows, live, weight, bias, cols, n, W, COMPUTE, PRECISION, BM, BN, BK, STAGES, 1)
-    tl.store(mod + rows[:, None] * (3 * W) + cols[None, :], acc.to(COMPUTE), mask=live[:, None] & (cols < n)[None, :])
-
-
-@triton.jit
 def _normalise(
     row,
     hidden,
@@ -272,11 +248,17 @@ def generator_kernel(
                         _pointer(bias_at, NORM), layer < layers - 1, temperature, eps, W, BLOCK, COMPUTE,
                     )  # fmt: skip
                 else:
-                    _modulation(
-                        turn - norms, activated, mod + mod_layer * M * (3 * W), _pointer(mod_weight_at, WEIGHT),
-                        _pointer(mod_bias_at, WEIGHT), n, rows, live, W, COMPUTE, PRECISION, BM, BN_MOD, BK_MOD,
-                        STAGES_MOD,
+                    tile = turn - norms
+                    mod_after = mod + mod_layer * M * (3 * W)
+                    weight = _pointer(mod_weight_at, WEIGHT)
+                    bias = _pointer(mod_bias_at, WEIGHT)
+                    cols = tile * BN_MOD + tl.arange(0, BN_MOD)
+                    acc = _linear(
+                        activated, W, rows, live, weight, bias, cols, n, W, COMPUTE, PRECISION, BM, BN_MOD, BK_MOD,
+                        STAGES_MOD, 1,
                     )  # fmt: skip
+                    keep = live[:, None] & (cols < n)[None, :]
+                    tl.store(mod_after + rows[:, None] * (3 * W) + cols[None, :], acc.to(COMPUTE), mask=keep)
         else:
             weight = _pointer(weight_at, WEIGHT)
             bias = _pointer(bias_at, WEIGHT)
