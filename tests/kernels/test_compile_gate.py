@@ -111,7 +111,7 @@ def test_a_cover_has_every_value():
 
 
 def test_known_spills_are_bounded(monkeypatch):
-    known = KnownSpill("kernel", {"N": (2, 3)}, 16, "the fastest", ("sm_90",))
+    known = KnownSpill(("kernel",), {"N": ("2", "3")}, 16, "the fastest", ("sm_90",))
     monkeypatch.setattr(compile_gate, "KNOWN_SPILLS", (known,))
 
     def problems(n: int, spilled: int, target: str = "sm_90", **numbers: int) -> list[str]:

@@ -53,18 +53,19 @@ def rows_config(n: int, features: int, double: bool = False) -> TileConfig | Non
     """Configuration of the one-pass energy-loss kernel, or None if a row does not fit into a program.
 
     Small rows share a program of 128 threads with 8 elements each, or one of 32 threads with 16 each where a row has
-    a single feature; a row of 1,024 elements or more has its own program with 32 elements a thread.
+    a single feature (64 and 8 in float64); a row of 1,024 elements or more has its own program with 32 elements a
+    thread.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d
     if tile * (2 if double else 1) > MAX_TILE:
         return None
     if tile >= 1024:
-        # The largest tiles get 16 elements a thread, because they also hold many samples' sums.
+        # Larger tiles get 16 elements a thread, because they also hold many samples' sums.
         size = tile * (2 if double else 1)
-        return TileConfig(1, block_n, block_d, size // (512 if double or size > 2048 else 1024))
+        return TileConfig(1, block_n, block_d, size // (512 if double or size >= 2048 else 1024))
     if features == 1:
-        return TileConfig(max(1, min(128, 512 // tile)), block_n, block_d, 1)
+        return TileConfig(max(1, min(128, 512 // tile)), block_n, block_d, 2 if double else 1)
     return TileConfig(max(1, min(128, 1024 // tile)), block_n, block_d, 4)
 
 

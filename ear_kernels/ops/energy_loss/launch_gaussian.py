@@ -34,16 +34,16 @@ def gaussian_config(n: int, features: int, double: bool = False, general: bool =
     """Configuration of the kernel that draws its targets, or None if a row does not fit into a program.
 
     One warp a row as long as it holds the tile, so that no target is drawn by two warps. ``general`` is for an
-    alpha other than 1 and 2 and for gradients of the targets, which need registers: more warps, and one target at a
-    time.
+    alpha other than 1 and 2 and for gradients of the targets, which need registers, as float64 does: more warps, and
+    one target at a time.
     """
     block_n, block_d = next_power_of_two(n), next_power_of_two(features)
     tile = block_n * block_d * (2 if double else 1)
     if not fits_one_program(n, features, double):
         return None
     if tile < 256:
-        return TileConfig(max(1, 512 // tile), block_n, block_d, 1)
-    warps = max(1, tile // (512 if general or tile > 2048 else 1024))
+        return TileConfig(max(1, 512 // tile), block_n, block_d, 2 if double else 1)
+    warps = max(1, tile // (512 if general or double or tile >= 2048 else 1024))
     return TileConfig(1, block_n, block_d, warps, 1 if general or warps > 1 else 4)
 
 
@@ -100,7 +100,7 @@ def energy_gaussian_forward(
     reduce = options.reduction != "none"
     loss = samples_RnD.new_empty((programs,) if reduce else rows, dtype=dtype)
     # Left alone, ptxas stops at 168 registers of its own accord and spills the rest.
-    unlimited = general and config.num_warps > 1 and processor(samples_RnD).major > 0
+    unlimited = (general or double) and config.num_warps > 1 and processor(samples_RnD).major > 0
     launch(
         kernels_gaussian.energy_gaussian_kernel,
         (programs,),

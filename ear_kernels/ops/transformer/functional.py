@@ -10,6 +10,7 @@ from torch import Tensor
 from ear_kernels.ops.transformer import reference
 from ear_kernels.runtime.backend import applies
 from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal
+from ear_kernels.runtime.launching import processor
 
 
 def dropout_add_layer_norm(
@@ -291,7 +292,9 @@ def _rows(branch: Tensor, branch_bias: Tensor | None, residual: Tensor) -> tuple
 
 def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
     """Whether our kernels take this attention; PyTorch's own are no worse than ours where they don't."""
-    return dtype in (torch.float16, torch.bfloat16) and dim <= 80 and x.shape[0] * heads <= 65535
+    # Wider heads are two blocks, which spill kilobytes on AMD's wide waves.
+    widest = 64 if processor(x).is_amd else 80
+    return dtype in (torch.float16, torch.bfloat16) and dim <= widest and x.shape[0] * heads <= 65535
 
 
 def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
