@@ -57,13 +57,19 @@ SMALL_SHAPES = [
 POINTS, SMALL_POINTS, POINT_FEATURES = 50_000, 1_000, 64
 
 
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).norm(dim=-1)
+
+
 def public_ear(samples: Tensor, target: Tensor, reduce: bool = True) -> Tensor:
-    """``[rows, n, D]`` against ``[rows, D]``: distances by differences, the pairs of samples by index."""
-    n = samples.shape[1]
-    fidelity = (samples - target.unsqueeze(1)).norm(dim=-1).mean(dim=1)
-    first, second = torch.triu_indices(n, n, offset=1, device=samples.device)
-    diversity = (samples[:, first] - samples[:, second]).norm(dim=-1).mean(dim=1)
-    loss = 2 * fidelity - diversity
+    """``[n, rows, D]`` against ``[rows, D]``: two samples one by one, as the public EAR has them, more by index."""
+    n = len(samples)
+    if n == 2:
+        one, two = samples.unbind()
+        loss = distance(one, target) + distance(two, target) - distance(one, two)
+    else:
+        first, second = torch.triu_indices(n, n, offset=1, device=samples.device)
+        loss = 2 * distance(samples, target).mean(dim=0) - distance(samples[first], samples[second]).mean(dim=0)
     return loss.mean() if reduce else loss
 
 
@@ -91,7 +97,7 @@ def loss_function(shape: Shape, rival: str) -> Callable[..., Tensor]:
     """A rival's loss of :func:`inputs`."""
     if rival == OURS:
         if not shape.gaussian:
-            return energy_loss
+            return partial(energy_loss, sample_dim=0)
         return lambda x, mean, log_std: energy_loss(x, GaussianTarget(mean, log_std, shape.m), sample_dim=0)
     eager = partial(public_calm, m=shape.m) if shape.gaussian else public_ear
     if rival != COMPILED:
@@ -107,7 +113,7 @@ def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, ...]:
     rows, features = shape.rows, shape.features
     if shape.gaussian:
         return normal(shape.n, rows, features).requires_grad_(), normal(rows, features), 0.1 * normal(rows, features)
-    return normal(rows, shape.n, features).requires_grad_(), normal(rows, features)
+    return normal(shape.n, rows, features).requires_grad_(), normal(rows, features)
 
 
 def step(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
