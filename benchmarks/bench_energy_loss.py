@@ -50,10 +50,7 @@ SHAPES = [
     Shape("ensemble", 1_000_000, 16, 1, 1),
     Shape("whole field", 8, 8, 1, 1_000_000),
 ]
-SMALL_SHAPES = [
-    Shape("EAR small", 2_048, 2, 1, 16),
-    Shape("CALM small", 16, 8, 20, 128, gaussian=True),
-]
+SMALL_SHAPES = [Shape("EAR small", 2_048, 2, 1, 16), Shape("CALM small", 16, 8, 20, 128, gaussian=True)]
 POINTS, SMALL_POINTS, POINT_FEATURES = 50_000, 1_000, 64
 
 
@@ -172,22 +169,20 @@ def distance_call(points: int, rival: str) -> Callable[[], Tensor]:
 
 
 def check_distance(points: int) -> float:
-    found, wanted = (distance_call(points, which)().item() for which in (OURS, EAGER))
-    assert abs(found - wanted) < 1e-4, (found, wanted)  # of distances of about 11
-    return abs(found - wanted)
+    off = abs(distance_call(points, OURS)().item() - distance_call(points, EAGER)().item())
+    assert off < 1e-4, off  # of distances of about 11
+    return off
 
 
 def rows_of(shapes: Sequence[Shape], points: int, suffix: str = "") -> list[Row]:
     rows = []
     for shape, rival in product(shapes, (EAGER, COMPILED, OURS)):
         checked = None if rival == EAGER else partial(check, shape, rival)
-        rows.append(
-            Row(f"energy loss, {shape.name}", rival, partial(calls, shape, rival), checked, {"bytes": shape.bytes})
-        )
-    distance = f"energy distance{suffix}"
-    rows.append(Row(distance, EAGER, lambda: [distance_call(points, EAGER)]))
-    rows.append(Row(distance, OURS, lambda: [distance_call(points, OURS)], lambda: check_distance(points)))
-    return rows
+        known, prepare = {"bytes": shape.bytes}, partial(calls, shape, rival)
+        rows.append(Row(f"energy loss, {shape.name}", rival, prepare, checked, known))
+    name = f"energy distance{suffix}"
+    eager, ours = (lambda rival=rival: [distance_call(points, rival)] for rival in (EAGER, OURS))
+    return [*rows, Row(name, EAGER, eager), Row(name, OURS, ours, lambda: check_distance(points))]
 
 
 ROWS = harness.needs_gpu(rows_of(SHAPES, POINTS))

@@ -58,7 +58,6 @@ SMALL = replace(
     generator_depth=2, num_classes=10,
 )  # fmt: skip
 
-
 # Groups of a step's kernels; the first whose pattern is in a name.
 KINDS = {
     "attention": r"sdpa|flash|fmha|attention|dot_do_o|convert_dq",
