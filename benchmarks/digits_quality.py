@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.clocks import DEVICE
-from ear_model.config import RunConfig
+from ear_model.config import RunConfig, SamplingConfig
 from ear_model.data.digits import load_digits
 from ear_model.ear import EAR
 from ear_model.evaluation.digits import evaluate_digits
@@ -47,7 +47,8 @@ def train(config: RunConfig, backend: str, share: int, seed: int, num: int = 100
         for _ in range(config.train.steps):
             trainer.train_step()
         model = trainer.averaged_model()
-    scores = evaluate_digits(model, SETTINGS, num=num, steps=config.sampling.steps, seed=seed)
+    settings = [SamplingConfig(config.sampling.steps, guidance, "linear", heat) for guidance, heat in SETTINGS]
+    scores = evaluate_digits(model, settings, num=num, seed=seed)
     result = {"backend": backend, "rows_per_noise": share, "seed": seed, "scores": [asdict(each) for each in scores]}
     return result | ({"gradient_variance": variance(model)} if (backend, share, seed) == JOBS[0] else {})
 

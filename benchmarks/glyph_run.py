@@ -26,10 +26,11 @@ from benchmarks.clocks import DEVICE, HAS_GPU
 from ear_model import plots
 from ear_model.config import RunConfig
 from ear_model.data.cache_format import file_sha256
-from ear_model.data.cache_writer import CacheOptions, CacheWriter
+from ear_model.data.cache_writer import CacheWriter
+from ear_model.data.config import CacheOptions
 from ear_model.data.glyphs import write_tree
 from ear_model.data.images import load_tree
-from ear_model.evaluation.config import JudgeConfig
+from ear_model.evaluation.config import JudgeConfig, ScoringConfig
 from ear_model.evaluation.judge import train_judge
 from ear_model.evaluation.scoring import Scoring
 from ear_model.presets import RUNS
@@ -95,9 +96,10 @@ class Run:
     def cache(self, tokenizer: Path) -> Path:
         description = {"tokenizer": "autoencoder", "weights": tokenizer.name}
         description["weights_sha256"] = file_sha256(tokenizer)
-        encoder, options = load_latent_tokenizer(tokenizer, DEVICE), CacheOptions(self.options.workers, 256)
-        given = {"image_size": self.size, "flips": False, "options": options}
-        CacheWriter(self.out / "train", self.out / "cache", encoder, description, **given).run(quiet=True)
+        encoder = load_latent_tokenizer(tokenizer, DEVICE)
+        given = {"image_size": self.size, "flips": False, "workers": self.options.workers, "batch_size": 256}
+        options = CacheOptions(**given)
+        CacheWriter(self.out / "train", self.out / "cache", encoder, description, options).run(quiet=True)
         self.note("cache")
         return self.out / "cache"
 
@@ -120,9 +122,9 @@ class Run:
         """Train, sample and score."""
         config = replace(RUNS["glyphs64"], model=self.settings["model"], train=self.settings["train"])
         config = replace(config, data_path=str(cache), tokenizer=str(tokenizer))
-        decoder, given = Decoder(config, DEVICE), {"judge": judge, "num": self.options.num}
+        given = {"judge": judge, "num": self.options.num, "batch_size": 256}
         given |= {"real": self.out / "test", "train_images": self.out / "train"}
-        scoring = Scoring(config, decoder=decoder, batch_size=256, device=DEVICE.type, **given)
+        scoring = Scoring(config, ScoringConfig(**given), Decoder(config, DEVICE), DEVICE.type)
         steps = self.steps_that_fit(config)
         self.note("trial", steps=steps, config=asdict(config))
         config = replace(config, train=replace(config.train, steps=steps, checkpoint_every=steps))
@@ -132,7 +134,7 @@ class Run:
         curve = {name: [line[name] for line in metrics[:: max(1, len(metrics) // 300)]] for name in ("step", "loss")}
         plots.save_loss_curve(curve["step"], curve["loss"], self.out / "loss.png")
         self.note("training", images_per_second=metrics[-1]["images_per_second"], curve=curve)
-        print(scoring.score(trainer.averaged_model(), decoder, self.out))
+        print(scoring.score(trainer.averaged_model(), self.out))
         self.note("scoring", evaluation=json.loads((self.out / "evaluation.json").read_text()))
 
 

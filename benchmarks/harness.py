@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         # A machine that gets the files without their history is told.
-        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": os.environ.get("GIT_COMMIT") or commit or "unknown",
     }
 
 

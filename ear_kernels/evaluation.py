@@ -63,19 +63,10 @@ def energy_score(
     (n - 1) / n; arguments, result and errors are those of :func:`ear_kernels.energy_loss`.
     """
     n = samples.shape[sample_dim] if -samples.ndim <= sample_dim < samples.ndim else 2
-    loss = energy_loss(
-        samples,
-        target,
-        mask,
-        alpha=alpha,
-        tau=1.0 if fair else max(n - 1, 1) / n,
-        sample_dim=sample_dim,
-        target_dim=target_dim,
-        weights=weights,
-        feature_weights=feature_weights,
-        reduction=reduction,
-    )
-    return 0.5 * loss
+    return 0.5 * energy_loss(
+        samples, target, mask, alpha=alpha, tau=1.0 if fair else max(n - 1, 1) / n, sample_dim=sample_dim,
+        target_dim=target_dim, weights=weights, feature_weights=feature_weights, reduction=reduction,
+    )  # fmt: skip
 
 
 def _mean_distances(x_MD: Tensor, y_ND: Tensor, alpha: float, use_triton: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,18 +46,10 @@ class FusedEnergyLoss(nn.Module):
     ) -> Tensor:
         """Loss of ``samples [..., n, D]`` against ``target [..., D]``, ``[..., m, D]`` or a GaussianTarget."""
         return functional.energy_loss(
-            samples,
-            target,
-            mask,
-            alpha=self.alpha,
-            tau=self.tau,
-            sample_dim=self.sample_dim,
-            target_dim=self.target_dim,
-            weights=weights,
+            samples, target, mask, alpha=self.alpha, tau=self.tau, eps=self.eps, reduction=self.reduction,
+            sample_dim=self.sample_dim, target_dim=self.target_dim, weights=weights,
             feature_weights=self.feature_weights,
-            eps=self.eps,
-            reduction=self.reduction,
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}" + (
@@ -228,13 +220,10 @@ class FusedMLPGenerator(nn.Module):
         vectors = noise.reshape(-1, samples, self.noise_dim)
         if noise_pool is None:
             few = functional.generator_few_rows(
-                tokens,
-                vectors.reshape(-1, self.noise_dim),
+                tokens, vectors.reshape(-1, self.noise_dim),
                 [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias],
-                self.block_parameters(),
-                samples=samples,
-                temperature=float(factor),
-            )
+                self.block_parameters(), samples=samples, temperature=float(factor),
+            )  # fmt: skip
             if few is not None:
                 return few.view(*noise.shape[:-1], self.output_dim)
         hidden = self.input_proj(tokens)
@@ -247,14 +236,9 @@ class FusedMLPGenerator(nn.Module):
         elif samples != 1:
             index = torch.arange(tokens.shape[0] * samples, dtype=torch.int32, device=z.device) // samples
         out = functional.generator_blocks(
-            hidden,
-            self.noise_embed(vectors.reshape(-1, self.noise_dim)),
-            self.block_parameters(),
-            index=index,
-            inverse=inverse,
-            group=group,
-            temperature=float(factor),
-        )
+            hidden, self.noise_embed(vectors.reshape(-1, self.noise_dim)), self.block_parameters(),
+            index=index, inverse=inverse, group=group, temperature=float(factor),
+        )  # fmt: skip
         if inverse is not None:
             out = out[inverse]
         return out.view(*noise.shape[:-1], self.output_dim)

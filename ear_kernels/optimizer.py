@@ -86,8 +86,7 @@ class FusedAdamW(torch.optim.AdamW):
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
     def _plain_step(self, divisor: Tensor | None) -> None:
         if divisor is None:
@@ -141,29 +140,17 @@ class FusedAdamW(torch.optim.AdamW):
             for parameter, copy in zip(parameters, held, strict=True):
                 state = self.state[parameter]
                 assert parameter.grad is not None
-                entries.append(
-                    launch.Entry(
-                        weight=parameter,
-                        gradient=parameter.grad,
-                        first=state["exp_avg"],
-                        second=state["exp_avg_sq"],
-                        step=state["step"],
-                        average=averages.get(parameter),
-                        copy=None if copy is None else copy.tensor,
-                    )
-                )
+                entries.append(launch.Entry(
+                    weight=parameter, gradient=parameter.grad, first=state["exp_avg"], second=state["exp_avg_sq"],
+                    step=state["step"], average=averages.get(parameter), copy=None if copy is None else copy.tensor,
+                ))  # fmt: skip
             torch._foreach_add_([entry.step for entry in entries], 1)
             launch.adamw(
-                cached.setdefault(number, launch.Tables()),
-                entries,
-                None if divisor is None else divisor.float().reshape(1),
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                average_rest=1 - decay,
+                cached.setdefault(number, launch.Tables()), entries,
+                None if divisor is None else divisor.float().reshape(1), lr=float(group["lr"]), betas=group["betas"],
+                eps=group["eps"], weight_decay=group["weight_decay"], average_rest=1 - decay,
                 low=None if copies is None else copies.dtype,
-            )
+            )  # fmt: skip
             # Of the copies, too: a backward that needs the old one then says so.
             written = [entry.copy for entry in entries if entry.copy is not None]
             torch.autograd.graph.increment_version([*parameters, *written])

@@ -5,6 +5,7 @@ nothing of the public code is imported. Submodules keep their names and their ``
 dicts, optimisers, EMA copies and hooks go on working; only ``forward`` methods are replaced, on the instances.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -41,16 +42,27 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _linear(module: nn.Module, path: str, out_features: int | None, in_features: int | None) -> nn.Linear | None:
-    """The biased linear at ``path`` if its shape is as given (None: any)."""
-    linear = _child(module, path)
-    fits = (
-        isinstance(linear, nn.Linear)
-        and linear.bias is not None
-        and out_features in (None, linear.out_features)
-        and in_features in (None, linear.in_features)
-    )
-    return linear if fits else None  # type: ignore[return-value]
+def _parameters(
+    module: nn.Module, shapes: Mapping[str, tuple[int | None, ...]], are_all: bool = True
+) -> list[Tensor] | None:
+    """Weights and biases of submodules of these shapes; None unless all fit.
+
+    A shape is (outputs, inputs) of a linear or (width,) of a layer norm; None in it is any size. With ``are_all``
+    the module must have no parameter besides.
+    """
+    parameters: list[Tensor] = []
+    for path, shape in shapes.items():
+        child = _child(module, path)
+        found: tuple[int, ...] = ()
+        if isinstance(child, nn.Linear):
+            found = child.out_features, child.in_features
+        elif isinstance(child, nn.LayerNorm) and child.eps == 1e-6:
+            found = child.normalized_shape
+        fits = len(found) == len(shape) and all(want in (None, size) for want, size in zip(shape, found, strict=True))
+        if not fits or child.weight is None or child.bias is None:  # type: ignore[union-attr]
+            return None
+        parameters += [child.weight, child.bias]  # type: ignore[union-attr, list-item]
+    return parameters if not are_all or len(list(module.parameters())) == len(parameters) else None
 
 
 def _head_parameters(net: nn.Module) -> list[Tensor] | None:
@@ -59,40 +71,23 @@ def _head_parameters(net: nn.Module) -> list[Tensor] | None:
     None unless every block has ``in_ln``, ``mlp.0``, ``mlp.2``, ``adaLN_modulation.1`` of one width W and
     the final layer ``adaLN_modulation.1`` ``[2W, W]``, ``linear`` and no norm parameters.
     """
-    stream = _linear(net, "input_proj", None, None)
-    blocks = _child(net, "res_blocks")
-    final = _child(net, "final_layer")
-    if stream is None or final is None or not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+    stream, blocks, final = (_child(net, name) for name in ("input_proj", "res_blocks", "final_layer"))
+    if not isinstance(stream, nn.Linear) or stream.bias is None or not isinstance(blocks, nn.ModuleList):
         return None
     width = stream.out_features
-    parameters: list[Tensor] = []
-    for block in blocks:
-        norm = _child(block, "in_ln")
-        linears = [
-            _linear(block, "mlp.0", width, width),
-            _linear(block, "mlp.2", width, width),
-            _linear(block, "adaLN_modulation.1", 3 * width, width),
-        ]
-        names = {name for name, _ in block.named_parameters()}
-        fits = (
-            isinstance(norm, nn.LayerNorm)
-            and norm.normalized_shape == (width,)
-            and norm.weight is not None
-            and norm.bias is not None
-            and norm.eps == 1e-6
-            and isinstance(_child(block, "mlp.1"), nn.SiLU)
-            and all(linear is not None for linear in linears)
-            and len(names) == 8
-        )
-        if not fits:
-            return None
-        for module in (norm, *linears):
-            parameters += [module.weight, module.bias]  # type: ignore[union-attr, list-item]
-    linears = [_linear(final, "adaLN_modulation.1", 2 * width, width), _linear(final, "linear", None, width)]
-    if any(linear is None for linear in linears) or len(list(final.parameters())) != 4:
+    linears = {"mlp.0": (width, width), "mlp.2": (width, width), "adaLN_modulation.1": (3 * width, width)}
+    parts = [
+        _parameters(block, {"in_ln": (width,), **linears}) if isinstance(_child(block, "mlp.1"), nn.SiLU) else None
+        for block in blocks
+    ]
+    if not parts or final is None:
         return None
-    for linear in linears:
-        parameters += [linear.weight, linear.bias]  # type: ignore[union-attr]
+    parts.append(_parameters(final, {"adaLN_modulation.1": (2 * width, width), "linear": (None, width)}))
+    parameters: list[Tensor] = []
+    for part in parts:
+        if part is None:
+            return None
+        parameters += part
     return parameters
 
 
@@ -189,7 +184,8 @@ def _is_ear_loss(module: nn.Module) -> bool:
     net = _child(module, "net")
     return (
         net is not None
-        and _linear(net, "noise_embed", None, getattr(module, "noise_channels", -1)) is not None
+        and _parameters(net, {"noise_embed": (None, getattr(module, "noise_channels", -1))}, are_all=False)
+        is not None
         and all(hasattr(module, name) for name in ("alpha", "train_temperature"))
         and 0 < float(module.alpha) <= 2  # type: ignore[arg-type]
         and 0 < float(module.train_temperature) <= 1  # type: ignore[arg-type]
@@ -208,12 +204,9 @@ def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor
 
 def _is_mar_loss(module: nn.Module) -> bool:
     net = _child(module, "net")
+    linears = dict.fromkeys(("cond_embed", "time_embed.mlp.0", "time_embed.mlp.2"), (None, None))
     return (
-        net is not None
-        and _linear(net, "cond_embed", None, None) is not None
-        and _linear(net, "time_embed.mlp.0", None, None) is not None
-        and _linear(net, "time_embed.mlp.2", None, None) is not None
-        and _head_parameters(net) is not None
+        net is not None and _parameters(net, linears, are_all=False) is not None and _head_parameters(net) is not None
     )
 
 

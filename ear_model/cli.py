@@ -1,7 +1,5 @@
 """The command ``ear``: its commands, errors and exit status."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
@@ -13,17 +11,8 @@ from ear_model.processes import launched
 # What the extra "train" installs; the kernels alone need none of it.
 EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 
-# A module each, imported when called: its ``run(arguments) -> exit status`` raises what ``main`` turns into one line.
-COMMAND_MODULES: dict[str, str] = {
-    "train": "ear_model.commands.train",
-    "convert": "ear_model.commands.convert",
-    "cache": "ear_model.commands.cache",
-    "train-tokenizer": "ear_model.commands.train_tokenizer",
-    "sample": "ear_model.commands.sample",
-    "evaluate": "ear_model.commands.evaluate",
-    "glyphs": "ear_model.commands.glyphs",
-    "train-judge": "ear_model.commands.train_judge",
-}
+# A module each in ear_model/commands, imported when called; what its ``run(arguments)`` raises, ``main`` reports.
+COMMANDS = ("train", "convert", "cache", "train-tokenizer", "sample", "evaluate", "glyphs", "train-judge")
 
 USAGE = """usage: ear COMMAND ...
 
@@ -83,9 +72,9 @@ def _run(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
-    if command in COMMAND_MODULES:
-        return importlib.import_module(COMMAND_MODULES[command]).run(rest)
-    raise ValueError(f"unknown command {command!r}; use one of {', '.join(COMMAND_MODULES)}")
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
+    return importlib.import_module(f"ear_model.commands.{command.replace('-', '_')}").run(rest)
 
 
 if __name__ == "__main__":

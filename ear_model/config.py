@@ -4,25 +4,52 @@ Every field can be set on the command line (``ear train digits --train.steps 500
 directory and in the metadata of every weight file.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
 # Fields that stored configurations may lack, by class: added later, with the value for what was done before.
-_ADDED_FIELDS: dict[str, dict[str, Any]] = {
-    "ModelConfig": {"masking": "truncated_normal", "position_init": "normal"},
-}
+_ADDED_FIELDS: dict[str, dict[str, Any]] = {"ModelConfig": {"masking": "truncated_normal", "position_init": "normal"}}
 
 Config = TypeVar("Config")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+_RANGES: dict[str, Callable[[Any], bool]] = {
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "positive": lambda value: value > 0,
+    "positive and finite": lambda value: 0 < value < math.inf,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 2]": lambda value: 0 < value <= 2,
+}
+
+
+def check_range(config: Any, wanted: str, *names: str) -> None:
+    """Raise ValueError unless these fields are in a range of ``_RANGES``, such as "at least 1"."""
+    for name in names:
+        if not _RANGES[wanted](getattr(config, name)):
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {wanted}")
+
+
+def _check_choices(config: Any) -> None:
+    """Raise ValueError unless every field of a Literal type holds one of its words."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            words = " or ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it must be {words}")
+
+
+def _check_divides(config: Any, name: str, divisor: str) -> None:
+    value, part = getattr(config, name), getattr(config, divisor)
+    if value % part:
+        raise ValueError(f"{name} {value} is not divisible by {divisor} {part}")
 
 
 @dataclass(frozen=True)
@@ -73,47 +100,16 @@ class ModelConfig:
     """Share of images whose class is replaced by the null class in training (for guidance)."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "image_size",
-            "channels",
-            "patch_size",
-            "num_classes",
-            "width",
-            "depth",
-            "num_heads",
-            "class_tokens",
-            "generator_width",
-            "generator_depth",
-            "noise_dim",
-        )
-        for name in positive:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
-            self.image_size % self.patch_size == 0,
-            f"image size {self.image_size} is not divisible by the patch size {self.patch_size}",
-        )
-        _require(
-            self.width % self.num_heads == 0,
-            f"width {self.width} is not divisible by num_heads {self.num_heads}",
-        )
-        _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}; it must be positive")
-        _require(0 < self.alpha <= 2, f"alpha is {self.alpha}; it must be in (0, 2]")
-        _require(self.num_samples >= 2, f"num_samples is {self.num_samples}; it must be at least 2")
-        _require(
-            self.noise in ("uniform", "gaussian"),
-            f"noise is {self.noise!r}; it must be 'uniform' or 'gaussian'",
-        )
-        _require(0 < self.min_mask_ratio <= 1, f"min_mask_ratio is {self.min_mask_ratio}; it must be in (0, 1]")
-        _require(
-            self.masking in ("truncated_normal", "cosine"),
-            f"masking is {self.masking!r}; it must be 'truncated_normal' or 'cosine'",
-        )
-        _require(
-            self.position_init in ("normal", "sinusoid"),
-            f"position_init is {self.position_init!r}; it must be 'normal' or 'sinusoid'",
-        )
-        for name in ("dropout", "attention_dropout", "label_dropout"):
-            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        sizes = ("image_size", "channels", "patch_size", "num_classes", "width", "depth", "num_heads", "class_tokens")
+        check_range(self, "at least 1", *sizes, "generator_width", "generator_depth", "noise_dim")
+        check_range(self, "positive", "mlp_ratio")
+        check_range(self, "in (0, 2]", "alpha")
+        check_range(self, "at least 2", "num_samples")
+        check_range(self, "in (0, 1]", "min_mask_ratio")
+        check_range(self, "in [0, 1)", "dropout", "attention_dropout", "label_dropout")
+        _check_choices(self)
+        _check_divides(self, "image_size", "patch_size")
+        _check_divides(self, "width", "num_heads")
 
     @property
     def num_tokens(self) -> int:
@@ -140,23 +136,16 @@ class SamplingConfig:
     """Factor on the generator's noise shift; below 1 trades diversity for accuracy."""
 
     def __post_init__(self) -> None:
-        check_sampling_options(self.steps, self.guidance, self.guidance_schedule, self.temperature)
-
-
-def check_sampling_options(steps: int, guidance: float, guidance_schedule: str, temperature: float) -> None:
-    """Raise ValueError unless the options of a sampling call are usable."""
-    _require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; it must be an integer of at least 1")
-    _require(0 <= guidance < float("inf"), f"guidance is {guidance}; it must be a finite number >= 0")
-    _require(0 <= temperature < float("inf"), f"temperature is {temperature}; it must be a finite number >= 0")
-    _require(
-        guidance_schedule in ("linear", "constant"),
-        f"guidance_schedule is {guidance_schedule!r}; it must be 'linear' or 'constant'",
-    )
+        if not isinstance(self.steps, int):
+            raise ValueError(f"steps is {self.steps}; it must be an integer")
+        check_range(self, "at least 1", "steps")
+        check_range(self, "at least 0 and finite", "guidance", "temperature")
+        _check_choices(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser and the length of the run (spec 5). Defaults are the paper's where it gives one."""
+    """The optimiser and the length of the run (docs/model.md, "Optimiser"); the paper's where it gives one."""
 
     steps: int = 500_000
     """Optimiser steps."""
@@ -212,32 +201,16 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "loss_chunks",
-            "rows_per_noise",
-            "checkpoint_every",
-            "log_every",
-        ):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "finetune_lr", "generator_lr_scale", "clip"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("warmup_steps", "finetune_steps", "weight_decay", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("beta1", "beta2", "ema"):
-            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("tau", "finetune_tau"):
-            _require(0 < getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in (0, 1]")
-        _require(
-            self.batch_size % self.accumulate == 0,
-            f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}",
-        )
-        _require(
-            self.finetune_steps <= self.steps,
-            f"finetune_steps is {self.finetune_steps}; it must not exceed steps, {self.steps}",
-        )
+        counts = ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every")
+        check_range(self, "at least 1", *counts, "loss_chunks", "rows_per_noise")
+        check_range(self, "positive", "lr", "finetune_lr", "generator_lr_scale", "clip")
+        check_range(self, "at least 0", "warmup_steps", "finetune_steps", "weight_decay", "seed")
+        check_range(self, "in [0, 1)", "beta1", "beta2", "ema")
+        check_range(self, "in (0, 1]", "tau", "finetune_tau")
+        _check_choices(self)
+        _check_divides(self, "batch_size", "accumulate")
+        if self.finetune_steps > self.steps:
+            raise ValueError(f"finetune_steps is {self.finetune_steps}; it must not exceed steps, {self.steps}")
 
 
 @dataclass(frozen=True)

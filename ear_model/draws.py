@@ -1,6 +1,6 @@
 """Random numbers: seeds of generators, and what a model draws from."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,13 +27,20 @@ class Draws:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
-    def rand(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Uniform on [0, 1). All but a draw of no dimensions have the images, or rows of them, first."""
-        return torch.rand(shape, device=device, dtype=dtype, generator=self.generator)
+    def fraction(self) -> float:
+        """A number in [0, 1) of the CPU's generator, the same on all processes of a job."""
+        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
 
-    def randn(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    def rand(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """Uniform on [0, 1), the images, or rows of them, first."""
+        return self._draw(torch.rand, shape, torch.device(device))
+
+    def randn(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal, likewise."""
-        return torch.randn(shape, device=device, dtype=dtype, generator=self.generator)
+        return self._draw(torch.randn, shape, torch.device(device))
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return draw(shape, device=device, generator=self.generator)
 
 
 TORCH_DRAWS = Draws()

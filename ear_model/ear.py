@@ -1,15 +1,13 @@
 """The assembled model: tokenizer, backbone and score. Shapes: B images, L tokens, M masked tokens an image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ear_model.config import ModelConfig, check_sampling_options
+from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
@@ -52,12 +50,12 @@ class EAR(nn.Module):
         self.score = EnergyScore(config)
 
     @classmethod
-    def from_preset(cls, name: str) -> EAR:
+    def from_preset(cls, name: str) -> "EAR":
         """A freshly initialised model: "digits", "ear_base", "ear_large" or "ear_huge"."""
         return cls(model_config(name))
 
     @classmethod
-    def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> EAR:
+    def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> "EAR":
         """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights.
 
         Args:
@@ -88,7 +86,7 @@ class EAR(nn.Module):
 
         Args:
             images: images or latents, ``[B, channels, size, size]``, floating point.
-            labels: int64 ``[B]``. Values are checked on a CPU only: a look at a GPU tensor would stall the step.
+            labels: int64 ``[B]``. Values are checked on a CPU only: reading a GPU tensor would stall the step.
             num_masked: masked tokens an image; drawn anew for every batch if None (docs/model.md, "Masking").
             draws: where orders, dropped classes and noise come from.
             run_blocks: what does the work of ``backbone.run_blocks`` in its place, such as a CUDA graph.
@@ -127,7 +125,7 @@ class EAR(nn.Module):
         steps: int = 64,
         guidance: float = 1.0,
         temperature: float = 1.0,
-        guidance_schedule: str = "linear",
+        guidance_schedule: Literal["linear", "constant"] = "linear",
         generator: torch.Generator | None = None,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Tensor:
@@ -145,21 +143,12 @@ class EAR(nn.Module):
         Raises:
             ValueError: options or labels out of range. TypeError: labels that are no int64 tensor.
         """
-        check_sampling_options(steps, guidance, guidance_schedule, temperature)
+        sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature)
         self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
         was_training = self.training
         self.eval()
         try:
-            tokens_BLD = decode_tokens(
-                self,
-                labels,
-                steps=steps,
-                guidance=guidance,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                draws=Draws(generator),
-                progress=progress,
-            )
+            tokens_BLD = decode_tokens(self, labels, sampling, Draws(generator), progress)
         finally:
             self.train(was_training)
         return self.tokenizer.decode(tokens_BLD)

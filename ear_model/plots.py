@@ -1,6 +1,4 @@
-"""The pictures a run leaves behind."""
-
-from __future__ import annotations
+"""Pictures: images as bytes and in a grid, and curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +9,26 @@ from torch import Tensor
 from ear_model.files import write_atomically
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]``; a single channel is repeated."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images have {images.shape[1]} channels; a picture needs 1 or 3")
+    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.expand(-1, 3, -1, -1)
+
+
 def save_grid(images: Tensor, path: Path, columns: int, *, min_tile: int = 32) -> None:
     """Write images ``[N, 1 or 3, H, W]`` in -1..1 as a PNG grid, small ones enlarged to whole pixels."""
     from PIL import Image
 
-    count, channels, height, width = images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"images have {channels} channels; a picture needs 1 or 3")
+    levels = to_bytes(images)
+    count, _, height, width = levels.shape
     rows, gap = -(-count // columns), 1
-    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    canvas = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 96).to(torch.uint8)
+    canvas = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), 96, dtype=torch.uint8)
     for index in range(count):
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = levels[index]
-    picture = Image.fromarray(canvas.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+    picture = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
     factor = max(1, min_tile // height)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))

@@ -64,13 +64,7 @@ RUNS: dict[str, RunConfig] = {
         data="digits",
         model=DIGITS,
         train=TrainConfig(
-            steps=2600,
-            batch_size=64,
-            lr=3e-3,
-            schedule="cosine",
-            warmup_steps=100,
-            ema=0.99,
-            checkpoint_every=260,
+            steps=2600, batch_size=64, lr=3e-3, schedule="cosine", warmup_steps=100, ema=0.99, checkpoint_every=260
         ),
         sampling=SamplingConfig(steps=16, guidance=2.0, temperature=0.7),
     ),
@@ -90,10 +84,7 @@ RUNS: dict[str, RunConfig] = {
     ),
     "imagenet256": RunConfig(data="cache", model=EAR_BASE, train=_IMAGENET),
     "imagenet512": RunConfig(
-        data="cache",
-        model=replace(EAR_BASE, image_size=32),
-        train=_IMAGENET,
-        sampling=SamplingConfig(guidance=4.0),
+        data="cache", model=replace(EAR_BASE, image_size=32), train=_IMAGENET, sampling=SamplingConfig(guidance=4.0)
     ),
 }
 

@@ -1,7 +1,5 @@
 """What `torchrun` says of this process, in environment variables; without it a process is alone."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log file."""
 
-from __future__ import annotations
-
 import time
 
 SECONDS_BETWEEN_LINES = 20
@@ -45,7 +43,7 @@ class Progress:
             print(line.rstrip(), flush=True)
             self._printed = now
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:

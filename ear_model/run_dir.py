@@ -8,8 +8,6 @@ RUN/checkpoints/step_00000250/         the last whole checkpoint
     trainer.pt                         optimiser, random generators, position in the data
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,20 +1,15 @@
 """``ear cache``: a tree of images into a cache of latents or pixels."""
 
-from __future__ import annotations
-
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.processes import job_rank, job_size, local_rank
-
-if TYPE_CHECKING:
-    import torch
+from ear_model.data.config import CacheOptions
+from ear_model.processes import job_rank, job_size
 
 
 @dataclass(frozen=True)
@@ -32,18 +27,8 @@ class Cache:
     """kl16 (the public weights), autoencoder (of `ear train-tokenizer`), or pixels, which keeps the images."""
     weights: Path | None = None
     """Weight file of the tokenizer: kl16.ckpt, or a .safetensors of `ear train-tokenizer`."""
-    image_size: int = 256
-    """Height and width that images are scaled and cropped to."""
-    dtype: Literal["fp16", "fp32"] = "fp16"
-    """Numbers of the latents; pixels are always uint8."""
-    flips: bool = True
-    """Also encode every mirror image (pixels: mirror at random in training)."""
-    workers: int = min(8, os.cpu_count() or 1)
-    """Processes that decode images; 0 decodes in the main one."""
-    batch_size: int = 64
-    """Images encoded at once."""
-    shard_size: int = 4096
-    """Images of a shard, which is held in memory while it is made."""
+    options: Annotated[CacheOptions, tyro.conf.arg(name="")] = field(default_factory=CacheOptions)
+    """What to cache, and how."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
 
@@ -52,22 +37,22 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     command = parse_command(Cache, arguments, "ear cache")
     try:
-        write_cache(command)
+        _write(command)
     except KeyboardInterrupt:
         print("ear: interrupted; the same command goes on from the last whole shard", file=sys.stderr)
         return 130
     return 0
 
 
-def write_cache(command: Cache) -> None:
+def _write(command: Cache) -> None:
     """Check everything, then write the cache and print what it holds."""
     from ear_model.data.cache_format import file_sha256
-    from ear_model.data.cache_writer import CacheOptions, CacheWriter
+    from ear_model.data.cache_writer import CacheWriter
+    from ear_model.devices import resolve_device
     from ear_model.tokenizers.config import KL16
     from ear_model.tokenizers.latent import load_latent_tokenizer
 
-    options = CacheOptions(command.workers, command.batch_size, job_rank(), job_size())
-    device = _device(command.device)
+    device = resolve_device(command.device)
     tokenizer, weights, checksum = None, "", ""
     if command.tokenizer == "pixels":
         if command.weights is not None:
@@ -80,17 +65,8 @@ def write_cache(command: Cache) -> None:
             raise ValueError(f"{command.weights} is another autoencoder than KL-16; use --tokenizer autoencoder")
         weights, checksum = command.weights.name, file_sha256(command.weights)
     description = {"tokenizer": command.tokenizer, "weights": weights, "weights_sha256": checksum}
-    writer = CacheWriter(
-        command.images,
-        command.out,
-        tokenizer,
-        description,
-        image_size=command.image_size,
-        dtype=command.dtype,
-        flips=command.flips,
-        shard_size=command.shard_size,
-        options=options,
-    )
+    ranks = {"rank": job_rank(), "world_size": job_size()}
+    writer = CacheWriter(command.images, command.out, tokenizer, description, command.options, **ranks)
     print(
         f"{command.images}: {len(writer.tree):,} images of {len(writer.tree.classes)} classes on {device}", flush=True
     )
@@ -103,14 +79,3 @@ def write_cache(command: Cache) -> None:
         f"{command.out}: {len(manifest):,} images as {manifest.key} {manifest.row_shape()} of {manifest.dtype} in "
         f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB"
     )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from ear_model.devices import resolve_device
-
-    device = resolve_device(name)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", local_rank())
-    return device

@@ -1,7 +1,5 @@
 """``ear convert``: public EAR checkpoints to run directories, and back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,11 +41,7 @@ def run(arguments: list[str]) -> int:
     if command.epoch is not None:
         raise ValueError("--epoch is for writing a .pth; this reads one")
     report = public_checkpoint.import_run(
-        command.source,
-        command.out,
-        num_heads=command.num_heads,
-        data=command.data,
-        data_path=command.data_path,
+        command.source, command.out, num_heads=command.num_heads, data=command.data, data_path=command.data_path
     )
     print(report)
     return 0

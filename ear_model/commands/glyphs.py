@@ -1,11 +1,9 @@
 """``ear glyphs``: draw an image tree of characters."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ear_model.commands.parsing import parse_command
 
@@ -37,15 +35,9 @@ def run(arguments: list[str]) -> int:
 
     if command.workers < 0:
         raise ValueError(f"workers is {command.workers}; it must not be negative")
-    drawn = write_tree(
-        command.out,
-        command.num_per_class,
-        num_classes=command.classes,
-        size=command.size,
-        seed=command.seed,
-        split=command.split,
-        workers=command.workers or os.cpu_count() or 1,
-    )
+    shape: Any = {"num_classes": command.classes, "size": command.size}
+    draws: Any = {"seed": command.seed, "split": command.split, "workers": command.workers or os.cpu_count() or 1}
+    drawn = write_tree(command.out, command.num_per_class, **shape, **draws)
     total = command.classes * command.num_per_class
     print(f"{total:,} images of {command.classes} classes, {drawn:,} drawn now: {command.out}")
     return 0

@@ -1,7 +1,5 @@
 """Options of a command from the command line, by its dataclass."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

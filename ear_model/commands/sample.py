@@ -1,17 +1,15 @@
 """``ear sample``: a picture of samples, or many images as files."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.config import RunConfig, SamplingConfig
+from ear_model.config import SamplingConfig
 from ear_model.run_dir import load_config
 
 
@@ -59,7 +57,7 @@ def run(arguments: list[str]) -> int:
     from ear_model.ear import EAR
     from ear_model.files import require_writable
     from ear_model.sampling.decoder import Decoder
-    from ear_model.sampling.images import class_labels, sample_images, write_images
+    from ear_model.sampling.images import Sampler, class_labels, sample_images
 
     if command.out is not None and command.images_out is not None:
         raise ValueError("--out writes one picture and --images-out many files; give one of them")
@@ -67,7 +65,9 @@ def run(arguments: list[str]) -> int:
     config = load_config(command.run)
     if command.tokenizer:
         config = dataclasses.replace(config, tokenizer=command.tokenizer)
-    sampling = _sampling_options(command, config)
+    chosen = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingConfig)}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    setting = dataclasses.replace(config.sampling, **given)
     num_classes = config.model.num_classes
     labels = class_labels(command.classes or range(num_classes), command.num, num_classes)
     decoder = Decoder(config, device)
@@ -76,29 +76,11 @@ def run(arguments: list[str]) -> int:
         require_writable(out)
     model = EAR.from_pretrained(command.run, ema=not command.raw_weights, device=device)
     if command.images_out is not None:
-        written = write_images(
-            model,
-            labels,
-            decoder,
-            command.images_out,
-            names=class_names(config),
-            seed=command.seed,
-            batch_size=command.batch_size,
-            **sampling,
-        )
+        sampler = Sampler(model, decoder, setting, command.seed, command.batch_size)
+        written = sampler.write(labels, command.images_out, class_names(config))
         print(f"{command.num} images, {written} of them new: {command.images_out}")
         return 0
-    images = decoder(sample_images(model, labels, seed=command.seed, **sampling))
+    images = decoder(sample_images(model, labels, setting, seed=command.seed))
     plots.save_grid(images, out, columns=min(command.num, max(8, math.isqrt(command.num))))
     print(f"{command.num} images of classes {list(command.classes) or 'all'}: {out}")
     return 0
-
-
-def _sampling_options(command: Sample, config: RunConfig) -> dict[str, Any]:
-    """The run's sampling options with those given on the command line."""
-    chosen = {
-        field.name: value
-        for field in dataclasses.fields(SamplingConfig)
-        if (value := getattr(command, field.name)) is not None
-    }
-    return dataclasses.asdict(dataclasses.replace(config.sampling, **chosen))

@@ -1,19 +1,18 @@
 """``ear train``: a run directory from a preset and options, then samples and scores."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ear_model.commands.parsing import parse_command
 from ear_model.config import RunConfig
+from ear_model.evaluation.config import ScoringConfig
 from ear_model.presets import EPOCH_IMAGES, MODELS, RUNS, with_model
-from ear_model.run_dir import load_config
+from ear_model.run_dir import load_config, read_metrics
 
 if TYPE_CHECKING:
     from ear_model.ear import EAR
@@ -72,15 +71,7 @@ def run(arguments: list[str]) -> int:
     # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
     switched = any(word.split("=")[0] == "--train.parallel" for word in options)
     with process_group(command.device):
-        run_training(
-            command.config,
-            command.out,
-            resume=command.resume,
-            device=command.device,
-            judge=command.judge,
-            real=command.real,
-            resume_parallel=command.config.train.parallel if switched else None,
-        )
+        _train(command, switched)
     return 0
 
 
@@ -100,19 +91,10 @@ def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
     return name, others
 
 
-def run_training(
-    config: RunConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    device: str = "auto",
-    judge: Path | None = None,
-    real: Path | None = None,
-    resume_parallel: Literal["ddp", "fsdp"] | None = None,
-) -> None:
+def _train(command: Train, switched: bool) -> None:
     """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report.
 
-    A resumed run takes its own configuration, but for ``train.parallel`` if ``resume_parallel`` is given.
+    A resumed run takes its own configuration, but for ``train.parallel`` if that is ``switched``.
     """
     from ear_model.devices import resolve_device
     from ear_model.evaluation.scoring import Scoring
@@ -121,20 +103,20 @@ def run_training(
     from ear_model.training.trainer import Trainer
 
     started = time.perf_counter()
+    config, out = command.config, command.out
     # What would stop the pictures and scores after the training, before it.
     with distributed.all_or_none():
-        if resume:
-            config = load_config(out)
-            train = dataclasses.replace(config.train, parallel=resume_parallel or config.train.parallel)
-            config = dataclasses.replace(config, train=train)
-        is_scored = config.data == "digits" or judge is not None or real is not None
+        if command.resume:
+            stored = load_config(out)
+            parallel = config.train.parallel if switched else stored.train.parallel
+            config = dataclasses.replace(stored, train=dataclasses.replace(stored.train, parallel=parallel))
+        options = ScoringConfig(judge=command.judge, real=command.real)
+        is_scored = config.data == "digits" or options.judge is not None
         is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
-        where = distributed.local_device(resolve_device(device))
+        where = distributed.local_device(resolve_device(command.device))
         decoder = Decoder(config, where) if is_drawn else None
-        scoring = None
-        if is_scored:
-            scoring = Scoring(config, decoder=decoder, judge=judge, real=real, device=str(where))
-    trainer = Trainer(config, out, resume=resume, device=device)
+        scoring = Scoring(config, options, decoder, str(where)) if decoder is not None and is_scored else None
+    trainer = Trainer(config, out, resume=command.resume, device=command.device)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if trainer.is_main:
         print(
@@ -147,37 +129,34 @@ def run_training(
     model = trainer.averaged_model()
     if not trainer.is_main:
         return
-    left = _write_pictures(model, config, out, decoder, scoring)
-    from ear_model.run_dir import read_metrics
-
+    written = _write_pictures(model, config, out, decoder, scoring)
     last = read_metrics(out)[-1]
     print(
         f"loss {last['loss']:.4f} after {last['step']} steps, {trained - started:.0f} s of training, "
-        f"{time.perf_counter() - trained:.0f} s of sampling and scoring\n{left}"
+        f"{time.perf_counter() - trained:.0f} s of sampling and scoring\n{written}"
     )
 
 
 def _write_pictures(
-    model: EAR, config: RunConfig, out: Path, decoder: Decoder | None, scoring: Scoring | None
+    model: "EAR", config: RunConfig, out: Path, decoder: "Decoder | None", scoring: "Scoring | None"
 ) -> str:
     """Samples, loss curve and scores of a finished run; returns where they are."""
     from ear_model import plots
-    from ear_model.run_dir import read_metrics
     from ear_model.sampling.images import class_labels, sample_images
 
     metrics = read_metrics(out)
     plots.save_loss_curve([line["step"] for line in metrics], [line["loss"] for line in metrics], out / "loss.png")
-    left = f"loss curve: {out / 'loss.png'}"
+    written = f"loss curve: {out / 'loss.png'}"
     if decoder is None:
-        return f"{left}   (no samples: latents need --tokenizer)"
+        return f"{written}   (no samples: latents need --tokenizer)"
     num_classes = config.model.num_classes
     rows = 10 if decoder.image_size > 64 else 64  # of more classes, evenly spaced ones are shown
     shown = range(0, num_classes, -(-num_classes // rows))
     labels = class_labels(shown, 10 * len(shown), num_classes)
-    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
+    images = sample_images(model, labels, config.sampling, seed=config.train.seed)
     plots.save_grid(decoder(images), out / "samples.png", columns=10)
-    left = f"samples: {out / 'samples.png'}   {left}"
+    written = f"samples: {out / 'samples.png'}   {written}"
     if scoring is not None:
-        print(scoring.score(model, decoder, out, seed=config.train.seed))
-        left = f"{left}   scores: {out / 'evaluation.json'}"
-    return left
+        print(scoring.score(model, out, seed=config.train.seed))
+        written = f"{written}   scores: {out / 'evaluation.json'}"
+    return written

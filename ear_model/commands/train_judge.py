@@ -1,7 +1,5 @@
 """``ear train-judge``: train the classifier that scores samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +35,7 @@ def run(arguments: list[str]) -> int:
     command = parse_command(TrainJudge, arguments, "ear train-judge")
     from ear_model.data.images import first_image_size, load_tree, split_classes
     from ear_model.devices import resolve_device
-    from ear_model.evaluation.judge import count_parameters, train_judge
+    from ear_model.evaluation.judge import train_judge
     from ear_model.files import require_writable
 
     device = resolve_device(command.device)
@@ -59,8 +57,9 @@ def run(arguments: list[str]) -> int:
         train, held_out = tree.select(kept), tree.select(held)
     judge = train_judge(train, held_out, config, device=device, log=print)
     judge.save(command.out)
+    parameters = sum(parameter.numel() for parameter in judge.model.parameters())
     print(
-        f"{count_parameters(judge.model):,} parameters, {len(train.labels):,} training images of "
+        f"{parameters:,} parameters, {len(train.labels):,} training images of "
         f"{len(train.class_names)} classes; accuracy on {judge.num_held_out:,} held-out images "
         f"{judge.accuracy:.4f}: {command.out}"
     )

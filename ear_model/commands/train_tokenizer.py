@@ -1,13 +1,11 @@
 """``ear train-tokenizer``: a small autoencoder for one's own images."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -45,14 +43,8 @@ def run(arguments: list[str]) -> int:
 
     started = time.perf_counter()
     try:
-        report = train_autoencoder(
-            command.images,
-            command.out,
-            command.model,
-            command.training,
-            device=resolve_device(command.device),
-            threads=command.workers,
-        )
+        given: Any = {"device": resolve_device(command.device), "threads": command.workers}
+        report = train_autoencoder(command.images, command.out, command.model, command.training, **given)
     except KeyboardInterrupt:
         print("ear: interrupted; the same command goes on from the last .partial file", file=sys.stderr)
         return 130

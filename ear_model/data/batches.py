@@ -1,7 +1,5 @@
 """What a run trains on, and batches whose order depends on seed and position alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +15,10 @@ class TrainingData(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what the model reads."""
-        ...
 
     @property
     def num_classes(self) -> int:
         """Labels are 0 .. num_classes - 1."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -33,7 +29,6 @@ class TrainingData(Protocol):
             indices: int64 ``[b]``, any order.
             generator: where flips and draws from a posterior come from; a CPU generator.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """Training from a cache of `ear cache`, by memory map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 
 from ear_model.data.cache_format import DTYPES, Manifest, Verify, file_sha256, load_manifest, verify_shards
 from ear_model.data.images import random_flips, to_float
 from ear_model.processes import local_rank
+from ear_model.tensor_files import read_tensors
 from ear_model.tokenizers.kl16 import LOGVAR_RANGE
 
 
@@ -30,14 +28,14 @@ def draw_latents(moments: Tensor, generator: torch.Generator, latent_scale: floa
 
 
 class LatentCache:
-    """A cache as training data: rows of the memory-mapped shards, by index; a :class:`ear_model.data.TrainingData`.
+    """A cache as training data (:class:`ear_model.data.batches.TrainingData`): rows of mapped shards, by index.
 
     Moments: one of the two flips at random and a draw from its posterior, times the latent scale. Pixels: -1..1,
     mirrored at random. All randomness comes from the generator given to :meth:`gather`.
 
     Args:
         path: the directory.
-        verify: see :func:`ear_model.cache_format.verify_shards`.
+        verify: see :func:`ear_model.data.cache_format.verify_shards`.
 
     Raises:
         ValueError: no cache, an unfinished or damaged one, another version's; shards that are missing, of wrong
@@ -47,37 +45,21 @@ class LatentCache:
     def __init__(self, path: str | Path, verify: Verify = "full") -> None:
         self.path = Path(path)
         self.manifest = load_manifest(self.path)
+        self.image_shape, self.classes = self.manifest.image_shape, self.manifest.classes
+        self.num_classes = len(self.classes)
         verify_shards(self.path, self.manifest, verify)
         opened = [_open_shard(self.path, self.manifest, index) for index in range(len(self.manifest.shards))]
         self._rows: list[Tensor] = [rows for rows, _ in opened]
-        self._labels = torch.cat([labels for _, labels in opened])
+        self.labels = torch.cat([labels for _, labels in opened])
         counts = torch.tensor([len(rows) for rows in self._rows])
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.manifest.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.manifest.classes)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; label i is the i-th."""
-        return self.manifest.classes
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels of all images, int64 ``[N]``."""
-        return self._labels
-
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See :class:`ear_model.data.TrainingData`: float32 images ``[b, c, h, w]``, int64 labels ``[b]``.
+        """See :class:`ear_model.data.batches.TrainingData`: float32 images ``[b, c, h, w]``, int64 labels ``[b]``.
 
         Raises:
             IndexError: indices outside ``0 .. len - 1``.
@@ -86,7 +68,7 @@ class LatentCache:
             raise IndexError(
                 f"indices reach from {indices.min()} to {indices.max()}; the cache has {len(self)} images"
             )
-        labels = self._labels[indices]
+        labels = self.labels[indices]
         if self.manifest.kind == "pixels":
             images = to_float(self._read(indices, lambda rows: rows))
             return (random_flips(images, generator) if self.manifest.flips else images), labels
@@ -122,12 +104,10 @@ def _open_shard(cache: Path, manifest: Manifest, index: int) -> tuple[Tensor, Te
     """Memory-mapped rows ``[n, ...]`` and labels ``[n]`` (copied) of a shard, checked against the manifest."""
     shard = manifest.shards[index]
     path = cache / shard.file
-    try:
-        # safetensors gives tensors that are views of a memory map: nothing is read before it is used.
-        with safetensors.safe_open(path, framework="pt") as file:
-            rows, labels = file.get_tensor(manifest.key), file.get_tensor("labels").clone()
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no shard of a {manifest.kind} cache ({error}); copy the cache again") from error
+    tensors = read_tensors(path)[1]
+    if tensors.keys() != {manifest.key, "labels"}:
+        raise ValueError(f"{path} is no shard of a {manifest.kind} cache (it holds {sorted(tensors)}); copy it again")
+    rows, labels = tensors[manifest.key], tensors["labels"].clone()
     dtype = DTYPES[manifest.dtype]
     expected = (shard.count, *manifest.row_shape())
     if tuple(rows.shape) != expected or rows.dtype != dtype:

@@ -3,14 +3,13 @@
     CACHE/manifest.json             what it holds; written last, so a cache with one is whole
     CACHE/shard-00000.safetensors   moments [n, flips, 2 c, h, w] or images uint8 [n, 3, H, W]; labels int64 [n]
     CACHE/build/                    the plan and the finished shards, from which `ear cache` goes on
-    CACHE/verified.json             sizes and times of the shards whose checksums were right when last looked at
+    CACHE/verified.json             sizes and times of the shards whose checksums were found right
 
 Moments are mean and log variance of the tokenizer's posterior, unscaled, of the image and (flips = 2) of its mirror
 image, side by side so that one image is one read. Pixels are kept once: their mirror image costs nothing.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import math
@@ -169,7 +168,7 @@ def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> N
             be right at its present size and ctime, and notes those that are in CACHE/verified.json (if the
             directory can be written). So only the first run of a machine pays for it, and a shard that is replaced or
             edited is read again. What it can't notice is a disk that changes bytes under an unchanged file; remove
-            verified.json to look again.
+            verified.json to have all read.
 
     Raises:
         ValueError: a shard is missing, has another size, or a wrong checksum.
@@ -189,7 +188,10 @@ def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> N
     if verify == "size":
         return
     states = {shard.file: _state(cache / shard.file, shard.sha256) for shard in manifest.shards}
-    known = _read_stamp(cache)
+    try:
+        known = read_json(cache / STAMP)
+    except (OSError, ValueError):
+        known = {}
     unknown = [shard for shard in manifest.shards if known.get(shard.file) != states[shard.file]]
     # hashlib lets other threads run, so that a fast disk is used up.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -198,10 +200,8 @@ def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> N
     if wrong:
         raise ValueError(f"{cache}: wrong checksum of {_some(wrong)}: {_REMEDY}")
     if unknown:
-        try:
+        with contextlib.suppress(OSError):  # a read-only cache is verified every time
             write_json(cache / STAMP, states)
-        except OSError:
-            return  # a read-only cache is verified every time
 
 
 _REMEDY = "copy the shard again, or remove it and run its `ear cache` command again"
@@ -211,13 +211,6 @@ def _state(path: Path, sha256: str) -> list[Any]:
     stat = path.stat()
     # The time of change of the inode: a copy that keeps the times of its files has a new one, and is read anew.
     return [stat.st_size, stat.st_ctime_ns, sha256]
-
-
-def _read_stamp(cache: Path) -> dict[str, Any]:
-    try:
-        return read_json(cache / STAMP)
-    except (OSError, ValueError):
-        return {}
 
 
 def file_sha256(path: Path) -> str:

@@ -4,57 +4,26 @@ Several processes (``torchrun``) share the shards out among them by number and n
 whoever finds all of them finished writes the manifest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ear_model.data.cache_format import (
-    BUILD,
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    Shard,
-    file_sha256,
-    save_manifest,
-)
+from ear_model.data.cache_format import BUILD, DTYPES, MANIFEST, Manifest, Shard, file_sha256, save_manifest
+from ear_model.data.config import CacheOptions
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import read_json, require_writable, write_atomically, write_json
+from ear_model.files import read_json, require_writable, write_json
 from ear_model.progress import Progress
-from ear_model.tokenizers.latent import LatentTokenizer
+from ear_model.tensor_files import write_tensors
+from ear_model.tokenizers.latent import AutoencoderTokenizer
 
 SHOWN_ERRORS = 20
 
 _Batch = tuple[Tensor | None, list[str]]  # images, None if some can't be read; what can't be read
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What does not change what is cached: how it is worked through."""
-
-    workers: int = 4
-    """Processes that decode images; 0 decodes in this one."""
-    batch_size: int = 64
-    """Images encoded at once (their mirror images come on top)."""
-    rank: int = 0
-    """This process among those that share the work."""
-    world_size: int = 1
-    """Number of those processes."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"workers is {self.workers}, batch_size {self.batch_size}; they must be at least 0 and at least 1"
-            )
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank is {self.rank}; it must be in 0..{self.world_size - 1}")
 
 
 class CacheWriter:
@@ -65,11 +34,8 @@ class CacheWriter:
         cache: the directory to write; new, empty, or one that the same call began.
         tokenizer: what encodes; None keeps pixels.
         description: how the manifest describes it: "tokenizer", "weights" and "weights_sha256".
-        image_size: height and width of the images after the centre crop.
-        dtype: "fp16" or "fp32" of the moments; pixels are uint8.
-        flips: also encode the mirror images (pixels: mirror them in training).
-        shard_size: images of a shard.
-        options: how to work through it.
+        options: what to cache, and how to work through it.
+        rank, world_size: this process among those that share the work.
 
     Raises:
         ValueError: a bad tree; sizes that don't fit; a directory that holds something else, or a cache of another
@@ -80,26 +46,22 @@ class CacheWriter:
         self,
         images: Path,
         cache: Path,
-        tokenizer: LatentTokenizer | None,
+        tokenizer: AutoencoderTokenizer | None,
         description: dict[str, str],
+        options: CacheOptions,
         *,
-        image_size: int = 256,
-        dtype: str = "fp16",
-        flips: bool = True,
-        shard_size: int = 4096,
-        options: CacheOptions | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if dtype not in ("fp16", "fp32"):
-            raise ValueError(f"dtype is {dtype!r}; it must be 'fp16' or 'fp32'")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}")
         factor = 1 if tokenizer is None else tokenizer.downsampling
-        if image_size < 1 or image_size % factor:
-            raise ValueError(f"image size is {image_size}; this tokenizer needs a multiple of {factor}")
-        if shard_size < 1:
-            raise ValueError(f"shard size is {shard_size}; it must be at least 1")
-        self.cache, self.tokenizer, self.shard_size = cache, tokenizer, shard_size
-        self.options = options or CacheOptions()
+        if options.image_size % factor:
+            raise ValueError(f"image size is {options.image_size}; this tokenizer needs a multiple of {factor}")
+        self.cache, self.tokenizer, self.options, self.shard_size = cache, tokenizer, options, options.shard_size
+        self.rank, self.world_size = rank, world_size
         self.tree: ImageTree = find_images(images)
-        side = image_size // factor
+        side = options.image_size // factor
         self.manifest = Manifest(
             kind="pixels" if tokenizer is None else "moments",
             tokenizer=description["tokenizer"],
@@ -107,10 +69,10 @@ class CacheWriter:
             weights_sha256=description["weights_sha256"],
             latent_scale=1.0 if tokenizer is None else tokenizer.latent_scale,
             downsampling=factor,
-            image_size=image_size,
+            image_size=options.image_size,
             image_shape=(3 if tokenizer is None else tokenizer.latent_channels, side, side),
-            dtype="uint8" if tokenizer is None else dtype,
-            flips=flips,
+            dtype="uint8" if tokenizer is None else options.dtype,
+            flips=options.flips,
             classes=self.tree.classes,
             shards=(),
         )
@@ -191,7 +153,7 @@ class CacheWriter:
         Raises:
             ValueError: images that can't be read, all of them named (the first 20); the other shards are kept.
         """
-        mine = [shard for shard in self._todo if shard % self.options.world_size == self.options.rank]
+        mine = [shard for shard in self._todo if shard % self.world_size == self.rank]
         batches = [batch for shard in mine for batch in self._batches(shard)]
         # Threads of a worker would only compete with the other workers.
         loader = DataLoader(
@@ -255,7 +217,7 @@ class CacheWriter:
             )
         tensors = {self.manifest.key: rows, "labels": torch.from_numpy(self.tree.labels[first:last].copy())}
         path = self.cache / name
-        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+        write_tensors(path, tensors)
         written = Shard(name, last - first, path.stat().st_size, file_sha256(path))
         write_json(self._record(shard), {**asdict(written), "files_sha256": files_sha256})
         return []

@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,15 +1,14 @@
 """A data set without end, made offline: characters of matplotlib's fonts in random colours, poses and backgrounds.
 
-Every image is a function of (seed, split, class, index) alone, so an image tree, a batch in memory and, with the
-same Pillow and matplotlib, a second machine hold the same pixels. docs/glyphs.md shows a sheet and says which
-characters were left out and why.
+Every image is a function of (seed, split, class, index) alone, so with the same Pillow and matplotlib a second
+machine draws the same pixels. docs/glyphs.md shows a sheet and says which characters were left out and why.
 """
 
-from __future__ import annotations
-
+import contextlib
+import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ear_model.files import begin_directory
+from ear_model.files import begin_directory, save_picture
 from ear_model.progress import Progress
 
 # Characters that differ only in size, or not at all in some fonts, are there once: 0 and o are O; I and l are 1; c,
@@ -28,14 +25,9 @@ from ear_model.progress import Progress
 CHARACTERS = "123456789abdefghijmnqrtABCDEFGHJKLMNOPQRSTUVWXYZ"
 
 
-def _class_name(character: str) -> str:
-    """A directory name; a and A must differ where a file system ignores case."""
-    kind = "digit" if character.isdigit() else "lower" if character.islower() else "upper"
-    return f"{kind}_{character}"
-
-
-# Sorted, so that class c of an image tree is label c.
-CLASS_NAMES = tuple(_class_name(character) for character in CHARACTERS)
+# Directory names: a and A differ where a file system ignores case. Sorted, so that class c of a tree is label c.
+_KINDS = ("digit" if each.isdigit() else "lower" if each.islower() else "upper" for each in CHARACTERS)
+CLASS_NAMES = tuple(f"{kind}_{character}" for kind, character in zip(_KINDS, CHARACTERS, strict=True))
 
 # Not here: cmmi10 (its old-style 1 is a small capital I), cmsy10 and cmex10 (symbols), STIX's size and non-Unicode
 # fonts and DejaVu's Display fonts (no letters), LastResort (a box for everything).
@@ -183,54 +175,6 @@ def render_glyph(label: int, index: int, *, seed: int = 0, size: int = 64, split
     return np.rint(background + coverage * (ink - background)).astype(np.uint8)
 
 
-def _render_part(labels: Sequence[int], indices: Sequence[int], seed: int, size: int, split: Split) -> np.ndarray:
-    return np.stack(
-        [render_glyph(*pair, seed=seed, size=size, split=split) for pair in zip(labels, indices, strict=True)]
-    )
-
-
-def render_batch(
-    labels: Tensor | Sequence[int],
-    seed: int = 0,
-    *,
-    first_index: int = 0,
-    size: int = 64,
-    split: Split = "train",
-    workers: int = 1,
-    progress: bool = False,
-) -> Tensor:
-    """Images of given classes, uint8 ``[B, 3, size, size]``; image b is number ``first_index + b`` of its class.
-
-    Args:
-        labels: ``[B]``, B >= 1, each 0..47.
-        seed: another seed, other images.
-        first_index: where to start; a second batch that starts at ``first_index + B`` shares no image with this one.
-        size: height and width in pixels.
-        split: "train" or "test".
-        workers: processes to draw with. They are spawned, so a script needs its ``if __name__ == "__main__":``.
-        progress: show a bar.
-
-    Raises:
-        ValueError: arguments out of range.
-    """
-    classes = [int(label) for label in labels]
-    if not classes:
-        raise ValueError("no labels were given; render at least one image")
-    check_options(max(classes) + 1, size, split, seed)
-    if min(classes) < 0 or first_index < 0 or workers < 1:
-        raise ValueError(
-            f"smallest label {min(classes)}, first_index {first_index}, workers {workers}; they must be >= 0, 0 and 1"
-        )
-    out = torch.empty(len(classes), size, size, 3, dtype=torch.uint8)
-    chunk = 512
-    starts = range(0, len(classes), chunk)
-    parts = [(classes[a : a + chunk], range(first_index + a, first_index + a + chunk)) for a in starts]
-    tasks = [(part, indices[: len(part)], seed, size, split) for part, indices in parts]
-    for start, images in zip(starts, _map(_render_part, tasks, workers, progress, chunk), strict=True):
-        out[start : start + len(images)] = torch.from_numpy(images)
-    return out.permute(0, 3, 1, 2).contiguous()
-
-
 def write_tree(
     out: Path,
     num_per_class: int,
@@ -272,23 +216,18 @@ def write_tree(
         for label in range(num_classes)
         for start in range(0, num_per_class, chunk)
     ]
-    return sum(_map(_write_part, tasks, workers, True, min(chunk, num_per_class)))
+    return sum(_map(_write_part, tasks, workers, min(chunk, num_per_class)))
 
 
 def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: int, split: Split) -> int:
-    from PIL import Image
-
     drawn = 0
     for index in indices:
         path = out / CLASS_NAMES[label] / f"{index:06d}.png"
         if _is_whole(path, size):
             continue
-        picture = Image.fromarray(render_glyph(label, index, seed=seed, size=size, split=split))
-        # Renamed, so that no half file is ever there; not flushed, which would take longer than all the rest:
-        # what a power cut leaves is recognised by its end and drawn again.
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        picture.save(temporary, format="PNG", compress_level=1)
-        os.replace(temporary, path)
+        # What a power cut leaves is recognised by its end and drawn again.
+        pixels = render_glyph(label, index, seed=seed, size=size, split=split)
+        save_picture(path, pixels, compress_level=1)
         drawn += 1
     return drawn
 
@@ -306,16 +245,15 @@ def _is_whole(path: Path, size: int) -> bool:
     return head[:8] == b"\x89PNG\r\n\x1a\n" and head[16:24] == side + side and tail[4:8] == b"IEND"
 
 
-def _map(function: Any, tasks: list[tuple], workers: int, progress: bool, images_per_task: int) -> Iterable[Any]:
-    """``function(*task)`` of every task in order, on so many processes, under a bar that counts images."""
-    with Progress(len(tasks) * images_per_task, 0, "image", quiet=not progress, stays=False) as bar:
-        if workers == 1:
-            for task in tasks:
-                yield function(*task)
-                bar.update(images_per_task)
-            return
-        # Not forked: the caller may have started threads or a GPU.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for result in pool.map(function, *zip(*tasks, strict=True)):
-                yield result
-                bar.update(images_per_task)
+def _map(function: Any, tasks: list[tuple], workers: int, images_per_task: int) -> Iterable[Any]:
+    """``function(*task)`` of every task in order, on so many processes, with progress that counts images."""
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(Progress(len(tasks) * images_per_task, 0, "image", stays=False))
+        results: Iterator[Any] = itertools.starmap(function, tasks)
+        if workers > 1:
+            # Not forked: the caller may have started threads or a GPU.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            results = pool.map(function, *zip(*tasks, strict=True))
+        for result in results:
+            yield result
+            shown.update(images_per_task)

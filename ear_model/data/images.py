@@ -1,7 +1,6 @@
 """Trees of images, a folder a class, read as the paper's data are (ADM's centre crop)."""
 
-from __future__ import annotations
-
+import copy
 import hashlib
 import os
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     return found
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(image: "Image.Image", size: int) -> "Image.Image":
     """ADM's centre crop to ``size`` x ``size``.
 
     Halved with a box filter while the short side is at least twice the target, then resized with a bicubic one until
@@ -106,7 +105,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> "Image.Image":
     """An image file, decoded, as RGB; transparency is dropped.
 
     Raises:
@@ -149,28 +148,28 @@ class ImageFolderData:
         if size < 1:
             raise ValueError(f"image size is {size}; it must be at least 1")
         self.tree, self.size, self.flips = find_images(root), size, flips
-        self._labels = torch.from_numpy(self.tree.labels)
+        self.image_shape, self.num_classes = (3, size, size), len(self.tree.classes)
+        self._chosen = torch.arange(len(self.tree))
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.tree.classes)
+    def select(self, indices: Tensor) -> "ImageFolderData":
+        """Some of the images, as data of their own."""
+        selected = copy.copy(self)
+        selected._chosen = self._chosen[indices]
+        return selected
 
     def __len__(self) -> int:
-        return len(self.tree)
+        return len(self._chosen)
 
     def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See :class:`ear_model.data.TrainingData`: float32 ``[b, 3, size, size]`` in -1..1 and labels ``[b]``."""
+        """See :class:`ear_model.data.batches.TrainingData`: float32 ``[b, 3, size, size]``, labels ``[b]``."""
         images = self.read(indices)
-        return (random_flips(images, generator) if self.flips else images), self._labels[indices]
+        labels = torch.from_numpy(self.tree.labels)[self._chosen[indices]]
+        return (random_flips(images, generator) if self.flips else images), labels
 
     def read(self, indices: Tensor) -> Tensor:
         """The images as they are: float32 ``[b, 3, size, size]`` in -1..1."""
-        chosen = [read_image(self.tree.root / self.tree.paths[index], self.size) for index in indices.tolist()]
-        return to_float(torch.stack(chosen))
+        paths = (self.tree.root / self.tree.paths[index] for index in self._chosen[indices].tolist())
+        return to_float(torch.stack([read_image(path, self.size) for path in paths]))
 
 
 def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,12 +189,12 @@ class LabelledImages:
     class_names: tuple[str, ...]
     """The name of each label."""
 
-    def select(self, indices: Tensor) -> LabelledImages:
+    def select(self, indices: Tensor) -> "LabelledImages":
         """The images of those indices."""
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
 
 
-def load_tree(root: str | Path, size: int, max_per_class: int = 0, seed: int = 0) -> LabelledImages:
+def load_tree(root: str | Path, size: int, max_per_class: int = 0, seed: int = 0) -> "LabelledImages":
     """Read a tree into memory, ``3 * size * size`` bytes an image.
 
     Args:

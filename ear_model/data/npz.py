@@ -1,7 +1,5 @@
 """Training from a latent cache of the public EAR and MAR code: ``<class>/<file>.npz``."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 
@@ -18,13 +16,13 @@ CHECKED_SIZES = 1000
 
 
 class NpzCache:
-    """A public cache as training data; a :class:`ear_model.data.TrainingData`.
+    """A public cache as training data; a :class:`ear_model.data.batches.TrainingData`.
 
     Every file holds ``moments`` and ``moments_flip``, mean and log variance ``[2 c, h, w]``, for KL-16 float32
     ``[32, 16, 16]``. One of the two is taken at random, drawn from, and scaled.
 
     On opening, one file of each class and of each file size is read (files of one resolution have one size unless
-    they are compressed), up to 1,000 sizes; the shape of every file is looked at again whenever it is read.
+    they are compressed), up to 1,000 sizes; the shape of every file is checked whenever it is read.
 
     Args:
         path: the directory with a folder a class.
@@ -45,22 +43,14 @@ class NpzCache:
             sizes.setdefault((self.tree.root / name).stat().st_size, index)
         for index in [*firsts, *list(sizes.values())[:CHECKED_SIZES]]:
             for key in KEYS:
-                self._load(index, key)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        assert self._shape is not None
-        return (self._shape[0] // 2, self._shape[1], self._shape[2])
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.tree.classes)
+                channels, height, width = self._load(index, key).shape
+        self.image_shape, self.num_classes = (channels // 2, height, width), len(self.tree.classes)
 
     def __len__(self) -> int:
         return len(self.tree)
 
     def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See :class:`ear_model.data.TrainingData`: float32 latents ``[b, c, h, w]`` and int64 labels ``[b]``.
+        """See :class:`ear_model.data.batches.TrainingData`: float32 latents ``[b, c, h, w]``, labels ``[b]``.
 
         Raises:
             ValueError: a damaged file or one of another resolution, named.

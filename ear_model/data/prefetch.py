@@ -1,7 +1,5 @@
 """Batches read ahead of the training step."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,7 +78,7 @@ class Prefetcher:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
-    def __enter__(self) -> Prefetcher:
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """The data set that a run names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ear_model.config import RunConfig

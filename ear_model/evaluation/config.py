@@ -1,6 +1,9 @@
-"""How a judge is made."""
+"""How a judge is made, and what a run is scored with."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from ear_model.config import check_range
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,37 @@ class JudgeConfig:
     """Seed of weights, order and shifts."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if min(self.weight_decay, self.shift, self.seed) < 0:
-            raise ValueError(f"weight_decay, shift and seed must not be negative: {self}")
+        check_range(self, "positive", "epochs", "batch_size", "lr")
+        check_range(self, "at least 0", "weight_decay", "shift", "seed")
         if len(self.channels) != 4 or min(self.channels) < 1:
             raise ValueError(f"channels are {self.channels}; give four positive numbers")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """What a run is scored with."""
+
+    num: int = 1000
+    """Samples per setting, the same number of every class."""
+    guidance: float | None = None
+    """Guidance scale of the setting scored first; 1 if not given (the run's own with --fidelity)."""
+    temperature: float | None = None
+    """Temperature of the setting scored first; 1 if not given (the run's own with --fidelity)."""
+    steps: int | None = None
+    """Decoding steps. The run's own default if not given."""
+    judge: Path | None = None
+    """Judge of `ear train-judge`; needs --real. Digits need none."""
+    real: Path | None = None
+    """Image tree of held-out real images."""
+    train_images: Path | None = None
+    """Image tree of the training images, to look for copies; the run's own data if it is pixels."""
+    fidelity: Path | None = None
+    """Statistics file (.npz with mu, sigma) for FID and Inception Score by torch-fidelity; scores one setting."""
+    batch_size: int = 64
+    """Images sampled at a time; other sizes give other samples."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "at least 1", "num", "batch_size")
+        if (self.judge is None) != (self.real is None):
+            given, missing = ("--judge", "--real TREE") if self.real is None else ("--real", "--judge FILE")
+            raise ValueError(f"{given} was given without {missing}; a judge compares samples with real images")

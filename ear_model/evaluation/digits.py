@@ -1,7 +1,5 @@
 """How good a digits model is: class consistency, energy distance, memorisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ear_kernels import energy_distance
+from ear_model.config import SamplingConfig
 from ear_model.data.batches import Dataset
 from ear_model.data.digits import load_digits, to_pixels
 from ear_model.ear import EAR
@@ -46,16 +45,9 @@ class Evaluation:
 
 
 def evaluate_samples(
-    samples: Tensor,
-    labels: Tensor,
-    train: Dataset,
-    held_out: Dataset,
-    *,
-    guidance: float,
-    temperature: float,
-    steps: int,
+    samples: Tensor, labels: Tensor, train: Dataset, held_out: Dataset, setting: SamplingConfig
 ) -> Evaluation:
-    """Scores of digit samples ``[N, 1, 8, 8]`` in -1..1 that were asked for ``labels``."""
+    """Scores of digit samples ``[N, 1, 8, 8]`` in -1..1 that were asked for ``labels`` and drawn with ``setting``."""
     from sklearn.svm import SVC
 
     train_pixels, test_pixels, pixels = map(to_pixels, (train.images, held_out.images, samples))
@@ -64,9 +56,9 @@ def evaluate_samples(
     nearest = torch.cdist(pixels, train_pixels).amin(dim=1)
     nearest_held_out = torch.cdist(test_pixels, train_pixels).amin(dim=1)
     return Evaluation(
-        guidance=guidance,
-        temperature=temperature,
-        steps=steps,
+        guidance=setting.guidance,
+        temperature=setting.temperature,
+        steps=setting.steps,
         num_samples=len(samples),
         class_consistency=float(np.mean(predicted == labels.numpy())),
         classifier_test_accuracy=float(classifier.score(test_pixels.numpy(), held_out.labels.numpy())),
@@ -79,20 +71,15 @@ def evaluate_samples(
 
 
 def evaluate_digits(
-    model: EAR, settings: list[tuple[float, float]], *, num: int = 1000, steps: int = 16, seed: int = 0
+    model: EAR, settings: Sequence[SamplingConfig], *, num: int = 1000, seed: int = 0
 ) -> list[Evaluation]:
-    """Scores at every (guidance, temperature) of ``settings``, on ``num`` samples, the same number a class."""
+    """Scores at every setting, on ``num`` samples, the same number a class."""
     train, held_out = load_digits()
     labels = torch.arange(num) % model.config.num_classes
-    results = []
-    for guidance, temperature in settings:
-        samples = sample_images(model, labels, seed=seed, steps=steps, guidance=guidance, temperature=temperature)
-        results.append(
-            evaluate_samples(
-                samples, labels, train, held_out, guidance=guidance, temperature=temperature, steps=steps
-            )
-        )
-    return results
+    return [
+        evaluate_samples(sample_images(model, labels, setting, seed=seed), labels, train, held_out, setting)
+        for setting in settings
+    ]
 
 
 def save_evaluation(run_dir: Path, results: Sequence[Any], **more: Any) -> Path:

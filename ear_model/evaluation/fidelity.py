@@ -1,6 +1,4 @@
-"""FID and Inception Score as the paper reports them: torch-fidelity's Inception and a statistics file (spec 6)."""
-
-from __future__ import annotations
+"""FID and Inception Score as the paper reports them: torch-fidelity's Inception and a statistics file."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ear_model.config import SamplingConfig
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
 
 # uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
@@ -109,10 +108,8 @@ def evaluate_fidelity(
     batches: Iterable[Tensor],
     extractor: Extractor,
     statistics: tuple[np.ndarray, np.ndarray],
+    setting: SamplingConfig,
     *,
-    guidance: float,
-    temperature: float,
-    steps: int,
     where: str,
 ) -> FidelityEvaluation:
     """FID and IS of samples.
@@ -121,7 +118,7 @@ def evaluate_fidelity(
         batches: uint8 images ``[b, 3, S, S]``; they are read once and not kept.
         extractor: see :func:`inception_extractor`.
         statistics: mean and covariance of the real images, see :func:`load_statistics`.
-        guidance, temperature, steps: what the samples were drawn with; copied into the result.
+        setting: what the samples were drawn with; copied into the result.
         where: the statistics file, likewise.
 
     Raises:
@@ -139,9 +136,9 @@ def evaluate_fidelity(
     all_features = torch.cat(features)
     score, deviation = inception_score(torch.cat(logits))
     return FidelityEvaluation(
-        guidance=guidance,
-        temperature=temperature,
-        steps=steps,
+        guidance=setting.guidance,
+        temperature=setting.temperature,
+        steps=setting.steps,
         num_samples=len(all_features),
         fid=frechet_distance(*feature_statistics(all_features), *statistics),
         inception_score=score,

@@ -3,51 +3,43 @@
 Shapes: N images, K classes, F features, S image size.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from timm.models.resnet import BasicBlock, ResNet
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ear_model.data.images import LabelledImages, to_float
 from ear_model.evaluation.config import JudgeConfig
-from ear_model.files import write_atomically
+from ear_model.tensor_files import read_tensors, write_tensors
 
 FORMAT = "ear_judge 1"
 
 
+@dataclass
 class Judge:
-    """A trained classifier of 8-bit images.
+    """A trained classifier of 8-bit images."""
 
-    Args:
-        model: the network, from images scaled to -1..1 to logits.
-        class_names: a name for every logit.
-        image_size: S, of the images it was trained on.
-        config: how it was trained.
-        accuracy: on real images that it was not trained on.
-        num_held_out: how many those were.
-    """
+    model: ResNet
+    """The network, from images scaled to -1..1 to logits."""
+    class_names: tuple[str, ...]
+    """A name for every logit."""
+    image_size: int
+    """S, of the images it was trained on."""
+    config: JudgeConfig
+    """How it was trained."""
+    accuracy: float
+    """On real images that it was not trained on."""
+    num_held_out: int
+    """How many those were."""
 
-    def __init__(
-        self,
-        model: ResNet,
-        class_names: tuple[str, ...],
-        image_size: int,
-        config: JudgeConfig,
-        accuracy: float,
-        num_held_out: int,
-    ) -> None:
-        self.model, self.class_names, self.image_size = model.eval(), class_names, image_size
-        self.config, self.accuracy, self.num_held_out = config, accuracy, num_held_out
+    def __post_init__(self) -> None:
+        self.model.eval()
 
     @torch.no_grad()
     def classify(self, images: Tensor, batch_size: int = 512) -> tuple[Tensor, Tensor]:
@@ -79,20 +71,14 @@ class Judge:
             "accuracy": repr(self.accuracy),
             "num_held_out": str(self.num_held_out),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+        write_tensors(path, self.model.state_dict(), metadata)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> Judge:
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Judge":
         """Read what :meth:`save` wrote. Raises ValueError if it is not there, damaged or something else."""
         if not path.is_file():
             raise ValueError(f"{path} is not there; `ear train-judge` writes it")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+        metadata, tensors = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no judge (format {metadata.get('format')!r}; this program reads {FORMAT!r})")
         try:
@@ -110,14 +96,8 @@ class Judge:
 def _network(config: JudgeConfig, num_classes: int) -> ResNet:
     """timm's ResNet with one block a stage and a stem of three small convolutions."""
     block: Any = BasicBlock
-    return ResNet(
-        block,
-        (1, 1, 1, 1),
-        num_classes=num_classes,
-        stem_type="deep",
-        stem_width=max(1, config.channels[0] // 2),
-        channels=config.channels,
-    )
+    stem: Any = {"stem_type": "deep", "stem_width": max(1, config.channels[0] // 2)}
+    return ResNet(block, (1, 1, 1, 1), num_classes=num_classes, channels=config.channels, **stem)
 
 
 def train_judge(
@@ -127,7 +107,7 @@ def train_judge(
     *,
     device: torch.device | str = "cpu",
     log: Callable[[str], object] | None = None,
-) -> Judge:
+) -> "Judge":
     """Train a classifier on real images; its accuracy is that on ``held_out``. On a CPU, a seed gives one judge.
 
     Args:
@@ -190,8 +170,3 @@ def _shift(images: Tensor, limit: int, draws: torch.Generator) -> Tensor:
     columns = offsets[1] + torch.arange(width, device=images.device)
     batch = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trained values."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -3,8 +3,6 @@
 Every distance stands beside its floor, the same distance between two sets of real images of the same size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ear_kernels import energy_distance
+from ear_model.config import SamplingConfig
 from ear_model.data.images import LabelledImages, split_classes
 from ear_model.evaluation.judge import Judge
 
@@ -164,10 +163,8 @@ class JudgedComparison:
     def _nearest(self, features: Tensor, train_features: Tensor) -> Tensor:
         return nearest_distances(features.to(self.device), train_features.to(self.device)).cpu()
 
-    def score(
-        self, samples: Tensor, labels: Tensor, *, guidance: float, temperature: float, steps: int
-    ) -> JudgeEvaluation:
-        """Scores of samples, uint8 ``[N, 3, S, S]``, that were asked for ``labels [N]``.
+    def score(self, samples: Tensor, labels: Tensor, setting: SamplingConfig) -> JudgeEvaluation:
+        """Scores of samples, uint8 ``[N, 3, S, S]``, that were asked for ``labels [N]`` and drawn with ``setting``.
 
         Raises:
             ValueError: samples of another size, or too few of a class.
@@ -189,9 +186,9 @@ class JudgedComparison:
             share = float((nearest < self.nearest_real.quantile(0.01)).double().mean())
         sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, labels, right)
         return JudgeEvaluation(
-            guidance=guidance,
-            temperature=temperature,
-            steps=steps,
+            guidance=setting.guidance,
+            temperature=setting.temperature,
+            steps=setting.steps,
             num_samples=len(samples),
             accuracy=float(right.mean()),
             accuracy_real=self.accuracy_real,

@@ -1,4 +1,4 @@
-"""The bidirectional backbone (spec 3): class tokens, image tokens, learned positions, pre-norm ViT blocks.
+"""The bidirectional backbone: class tokens, image tokens, learned positions, pre-norm ViT blocks.
 
 Parameters have the names of the public EAR checkpoint. Shapes: B images, L tokens, D token size, C width.
 """
@@ -66,31 +66,14 @@ class TransformerBlock(Block):
         if pending is None:
             mixed = self_attention(norm1(hidden), *qkv, dropout=attention_dropout)
         else:
+            rates: Any = {"dropout": dropout, "attention_dropout": attention_dropout}
             hidden, mixed = norm_self_attention(
-                pending[0],
-                hidden,
-                norm1.weight,
-                norm1.bias,
-                pending[1],
-                *qkv,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                eps=norm1.eps,
-                seed=seed[0],
+                pending[0], hidden, norm1.weight, norm1.bias, pending[1], *qkv, **rates, eps=norm1.eps, seed=seed[0]
             )
+        projected = project(mixed, attention.proj.weight)
+        weights = (norm2.weight, norm2.bias, attention.proj.bias, first.weight, first.bias, second.weight, None)
         hidden, out = norm_gelu_mlp(
-            project(mixed, attention.proj.weight),
-            hidden,
-            norm2.weight,
-            norm2.bias,
-            attention.proj.bias,
-            first.weight,
-            first.bias,
-            second.weight,
-            None,
-            dropout=dropout,
-            eps=norm2.eps,
-            seeds=(seed[1], seed[2]),
+            projected, hidden, *weights, dropout=dropout, eps=norm2.eps, seeds=(seed[1], seed[2])
         )
         # A copy: FSDP frees a block's gathered parameters when it returns.
         return hidden, (out, second.bias.clone())
@@ -117,8 +100,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        self.class_tokens = config.class_tokens
-        self.label_dropout = config.label_dropout
+        self.config, self.class_tokens = config, config.class_tokens
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
@@ -138,27 +120,20 @@ class Backbone(nn.Module):
             for _ in range(config.depth)
         )
         self.decoder_norm = norm(width)
-        self.dropout = config.dropout
-        self.position_init = config.position_init
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal 0.02 for the embeddings, xavier-uniform linears, zero biases (spec 3); ``position_init``."""
+        """Normal 0.02 for the embeddings, xavier-uniform linears, zero biases; ``position_init``."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        embeddings = (
-            self.class_emb.weight,
-            self.fake_latent,
-            self.mask_token,
-            self.decoder_pos_embed_learned,
-        )
+        embeddings = (self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned)
         for parameter in embeddings:
             nn.init.normal_(parameter, std=0.02)
-        if self.position_init == "sinusoid":
+        if self.config.position_init == "sinusoid":
             # At 0.02 positions are a tenth of what a known token is projected to, and are learned late.
             with torch.no_grad():
                 positions = self.decoder_pos_embed_learned[0, self.class_tokens :]
@@ -174,7 +149,7 @@ class Backbone(nn.Module):
 
     def drop_classes(self, classes_BC: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
         """The embeddings with ``label_dropout`` of the images turned to the null class (training)."""
-        dropped = draws.rand(classes_BC.shape[0], 1, device=classes_BC.device) < self.label_dropout
+        dropped = draws.rand(classes_BC.shape[0], 1, device=classes_BC.device) < self.config.label_dropout
         return torch.where(dropped, self.fake_latent, classes_BC)
 
     def forward(
@@ -205,7 +180,7 @@ class Backbone(nn.Module):
         With a ``part`` that stops before the last block: those blocks alone, from and to the stream and what is
         pending.
         """
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.config.dropout if self.training else 0.0
         blocks = list(self.decoder_blocks)[part]
         seeds = None
         if dropout and hidden.is_cuda:
@@ -221,15 +196,6 @@ class Backbone(nn.Module):
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
         norm: Any = self.decoder_norm
         assert pending is not None
-        _, normed = dropout_add_layer_norm(
-            pending[0],
-            hidden,
-            norm.weight,
-            norm.bias,
-            pending[1],
-            dropout=dropout,
-            eps=norm.eps,
-            seed=last,
-            dtype=dtype,
-        )
+        options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
+        _, normed = dropout_add_layer_norm(pending[0], hidden, norm.weight, norm.bias, pending[1], **options)
         return normed

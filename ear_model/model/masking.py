@@ -1,4 +1,4 @@
-"""Generation orders, training mask ratios and the unmasking schedule (spec 3 and 4)."""
+"""Generation orders, training mask ratios and the unmasking schedule (docs/model.md, "Masking" and "Sampling")."""
 
 import math
 from statistics import NormalDist
@@ -34,12 +34,12 @@ def draw_num_masked(
     Args:
         num_tokens: L.
         minimum: smallest ratio of "truncated_normal".
-        masking: "truncated_normal" is :func:`mask_ratio` (spec 3). "cosine" is ``cos(pi/2 u)`` of a uniform u, the
+        masking: "truncated_normal" is :func:`mask_ratio`. "cosine" is ``cos(pi/2 u)`` of a uniform u, the
             share that :func:`unmasking_schedule` has left at a random moment when there are far fewer steps than
             tokens: 2/pi on average, down to one token.
         draws: where the ratio comes from.
     """
-    uniform = float(draws.rand(dtype=torch.float64))
+    uniform = draws.fraction()
     if masking == "cosine":
         return max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * uniform)))
     return math.ceil(num_tokens * mask_ratio(uniform, minimum))
@@ -52,7 +52,7 @@ def possible_num_masked(num_tokens: int, minimum: float, masking: str = "truncat
 
 
 def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
-    """How many tokens are masked before and after each decoding step (spec 4).
+    """How many tokens are masked before and after each decoding step.
 
     After step s, ``max(1, min(left - 1, floor(L cos(pi/2 (s+1)/N))))`` tokens stay masked; the last step predicts
     all that is left. With more steps than tokens some steps predict nothing.

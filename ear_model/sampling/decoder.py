@@ -1,7 +1,5 @@
 """What turns a model's output into images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,47 +4,40 @@ Everything that depends on the schedule is a number of the host, so the loop nev
 step has a shape known before it starts.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig
+from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
 
 
-class DecodingModel(Protocol):
-    """What the loop needs of a model: its sizes, its backbone and its score."""
+class SamplingModel(Protocol):
+    """What sampling needs of a model, such as :class:`ear_model.ear.EAR`."""
 
-    @property
-    def config(self) -> ModelConfig: ...
+    config: ModelConfig
+    backbone: Any
+    score: Any
 
-    @property
-    def backbone(self) -> Any: ...
+    def sample(self, *arguments: Any, **options: Any) -> Tensor: ...
 
-    @property
-    def score(self) -> Any: ...
+    def parameters(self, *arguments: Any) -> Iterator[Tensor]: ...
 
 
 def decode_tokens(
-    model: DecodingModel,
+    model: SamplingModel,
     labels_B: Tensor,
-    *,
-    steps: int,
-    guidance: float,
-    guidance_schedule: str,
-    temperature: float,
+    sampling: SamplingConfig,
     draws: Draws = TORCH_DRAWS,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Tensor:
     """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
     batch, num_tokens = labels_B.shape[0], model.config.num_tokens
     device = labels_B.device
-    guided = guidance != 1
+    guided = sampling.guidance != 1
     tokens_BLD = torch.zeros(batch, num_tokens, model.config.token_dim, device=device)
     orders_BL = random_orders(batch, num_tokens, device, draws)
     ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first
@@ -52,7 +45,7 @@ def decode_tokens(
     if guided:
         classes = torch.cat([classes, model.backbone.null_class(batch)])
 
-    schedule: Iterable[tuple[int, int]] = unmasking_schedule(num_tokens, steps)
+    schedule: Iterable[tuple[int, int]] = unmasking_schedule(num_tokens, sampling.steps)
     for left, keep in progress(schedule) if progress is not None else schedule:
         if left == keep:
             continue
@@ -64,8 +57,8 @@ def decode_tokens(
         else:
             hidden = model.backbone(tokens_BLD, masked_BL, classes)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
-        scale = guidance_scale(guidance, guidance_schedule, num_tokens, keep)
-        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, temperature, draws)
+        scale = guidance_scale(sampling.guidance, sampling.guidance_schedule, num_tokens, keep)
+        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, sampling.temperature, draws)
         index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1])
         tokens_BLD = tokens_BLD.scatter(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
     return tokens_BLD

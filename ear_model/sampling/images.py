@@ -1,34 +1,20 @@
 """Sampling images of chosen classes from a trained model."""
 
-from __future__ import annotations
-
-import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig
+from ear_model.config import SamplingConfig
 from ear_model.draws import seeded_generator
-from ear_model.files import begin_directory
+from ear_model.files import begin_directory, save_picture
+from ear_model.plots import to_bytes
 from ear_model.progress import Progress
+from ear_model.sampling.decoding import SamplingModel
 
 SAMPLING_FILE = "sampling.json"
-
-
-class SamplingModel(Protocol):
-    """What these functions need of a model, such as :class:`ear_model.ear.EAR`."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def sample(self) -> Callable[..., Tensor]: ...
-
-    @property
-    def parameters(self) -> Callable[[], Iterator[Tensor]]: ...
 
 
 def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
@@ -48,114 +34,77 @@ def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
 
 
 def sample_images(
-    model: SamplingModel, labels: Tensor, *, seed: int = 0, batch_size: int = 256, **options: Any
+    model: SamplingModel, labels: Tensor, setting: SamplingConfig, *, seed: int = 0, batch_size: int = 256
 ) -> Tensor:
-    """Images ``[N, channels, size, size]`` on the CPU, in batches; ``options`` go to :meth:`EAR.sample`."""
+    """What the model makes, ``[N, channels, size, size]`` on the CPU, all of one random generator."""
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    parts = [model.sample(part.to(device), generator=generator, **options).cpu() for part in labels.split(batch_size)]
-    return torch.cat(parts)
+    options = {"generator": torch.Generator(device).manual_seed(seed), **asdict(setting)}
+    return torch.cat([model.sample(part.to(device), **options).cpu() for part in labels.split(batch_size)])
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]``; a single channel is repeated."""
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images have {images.shape[1]} channels; a picture needs 1 or 3")
-    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.expand(-1, 3, -1, -1)
-
-
-def sample_batches(
-    model: SamplingModel,
-    labels: Tensor,
-    decoder: Callable[[Tensor], Tensor],
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    skip: Callable[[int, int], bool] = lambda first, last: False,
-    progress: bool = False,
-    **options: Any,
-) -> Iterator[tuple[int, Tensor]]:
-    """Many 8-bit images, batch after batch: the index of the first one and uint8 ``[b, 3, H, W]``.
+@dataclass(frozen=True)
+class Sampler:
+    """Many 8-bit images of a model, batch after batch.
 
     A batch depends on the seed, its place and ``batch_size`` alone, so one that is there already need not be drawn.
-
-    Args:
-        model: the model.
-        labels: int64 ``[N]``, the classes of all images.
-        decoder: see :class:`Decoder`.
-        seed: the same seed gives the same images.
-        batch_size: images at a time.
-        skip: asked ``(first, last)`` whether images first .. last - 1 are not wanted.
-        progress: show a bar.
-        **options: of :meth:`EAR.sample`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    device = next(model.parameters()).device
-    with Progress(len(labels), 0, "image", quiet=not progress, stays=False) as bar:
-        for first in range(0, len(labels), batch_size):
-            part = labels[first : first + batch_size]
-            if not skip(first, first + len(part)):
-                generator = seeded_generator(seed, first, device=device)
-                output = model.sample(part.to(device), generator=generator, **options)
-                yield first, to_bytes(decoder(output))
-            bar.update(len(part))
 
+    model: SamplingModel
+    decoder: Callable[[Tensor], Tensor]
+    """What makes images of the model's output: :class:`ear_model.sampling.decoder.Decoder`."""
+    setting: SamplingConfig
+    seed: int = 0
+    """The same seed gives the same images."""
+    batch_size: int = 64
+    """Images at a time; other sizes give other images."""
 
-def write_images(
-    model: SamplingModel,
-    labels: Tensor,
-    decoder: Callable[[Tensor], Tensor],
-    out: Path,
-    *,
-    names: Sequence[str] | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    **options: Any,
-) -> int:
-    """Write an 8-bit PNG of every label, an image tree ``OUT/<class>/<index>.png``; returns how many are new.
+    def batches(
+        self, labels: Tensor, *, skip: Callable[[int, int], bool] = lambda first, last: False, quiet: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The index of the first image of each batch, and uint8 ``[b, 3, H, W]``.
 
-    An interrupted call is completed by the same call; ``OUT/sampling.json`` holds what the images were drawn with.
+        Args:
+            labels: int64 ``[N]``, the classes of all images.
+            skip: asked ``(first, last)`` whether images first .. last - 1 are not wanted.
+            quiet: show no progress.
+        """
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        device, options = next(self.model.parameters()).device, asdict(self.setting)
+        with Progress(len(labels), 0, "image", quiet=quiet, stays=False) as shown:
+            for first in range(0, len(labels), self.batch_size):
+                part = labels[first : first + self.batch_size]
+                if not skip(first, first + len(part)):
+                    generator = seeded_generator(self.seed, first, device=device)
+                    output = self.model.sample(part.to(device), generator=generator, **options)
+                    yield first, to_bytes(self.decoder(output))
+                shown.update(len(part))
 
-    Args:
-        model: the model.
-        labels: int64 ``[N]``.
-        decoder: see :class:`Decoder`.
-        out: the tree's directory.
-        names: a directory name for each class; numbers if None.
-        seed: the same seed gives the same images.
-        batch_size: images at a time; other sizes give other images.
-        **options: of :meth:`EAR.sample`.
+    def write(self, labels: Tensor, out: Path, names: Sequence[str] | None = None) -> int:
+        """Write an 8-bit PNG of every label, an image tree ``OUT/<class>/<index>.png``; returns how many are new.
 
-    Raises:
-        ValueError: a directory that holds something else, or that can't be written.
-    """
-    from PIL import Image
+        An interrupted call is completed by the same call; ``OUT/sampling.json`` says what the images are drawn with.
 
-    if names is None or len(names) < model.config.num_classes:
-        names = [f"{index:04d}" for index in range(model.config.num_classes)]
-    settings = {"num": len(labels), "seed": seed, "batch_size": batch_size, "classes": labels.unique().tolist()}
-    settings.update(options)
-    begin_directory(out, SAMPLING_FILE, settings, "tree of sampled images")
-    paths = [out / names[label] / f"{index:06d}.png" for index, label in enumerate(labels.tolist())]
-    for directory in {path.parent for path in paths}:
-        directory.mkdir(exist_ok=True)
-    written = 0
-    batches = sample_batches(
-        model,
-        labels,
-        decoder,
-        seed=seed,
-        batch_size=batch_size,
-        skip=lambda first, last: all(path.is_file() for path in paths[first:last]),
-        progress=True,
-        **options,
-    )
-    for first, images in batches:
-        for path, image in zip(paths[first:], images, strict=False):
-            temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
-            os.replace(temporary, path)
-            written += 1
-    return written
+        Args:
+            labels: int64 ``[N]``.
+            out: the tree's directory.
+            names: a directory name for each class; numbers if None.
+
+        Raises:
+            ValueError: a directory that holds something else, or that can't be written.
+        """
+        num_classes = self.model.config.num_classes
+        if names is None or len(names) < num_classes:
+            names = [f"{index:04d}" for index in range(num_classes)]
+        settings = {"num": len(labels), "seed": self.seed, "batch_size": self.batch_size, **asdict(self.setting)}
+        settings["classes"] = labels.unique().tolist()
+        begin_directory(out, SAMPLING_FILE, settings, "tree of sampled images")
+        paths = [out / names[label] / f"{index:06d}.png" for index, label in enumerate(labels.tolist())]
+        for directory in {path.parent for path in paths}:
+            directory.mkdir(exist_ok=True)
+        written = 0
+        for first, images in self.batches(labels, skip=lambda a, b: all(path.is_file() for path in paths[a:b])):
+            for path, image in zip(paths[first:], images, strict=False):
+                save_picture(path, image.permute(1, 2, 0).contiguous().numpy())
+                written += 1
+        return written

@@ -12,19 +12,12 @@ class Score(Protocol):
 
     def loss(self, hidden_RC: Tensor, targets_RD: Tensor, draws: Draws) -> Tensor:
         """The mean loss over the rows, a scalar."""
-        ...
 
     def sample(
-        self,
-        hidden_RC: Tensor,
-        null_hidden_RC: Tensor | None,
-        guidance: float,
-        temperature: float,
-        draws: Draws,
+        self, hidden_RC: Tensor, null_hidden_RC: Tensor | None, guidance: float, temperature: float, draws: Draws
     ) -> Tensor:
         """One token ``[R, D]`` per row.
 
         ``null_hidden_RC`` is the hidden state under the null class where there is guidance. How the two are
         combined is the score's own affair: EAR mixes hidden states, MAR mixes predicted noise.
         """
-        ...

@@ -1,7 +1,5 @@
 """The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator

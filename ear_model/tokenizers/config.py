@@ -1,9 +1,8 @@
 """Shapes of autoencoders and how small ones are trained."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
+
+from ear_model.config import check_range
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,7 @@ class TokenizerTraining:
     """On a GPU, replay forward and backward as one CUDA graph: launching their kernels takes longer than they run."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and not negative")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        check_range(self, "at least 1", "image_size", "steps", "batch_size", "checkpoint_every")
+        check_range(self, "positive and finite", "lr", "clip")
+        check_range(self, "at least 0 and finite", "kl_weight")
+        check_range(self, "at least 0", "seed")

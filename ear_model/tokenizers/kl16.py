@@ -1,11 +1,9 @@
-"""The KL-regularised convolutional autoencoder (spec 6), of which KL-16 is one setting.
+"""The KL-regularised convolutional autoencoder (docs/model.md, "Public files"), of which KL-16 is one setting.
 
 Images ``[B, 3, H, W]`` in -1..1 become a diagonal Gaussian over latents ``[B, c, H / f, W / f]`` and back. Module
 names are those of the public latent-diffusion code, so that the public weights load by their own keys. Convolutions
 pad with zeros; a downsampling pads right and below only, as the public weights expect.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +26,6 @@ class Posterior:
             raise ValueError(f"moments have shape {tuple(moments.shape)}; they must be [B, 2 c, h, w]")
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(*LOGVAR_RANGE)
-
-    def mode(self) -> Tensor:
-        """The likeliest latents ``[B, c, h, w]``: the mean."""
-        return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A draw ``[B, c, h, w]``; ``generator`` must be of the moments' device."""
@@ -108,7 +102,7 @@ class Level(nn.Module):
     """Residual blocks (each followed by attention if there is any), then a resampling except at the end."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, groups: int, *, attention: bool, resample: str | None
+        self, inputs: int, outputs: int, blocks: int, groups: int, attention: bool, resample: str | None
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
@@ -137,17 +131,11 @@ class ConvEncoder(nn.Module):
         widths = [config.channels * factor for factor in config.multipliers]
         last, groups = len(widths) - 1, config.norm_groups
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(
-                widths[level - 1] if level else config.channels,
-                width,
-                config.residual_blocks,
-                groups,
-                attention=config.attention and level == last,
-                resample="down" if level < last else None,
-            )
-            for level, width in enumerate(widths)
-        )
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            attention, resample = config.attention and level == last, "down" if level < last else None
+            inputs = widths[level - 1] if level else config.channels
+            self.down.append(Level(inputs, width, config.residual_blocks, groups, attention, resample))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -168,17 +156,10 @@ class ConvDecoder(nn.Module):
         last, groups = len(widths) - 1, config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList(
-            Level(
-                widths[min(level + 1, last)],
-                width,
-                config.residual_blocks + 1,
-                groups,
-                attention=False,
-                resample="up" if level else None,
-            )
-            for level, width in enumerate(widths)
-        )
+        self.up = nn.ModuleList()
+        for level, width in enumerate(widths):
+            inputs, resample = widths[min(level + 1, last)], "up" if level else None
+            self.up.append(Level(inputs, width, config.residual_blocks + 1, groups, False, resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 

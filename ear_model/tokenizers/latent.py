@@ -4,20 +4,15 @@ No code in a file is ever run: pickles are read with ``weights_only=True``, whic
 plain containers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ear_model.files import write_atomically
+from ear_model.tensor_files import check_shapes, read_tensors, write_tensors
 from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 
@@ -28,36 +23,13 @@ FORMAT_VERSION = 1
 IGNORED_PREFIXES = ("loss.",)
 
 
-class LatentTokenizer(Protocol):
-    """What turns images into latents, for a cache, and latents into images, for samples."""
-
-    latent_channels: int
-    """c, channels of the latents."""
-    downsampling: int
-    """f, height of an image over height of its latents."""
-    latent_scale: float
-    """Factor on the latents that the model reads; about 1 / standard deviation."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where images and latents must be."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Unscaled mean, then log variance ``[B, 2 c, H / f, W / f]``, of images ``[B, 3, H, W]`` in -1..1."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images ``[B, 3, h f, w f]`` in -1..1 of scaled latents ``[B, c, h, w]``, such as a model samples."""
-        ...
-
-
 @dataclass
 class AutoencoderTokenizer:
-    """An autoencoder with its latent scale, in eval mode and without gradients; a :class:`LatentTokenizer`."""
+    """What turns images into latents and latents into images: an autoencoder in eval mode, without gradients."""
 
     autoencoder: AutoencoderKL
     latent_scale: float
+    """Factor on the latents that the model reads; about 1 / standard deviation."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
@@ -68,13 +40,18 @@ class AutoencoderTokenizer:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """See :class:`LatentTokenizer`; the log variance is clamped to -30..20. ValueError for other shapes."""
+        """Unscaled mean, then log variance clamped to -30..20, ``[B, 2 c, H / f, W / f]``, of images ``[B, 3, H, W]``
+        in -1..1. Raises ValueError for other shapes."""
         posterior = self.autoencoder.encode(images)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
-        """See :class:`LatentTokenizer`; clamped to -1..1, ``batch_size`` images at a time.
+        """Images ``[B, 3, h f, w f]`` in -1..1 of scaled latents ``[B, c, h, w]``, such as a model samples.
+
+        Args:
+            latents: scaled latents.
+            batch_size: images decoded at a time.
 
         Raises:
             ValueError: other shapes.
@@ -90,11 +67,6 @@ class AutoencoderTokenizer:
     def device(self) -> torch.device:
         """Where the weights are, and images and latents must be."""
         return self.autoencoder.quant_conv.weight.device
-
-    def to(self, device: torch.device | str) -> AutoencoderTokenizer:
-        """This tokenizer, its weights moved to ``device``."""
-        self.autoencoder.to(device)
-        return self
 
 
 def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderTokenizer:
@@ -123,19 +95,18 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
     expected = autoencoder.state_dict()
     _check_tensors(path, expected, tensors)
     autoencoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
-    return AutoencoderTokenizer(autoencoder, scale).to(device)
+    return AutoencoderTokenizer(autoencoder.to(device), scale)
 
 
 def save_autoencoder(path: Path, autoencoder: AutoencoderKL, latent_scale: float) -> None:
     """Write an autoencoder as safetensors, its shape and latent scale in the metadata."""
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in autoencoder.state_dict().items()}
+    tensors = {name: tensor.float() for name, tensor in autoencoder.state_dict().items()}
     description = {
         "version": FORMAT_VERSION,
         "config": asdict(autoencoder.config),
         "latent_scale": float(latent_scale),
     }
-    metadata = {METADATA_KEY: json.dumps(description)}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(description)})
 
 
 def _read_public(path: Path) -> dict[str, Tensor]:
@@ -156,12 +127,7 @@ def _read_public(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> tuple[AutoencoderConfig, float, dict[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+    metadata, tensors = read_tensors(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is no autoencoder of ours ({METADATA_KEY} is not in its metadata)")
     try:
@@ -177,21 +143,11 @@ def _read_safetensors(path: Path) -> tuple[AutoencoderConfig, float, dict[str, T
 
 
 def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        raise ValueError(
-            f"{path} is another autoencoder: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
-        )
-    for name, parameter in expected.items():
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {_kind(tensor)}; it must be a floating-point tensor")
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}; it must be {tuple(parameter.shape)}")
+            kind = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name} is {kind}; it must be a floating-point tensor")
+    check_shapes(path, {name: parameter.shape for name, parameter in expected.items()}, tensors)
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged")
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

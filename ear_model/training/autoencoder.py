@@ -5,8 +5,6 @@ that the public autoencoder was trained with are left out: they sharpen textures
 network and a discriminator.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator
@@ -52,20 +50,6 @@ class TokenizerReport:
         return 10 * math.log10(4 / max(self.squared_error, 1e-12))
 
 
-class _Part:
-    """Some images of a data set as a data set."""
-
-    def __init__(self, data: ImageFolderData, indices: Tensor) -> None:
-        self.data, self.indices = data, indices
-        self.image_shape, self.num_classes = data.image_shape, data.num_classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def gather(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self.data.gather(self.indices[indices], generator)
-
-
 def train_autoencoder(
     images: Path,
     out: Path,
@@ -108,7 +92,7 @@ def train_autoencoder(
     everything = ImageFolderData(images, training.image_size)
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(everything)))
     held_out = min(len(everything) // 10, MAX_HELD_OUT)
-    train, test = _Part(everything, order[held_out:]), order[: held_out or MAX_HELD_OUT]
+    train, test = everything.select(order[held_out:]), everything.select(order[: held_out or MAX_HELD_OUT])
 
     steps = AutoencoderSteps(config, training, device)
     model, optimizer = steps.model, steps.optimizer
@@ -139,18 +123,15 @@ def train_autoencoder(
                 note = f"loss {float(loss):.4f}"
             progress.update(1, note)
             if step % training.checkpoint_every == 0 and step < training.steps:
-                state = {
-                    "settings": settings,
-                    "step": step,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
+                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {"settings": settings, "step": step, **states}
                 write_atomically(partial, functools.partial(torch.save, state))
 
     # At scale 1 the tokenizer's latents are the network's own.
     tokenizer = AutoencoderTokenizer(model, 1.0)
-    scale = _latent_scale(tokenizer, everything, train.indices[:MAX_SCALE_IMAGES], training.seed, device)
-    report = _report(tokenizer, everything, train.indices, test, held_out, scale)
+    shown = train.select(torch.arange(min(len(train), MAX_SCALE_IMAGES)))
+    scale = _latent_scale(tokenizer, shown, training.seed)
+    report = _report(tokenizer, shown, test, held_out, scale)
     save_autoencoder(out, model, scale)
     partial.unlink(missing_ok=True)
     return report
@@ -170,11 +151,8 @@ def initialise(model: AutoencoderKL) -> None:
     bias[model.config.latent_channels :] = -6.0
 
 
-def learning_rate(step: float, training: TokenizerTraining) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up over 5 % of the steps, then half a cosine to zero.
-
-    A training that ends with the clock gives its elapsed share of ``training.steps``, no whole number.
-    """
+def learning_rate(step: int, training: TokenizerTraining) -> float:
+    """Rate of step ``step`` (from 0): linear warm-up over 5 % of the steps, then half a cosine to zero."""
     warmup = max(1, training.steps // 20)
     if step < warmup:
         return training.lr * (step + 1) / warmup
@@ -301,19 +279,18 @@ def _resume(partial: Path, settings: dict[str, Any], model: AutoencoderKL, optim
     return state["step"]
 
 
-def _read(data: ImageFolderData, indices: Tensor, device: torch.device) -> Iterator[Tensor]:
+def _read(data: ImageFolderData, device: torch.device) -> Iterator[Tensor]:
     """Batches of unflipped images on the device."""
-    for part in indices.split(64):
+    for part in torch.arange(len(data)).split(64):
         yield data.read(part).to(device)
 
 
-def _latent_scale(
-    tokenizer: AutoencoderTokenizer, data: ImageFolderData, indices: Tensor, seed: int, device: torch.device
-) -> float:
+def _latent_scale(tokenizer: AutoencoderTokenizer, data: ImageFolderData, seed: int) -> float:
     """1 / standard deviation of latents drawn over the images."""
     count, total, squares = 0, 0.0, 0.0
-    for step, images in enumerate(_read(data, indices, device)):
-        latents = tokenizer.sample_latents(images, seeded_generator(seed, 2, step, device=device)).double()
+    for step, images in enumerate(_read(data, tokenizer.device)):
+        generator = seeded_generator(seed, 2, step, device=tokenizer.device)
+        latents = tokenizer.sample_latents(images, generator).double()
         count += latents.numel()
         total += float(latents.sum())
         squares += float(latents.square().sum())
@@ -324,15 +301,13 @@ def _latent_scale(
 
 
 def _report(
-    tokenizer: AutoencoderTokenizer, data: ImageFolderData, train: Tensor, test: Tensor, held_out: int, scale: float
+    tokenizer: AutoencoderTokenizer, train: ImageFolderData, test: ImageFolderData, held_out: int, scale: float
 ) -> TokenizerReport:
-    """Errors on ``test``, against the mean of up to 4,096 training images."""
-    device = tokenizer.device
-    train = train[:MAX_SCALE_IMAGES]
-    mean = torch.stack([images.double().sum(0) for images in _read(data, train, device)]).sum(0) / len(train)
+    """Errors on ``test``, against the mean of the training images."""
+    mean = torch.stack([images.double().sum(0) for images in _read(train, tokenizer.device)]).sum(0) / len(train)
     squared, baseline = 0.0, 0.0
-    for images in _read(data, test, device):
-        decoded = tokenizer.decode(Posterior(tokenizer.encode(images)).mode())
+    for images in _read(test, tokenizer.device):
+        decoded = tokenizer.decode(Posterior(tokenizer.encode(images)).mean)
         squared += float((decoded - images).double().square().mean((1, 2, 3)).sum())
         baseline += float((mean - images).square().mean((1, 2, 3)).sum())
     return TokenizerReport(held_out, squared / len(test), baseline / len(test), scale)

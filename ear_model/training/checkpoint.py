@@ -1,16 +1,8 @@
-"""Checkpoints of a run directory.
-
-    RUN/config.json                        the configuration
-    RUN/checkpoints/step_00000250/         the last whole checkpoint
-        model.safetensors                  weights, in the key layout of the public EAR code
-        ema.safetensors                    their moving average, same layout
-        trainer.pt                         optimiser, random generators, position in the data
+"""Checkpoints of a run directory (its files: ear_model/run_dir.py).
 
 A checkpoint is written into a directory of a temporary name, flushed, and renamed; only then is the one before
 removed. So whenever the process dies, one whole checkpoint is there.
 """
-
-from __future__ import annotations
 
 import os
 import shutil

@@ -1,10 +1,8 @@
-"""Training on several processes: their group, what they tell each other, and how a model is spread over them.
+"""Training on several processes: their group, what they exchange, and how a model is spread over them.
 
 Every function works on a single process too, where it does nothing. `torchrun` starts the processes; its environment
 variables (RANK, WORLD_SIZE, LOCAL_RANK) say who is who.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -25,7 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 
 
 class SharedError(ValueError):
-    """An error that every process raises with the same message, so that one of them tells it."""
+    """An error that every process raises with the same message, so that one of them reports it."""
 
     on_every_process = True
 
@@ -88,7 +86,7 @@ def lost_process_errors(hint: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turn a failed exchange with another process into a LostProcessError of one line.
 
     Args:
-        hint: what to tell behind it, such as how to go on.
+        hint: what to say behind it, such as how to go on.
     """
     try:
         yield
@@ -119,8 +117,8 @@ def another_process_reports(error: BaseException) -> bool:
 def prefer_expandable_segments() -> None:
     """Ask torch for memory that grows in place, unless the environment says otherwise; before CUDA is first used.
 
-    The generator's tensors have another size in every step (spec 3, masking), and blocks of fixed sizes fit none of
-    them for long: 24.8 GB instead of 19.9 for EAR-B (docs/performance_train_step.md).
+    The generator's tensors have another size in every step (docs/model.md, "Masking"), and blocks of fixed sizes fit
+    none of them for long: 24.8 GB instead of 19.9 for EAR-B.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

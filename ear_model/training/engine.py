@@ -1,7 +1,5 @@
 """What makes the steps of a run fast or small, handed to a model at each step; the model knows nothing of it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from typing import Any

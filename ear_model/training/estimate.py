@@ -1,13 +1,12 @@
 """What a run will take, found without data or GPU (``ear train ... --dry-run``)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 
 from ear_model.config import ModelConfig, RunConfig
+from ear_model.ear import EAR
 from ear_model.presets import MODELS
 
 H200_BF16_FLOPS = 989e12  # dense tensor-core FLOP/s of the data sheet
@@ -44,7 +43,7 @@ MEASURED = (
 
 
 def mean_mask_ratio(minimum: float, masking: str = "truncated_normal") -> float:
-    """Mean of training's mask ratio, a normal of mean 1 and deviation 0.25 truncated to [minimum, 1] (spec 3).
+    """Mean of training's mask ratio, a normal of mean 1 and deviation 0.25 truncated to [minimum, 1].
 
     With ``masking`` "cosine" it is 2/pi (:func:`ear_model.masking.draw_num_masked`).
     """
@@ -87,8 +86,6 @@ def _activation_units(config: ModelConfig) -> float:
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, counted without allocating it."""
-    from ear_model.ear import EAR
-
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in EAR(config).parameters())
 

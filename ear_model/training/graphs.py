@@ -5,8 +5,6 @@ blocks have the same shapes in every step: a graph for forward, one for backward
 follow the number of masked tokens: a graph for each number, forward and backward in one: a loss is the end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -55,11 +53,7 @@ def wanted(config: RunConfig) -> bool:
 
 
 class _GivesGradients:
-    """Hands out gradients in memory that its next replay overwrites, and takes care that nobody notices.
-
-    Args:
-        parameters: those whose gradients it gives.
-    """
+    """Hands out gradients of parameters in memory that its next replay overwrites, so that nobody notices."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
@@ -158,7 +152,7 @@ class _ReplayedLoss(torch.autograd.Function):
     """The loss of a replay; backward hands out the gradients that the same replay computed."""
 
     @staticmethod
-    def forward(ctx: Any, captured: CapturedLoss, hidden_RC: Tensor, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, captured: "CapturedLoss", hidden_RC: Tensor, *parameters: nn.Parameter) -> Tensor:
         ctx.captured, ctx.replays, ctx.count = captured, captured.replays, hidden_RC.shape[0]
         ctx.trained = [parameter.requires_grad for parameter in parameters]
         return captured.loss.clone()

@@ -1,7 +1,5 @@
 """The energy score's loss as a run computes it: with shared noise, part by part, or with its gradients at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,6 @@
-"""Parameter groups, learning-rate schedule and the moving average of the weights (spec 5)."""
+"""Parameter groups, learning-rate schedule and the moving average of the weights (docs/model.md, "Optimiser")."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -94,17 +93,6 @@ class ExponentialMovingAverage:
         parameters: list[Tensor] = [self._parameters[name].detach() for name in self.averages]
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay)
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's parameters by the averages."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.averages[name])
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients to a norm of at most ``limit``; returns the norm before, as a tensor (no wait)."""
-    return nn.utils.clip_grad_norm_(list(parameters), limit, error_if_nonfinite=False)
-
 
 @torch.no_grad()
 def clipped_step(
@@ -113,7 +101,7 @@ def clipped_step(
     ema: ExponentialMovingAverage | None = None,
     copies: LowCopies | None = None,
 ) -> Tensor:
-    """:func:`clip_gradients`, ``optimizer.step()`` and ``ema.update``; returns the norm before as a tensor (no wait).
+    """Scale the gradients to a norm of at most ``limit``, step and average; returns the norm before (no wait).
 
     :class:`FusedAdamW` does all of it in one pass, which also writes the 16-bit ``copies``, and leaves the gradients
     as they are. Other optimisers, and gradients spread over processes (FSDP), get a pass for each.

@@ -1,21 +1,13 @@
-"""Checkpoints of the public EAR code (spec 6): ``checkpoint-last.pth``, read and written.
-
-The file is a dict of ``model`` and ``model_ema`` (state dicts with the public keys), ``optimizer`` (the state of an
-AdamW), ``epoch`` (the last finished one), ``scaler`` and ``args`` (an argparse.Namespace).
+"""Runs made of checkpoints of the public EAR code, and the reverse.
 
 An optimiser's state knows its parameters by number only. The public code numbers them by group, each in the order of
 the model's state dict: (1) 1-D parameters and all biases, (2) the other backbone parameters, (3) the generator's
 matrices, which have an ``lr_scale``. That is our grouping "public".
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import math
-import pickle
-import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,85 +19,15 @@ from ear_model.data.sources import load_training_data
 from ear_model.draws import seeded_generator
 from ear_model.ear import EAR
 from ear_model.files import require_writable, write_atomically
-from ear_model.model.weights import check_fit, our_key, public_key
-from ear_model.presets import MODELS, RUNS
+from ear_model.model.weights import check_fit, public_key
+from ear_model.presets import RUNS
 from ear_model.run_dir import CONFIG_FILE, load_config, save_config
 from ear_model.training import checkpoint, optim
+from ear_model.training.public_format import infer_model, infer_training, public_arguments, read_public
 
-PUBLIC_CLASS_TOKENS = 64
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
 _SCALER = torch.amp.GradScaler("cpu").state_dict()
-_GROUP_DEFAULTS = {
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
-
-
-@dataclass(frozen=True)
-class PublicCheckpoint:
-    """What a ``checkpoint-last.pth`` holds; tensors by our names, in the file's order."""
-
-    weights: dict[str, Tensor]
-    averages: dict[str, Tensor] | None
-    optimizer: dict[str, Any] | None
-    epoch: int
-    scaler: dict[str, Any] | None
-    args: dict[str, Any]
-
-
-def read_public(path: Path) -> PublicCheckpoint:
-    """Read a checkpoint of the public EAR code. Nothing in it is executed.
-
-    Raises:
-        ValueError: not there, damaged, a pickle of more than tensors, numbers and a Namespace, or not of EAR.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; give a checkpoint-last.pth or a run directory")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        unsafe = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        if unsafe:
-            raise ValueError(f"{path} is refused: it asks to run code on loading ({unsafe[:150]})") from error
-        raise ValueError(f"{path} is truncated or no torch file") from error
-    except Exception as error:
-        raise ValueError(f"{path} is truncated or no torch file ({type(error).__name__})") from error
-    if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
-        raise ValueError(f"{path} has no state dict 'model'; a checkpoint-last.pth of the public EAR code has one")
-    model = content["model"]
-    if any(key.startswith(("diffloss.", "encoder_blocks.")) for key in model):
-        raise ValueError(f"{path} holds a MAR model (encoder, diffusion head); only EAR checkpoints can be converted")
-    if not any(key.startswith("scoreloss.net.") for key in model):
-        raise ValueError(f"{path} has no generator (no key begins with scoreloss.net.); it is no EAR checkpoint")
-    averages = content.get("model_ema")
-    if averages is not None and not (_is_state_dict(averages) and averages.keys() == model.keys()):
-        raise ValueError(f"{path}: model_ema has other tensors than model")
-    args = content.get("args")
-    values = vars(args) if isinstance(args, argparse.Namespace) else {}
-    return PublicCheckpoint(
-        weights=_ours(model),
-        averages=None if averages is None else _ours(averages),
-        optimizer=content.get("optimizer"),
-        epoch=int(content.get("epoch", 0)),
-        scaler=content.get("scaler"),
-        args=values,
-    )
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
-def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {our_key(key): tensor for key, tensor in tensors.items()}
+_GROUP_DEFAULTS = torch.optim.AdamW([torch.zeros(1)], betas=(0.9, 0.95)).state_dict()["param_groups"][0]
 
 
 def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,96 +38,6 @@ def _meta_model(config: ModelConfig) -> EAR:
     """The model without memory: names, shapes and their order."""
     with torch.device("meta"):
         return EAR(config)
-
-
-# Configurations
-
-
-def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int | None, where: str) -> ModelConfig:
-    """The architecture, from the tensors' shapes; what no shape shows from ``args``, or the paper's value.
-
-    Raises:
-        ValueError: tensors missing, or a size whose number of heads is not known.
-    """
-    try:
-        width = weights["backbone.fake_latent"].shape[1]
-        token_dim = weights["backbone.z_proj.weight"].shape[1]
-        positions = weights["backbone.decoder_pos_embed_learned"].shape[1]
-        num_classes = weights["backbone.class_emb.weight"].shape[0]
-        hidden = weights["backbone.decoder_blocks.0.mlp.fc1.weight"].shape[0]
-        generator_width, noise_dim = weights["score.generator.noise_embed.weight"].shape
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{where} is no EAR checkpoint: {error} is missing or has another shape") from error
-    depth = _count(weights, "backbone.decoder_blocks.")
-    class_tokens = int(args.get("buffer_size", PUBLIC_CLASS_TOKENS))
-    patch_size = int(args.get("patch_size", 1))
-    side = math.isqrt(max(0, positions - class_tokens))
-    if side < 1 or side * side + class_tokens != positions or token_dim % patch_size**2:
-        raise ValueError(
-            f"{where}: {positions} positions are not {class_tokens} class tokens and a square of image tokens "
-            f"of {token_dim} numbers in patches of {patch_size} x {patch_size}"
-        )
-    if num_heads is None:
-        known = {(model.width, model.depth): model.num_heads for model in MODELS.values()}
-        if (width, depth) not in known:
-            raise ValueError(
-                f"{where}: width {width} and depth {depth} are none of EAR-B, L, H, and no tensor shows the number "
-                "of attention heads; give --num-heads"
-            )
-        num_heads = known[width, depth]
-    paper = ModelConfig()
-    return ModelConfig(
-        image_size=side * patch_size,
-        channels=token_dim // patch_size**2,
-        patch_size=patch_size,
-        num_classes=num_classes,
-        width=width,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=hidden / width,
-        class_tokens=class_tokens,
-        dropout=float(args.get("proj_dropout", paper.dropout)),
-        attention_dropout=float(args.get("attn_dropout", paper.attention_dropout)),
-        generator_width=generator_width,
-        generator_depth=_count(weights, "score.generator.res_blocks."),
-        noise_dim=noise_dim,
-        alpha=float(args.get("alpha", paper.alpha)),
-        num_samples=2 * int(args.get("score_batch_mul", paper.num_samples // 2)),
-        min_mask_ratio=float(args.get("mask_ratio_min", paper.min_mask_ratio)),
-        label_dropout=float(args.get("label_drop_prob", paper.label_dropout)),
-    )
-
-
-def _count(weights: dict[str, Tensor], prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
-
-
-def infer_training(args: dict[str, Any], step: int, epoch: int) -> TrainConfig:
-    """The training that goes on as the public code would: its arguments, in steps instead of epochs."""
-    paper = TrainConfig()
-    # At any schedule of the public code `step` optimiser steps took epoch + 1 epochs.
-    per_epoch = step / (epoch + 1)
-    steps = round(args["epochs"] * per_epoch) if "epochs" in args and step else paper.steps
-    accumulate = int(args.get("accumulation_steps", paper.accumulate))
-    batch_size = paper.batch_size
-    if "batch_size" in args:
-        batch_size = int(args["batch_size"]) * int(args.get("world_size", 1)) * accumulate
-    return replace(
-        paper,
-        steps=max(step, steps, 1),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        lr=float(args.get("lr") or paper.lr),
-        generator_lr_scale=float(args.get("score_lrscale", paper.generator_lr_scale)),
-        parameter_groups="public",
-        schedule="constant" if args.get("lr_schedule", "constant") == "constant" else "cosine",
-        warmup_steps=round(args["warmup_epochs"] * per_epoch) if "warmup_epochs" in args and step else 0,
-        weight_decay=float(args.get("weight_decay", paper.weight_decay)),
-        clip=float(args.get("grad_clip") or paper.clip),
-        ema=float(args.get("ema_rate", paper.ema)),
-        tau=float(args.get("train_temperature", paper.tau)),
-        seed=int(args.get("seed", paper.seed)),
-    )
 
 
 # Optimiser states
@@ -384,7 +216,7 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
         if public.get("param_groups"):
             values = dict(public["param_groups"][index])
         groups.append({**values, "lr": our_groups[index]["lr"], "params": group})
-    args = public.get("args") or {**_public_args(run), OWN_CONFIG: json.dumps(to_dict(run))}
+    args = public.get("args") or {**public_arguments(run), OWN_CONFIG: json.dumps(to_dict(run))}
     order = [name for name, _ in model.named_parameters()]
     content = {
         "model": _public({name: saved.weights[name] for name in order}),
@@ -417,36 +249,3 @@ def _finished_epochs(run: RunConfig, step: int, public: dict[str, Any]) -> int:
     except ValueError as error:
         raise ValueError(f"can't count epochs: {error}; give --epoch") from error
     return max(0, step * run.train.batch_size // images - 1)
-
-
-def _public_args(run: RunConfig) -> dict[str, Any]:
-    """The public program's arguments that say what this run does."""
-    model, train = run.model, run.train
-    return {
-        "model": next((name for name, known in MODELS.items() if known == model), "ear"),
-        "patch_size": model.patch_size,
-        "vae_embed_dim": model.channels,
-        "class_num": model.num_classes,
-        "buffer_size": model.class_tokens,
-        "attn_dropout": model.attention_dropout,
-        "proj_dropout": model.dropout,
-        "scoreloss_d": model.generator_depth,
-        "scoreloss_w": model.generator_width,
-        "score_batch_mul": max(1, model.num_samples // 2),
-        "noise_channels": model.noise_dim,
-        "alpha": model.alpha,
-        "mask_ratio_min": model.min_mask_ratio,
-        "label_drop_prob": model.label_dropout,
-        "train_temperature": train.tau,
-        "batch_size": train.batch_size // train.accumulate,
-        "accumulation_steps": train.accumulate,
-        "lr": train.lr,
-        "lr_schedule": train.schedule,
-        "score_lrscale": train.generator_lr_scale,
-        "weight_decay": train.weight_decay,
-        "grad_clip": train.clip,
-        "ema_rate": train.ema,
-        "seed": train.seed,
-        "cached_path": run.data_path,
-        "use_cached": run.data == "npz",
-    }

@@ -8,8 +8,6 @@ On a single process everything is drawn from torch's own generators. On several 
   curves can't be equal anyway, orders, noise and dropped classes too. This costs nothing at any number of processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +23,7 @@ class CommonDraws(Draws):
 
     Every process draws the rows of all processes from generators that are alike on all of them, and keeps its own. So
     W processes with b images each draw what one process draws for W b images: orders, noise and dropped classes all
-    have the images first. A draw of no dimensions, the number of masked tokens, is the same everywhere.
+    have the images first. A fraction, for the number of masked tokens, is the same everywhere.
 
     The generators start where torch's own stand. Dropout is not drawn this way.
     """
@@ -36,21 +34,13 @@ class CommonDraws(Draws):
         if device.type == "cuda":
             self.generators["cuda"] = torch.Generator(device).set_state(torch.cuda.get_rng_state(device))
 
-    def rand(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        return self._draw(torch.rand, shape, torch.device(device), dtype)
+    def fraction(self) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=self.generators["cpu"]))
 
-    def randn(self, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        return self._draw(torch.randn, shape, torch.device(device), dtype)
-
-    def _draw(
-        self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None
-    ) -> Tensor:
-        generator = self.generators[device.type]
-        if not shape:
-            return draw(shape, device=device, dtype=dtype, generator=generator)
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
         rows, rank = shape[0], distributed.rank()
         whole = (rows * distributed.world_size(), *shape[1:])
-        drawn = draw(whole, device=device, dtype=dtype, generator=generator)
+        drawn = draw(whole, device=device, generator=self.generators[device.type])
         # A copy, so that the other processes' rows are freed.
         return drawn[rank * rows : (rank + 1) * rows].clone()
 
@@ -105,7 +95,7 @@ class Randomness:
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Go on from a checkpoint of :meth:`state`.
 
-        After as many processes as there are now, every generator goes on where it stood. After another number the
+        After as many processes as there are here, every generator goes on where it stood. After another number the
         common ones do, and each process's own are seeded by seed, rank and step.
         """
         processes = state.get("process_rng", [None])  # converted checkpoints know of none

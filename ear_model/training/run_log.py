@@ -1,7 +1,5 @@
 """What a run writes beside its checkpoints: environment.json, metrics.jsonl, TensorBoard, and its progress."""
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess
@@ -38,7 +36,7 @@ class RunLog:
         self.board = _tensorboard(run_dir)
         self.progress = Progress(train.steps, step, "step", quiet=quiet)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,9 +1,6 @@
 """The training loop: a run directory from a configuration, interrupted and resumed at will."""
 
-from __future__ import annotations
-
 import contextlib
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -83,21 +80,14 @@ class Trainer:
         # With the weights in their place (FSDP's come and go), and before DDP: its hooks are made on another stream
         # than a capture's, and a capture that waits for them fails.
         self.engine = Engine(self.model, loss_chunks=train.loss_chunks, rows_per_noise=train.rows_per_noise)
-        processes = distributed.world_size()
+        processes, part = distributed.world_size(), train.batch_size // train.accumulate
         if self.device.type == "cuda" and graphs.wanted(config):
             parts = 1 if processes == 1 else min(DDP_GRAPHS, config.model.depth)
-            images = train.batch_size // train.accumulate // processes
-            self.engine.capture(images, use_bf16=self.use_bf16, parts=parts)
+            self.engine.capture(part // processes, use_bf16=self.use_bf16, parts=parts)
         self.replica = distributed.parallelise(self.model, train.parallel, use_bf16=self.use_bf16)
         self.optimizer = optim.make_optimizer(self.model, train)
         self.ema = optim.ExponentialMovingAverage(self.model, train.ema)
-        self.batches = Batches(
-            data,
-            train.batch_size // train.accumulate,
-            train.seed,
-            distributed.rank(),
-            distributed.world_size(),
-        )
+        self.batches = Batches(data, part, train.seed, distributed.rank(), processes)
         self._ahead: Prefetcher | None = None
         self._ahead_index = 0
         self.step = 0
@@ -167,18 +157,11 @@ class Trainer:
 
         To be called by all processes; the main one writes and the others go on.
         """
-        optimizer_state = self.optimizer.state_dict()
-        state = {
-            "optimizer": {
-                "state": {
-                    index: distributed.gather_to_main(moments) for index, moments in optimizer_state["state"].items()
-                },
-                "param_groups": optimizer_state["param_groups"],
-            },
-            "step": self.step,
-            "public": self.public,
-            **self.randomness.state(),
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: distributed.gather_to_main(moments) for index, moments in optimizer["state"].items()
         }
+        state = {"optimizer": optimizer, "step": self.step, "public": self.public, **self.randomness.state()}
         weights = distributed.gather_to_main(dict(self.model.named_parameters()))
         averages = distributed.gather_to_main(self.ema.averages)
         if self.is_main:
@@ -187,12 +170,8 @@ class Trainer:
 
     def averaged_model(self) -> EAR:
         """A copy of the model with the averaged weights, in eval mode; to be called by all processes."""
-        if self.replica is not self.model or distributed.world_size() == 1:
-            model = copy.deepcopy(self.model)
-            self.ema.copy_to(model)
-            return model.eval()
-        # Modules of FSDP can't be copied. Random numbers for weights that are replaced must not be missing later.
-        with torch.random.fork_rng():
+        # Random numbers for weights that are replaced must not be missing later.
+        with torch.random.fork_rng(devices=[]):
             model = EAR(self.config.model).to(self.device)
         model.load_state_dict({name: distributed.whole(average) for name, average in self.ema.averages.items()})
         return model.eval()
@@ -229,16 +208,10 @@ class Trainer:
                 num_masked = masking.draw_num_masked(
                     model.num_tokens, model.min_mask_ratio, model.masking, self.randomness.same_everywhere
                 )
+                options = {"num_masked": num_masked, "draws": self.randomness.of_images, **self.engine.options}
                 with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16):
-                        loss = self.replica(
-                            images,
-                            labels,
-                            num_masked=num_masked,
-                            draws=self.randomness.of_images,
-                            **self.engine.options,
-                        )
-                        loss = loss / train.accumulate
+                        loss = self.replica(images, labels, **options) / train.accumulate
                     loss.backward()
                 total += loss.detach()
         norm = optim.clipped_step(self.optimizer, train.clip, self.ema, self.engine.copies)

@@ -12,7 +12,8 @@ import torch
 from ear_model.data import cache_format
 from ear_model.data.batches import Batches
 from ear_model.data.cache import LatentCache, draw_latents, load_cache
-from ear_model.data.cache_writer import CacheOptions, CacheWriter
+from ear_model.data.cache_writer import CacheWriter
+from ear_model.data.config import CacheOptions
 from ear_model.data.images import ImageFolderData
 from ear_model.data.npz import NpzCache
 from ear_model.data.sources import load_training_data
@@ -43,16 +44,16 @@ def weights(tmp_path_factory):
     return path
 
 
-def write(tree, out, weights=None, *, options=None, **kwargs):
+def write(tree, out, weights=None, *, rank=0, world_size=1, **changes):
     """A cache in this process, shards of 4 images."""
     description, tokenizer = PIXELS, None
     if weights is not None:
         checksum = cache_format.file_sha256(weights)
         description = {"tokenizer": "autoencoder", "weights": weights.name, "weights_sha256": checksum}
         tokenizer = load_latent_tokenizer(weights)
-    options = options or CacheOptions(workers=0, batch_size=3)
-    settings = {"image_size": 16, "shard_size": 4, **kwargs}
-    return CacheWriter(tree, out, tokenizer, description, options=options, **settings).run(quiet=True)
+    options = CacheOptions(**{"image_size": 16, "shard_size": 4, "workers": 0, "batch_size": 3, **changes})
+    writer = CacheWriter(tree, out, tokenizer, description, options, rank=rank, world_size=world_size)
+    return writer.run(quiet=True)
 
 
 @pytest.fixture(scope="module")

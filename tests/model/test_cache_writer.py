@@ -14,7 +14,6 @@ import torch
 from ear_model import cli
 from ear_model.data import cache_format
 from ear_model.data.cache import LatentCache
-from ear_model.data.cache_writer import CacheOptions
 from ear_model.tokenizers.config import AutoencoderConfig
 from ear_model.tokenizers.kl16 import AutoencoderKL
 from ear_model.tokenizers.latent import save_autoencoder
@@ -71,7 +70,7 @@ def test_killed_and_run_again(tmp_path, capsys):
     for name, changed in before.items():
         assert (killed / f"{name}.safetensors").stat().st_mtime_ns == changed
     assert not list(killed.glob(".tmp-*"))
-    write(tree, tmp_path / "straight", weights, shard_size=10, options=CacheOptions(workers=0, batch_size=2))
+    write(tree, tmp_path / "straight", weights, shard_size=10, batch_size=2)
     pair = [cache_format.load_manifest(out) for out in (killed, tmp_path / "straight")]
     assert [s.sha256 for s in pair[0].shards] == [s.sha256 for s in pair[1].shards]
     assert pair[0] == pair[1]
@@ -121,7 +120,7 @@ def test_unreadable_images_are_named_and_can_be_replaced(tree, tmp_path):
         (tree / name).write_bytes(good[:50])
     for workers in (0, 2):
         with pytest.raises(ValueError, match=r"2 images can't be read: .*ant/1.png.*; .*cat/0.png") as error:
-            write(tree, out, options=CacheOptions(workers=workers, batch_size=3))
+            write(tree, out, workers=workers)
         assert "bee" not in str(error.value)
         assert shards(out) == ["shard-00001.safetensors"]
     for name in ("ant/1.png", "cat/0.png"):
@@ -132,14 +131,14 @@ def test_unreadable_images_are_named_and_can_be_replaced(tree, tmp_path):
 
 def test_processes_share_the_shards(tree, weights, tmp_path):
     out = tmp_path / "cache"
-    assert write(tree, out, weights, options=CacheOptions(0, 3, rank=1, world_size=2)) is None
+    assert write(tree, out, weights, rank=1, world_size=2) is None
     assert shards(out) == ["shard-00001.safetensors"]
-    manifest = write(tree, out, weights, options=CacheOptions(0, 3, rank=0, world_size=2))
+    manifest = write(tree, out, weights, rank=0, world_size=2)
     assert manifest is not None
     straight = write(tree, tmp_path / "straight", weights)
     assert manifest == straight
     with pytest.raises(ValueError, match=r"rank is 2; it must be in 0\.\.1"):
-        CacheOptions(rank=2, world_size=2)
+        write(tree, out, weights, rank=2, world_size=2)
 
 
 def test_moments_that_half_precision_can_not_hold(tree, tmp_path):
@@ -168,7 +167,7 @@ def test_command(tree, weights, tmp_path, capsys):
         (["--weights", str(tmp_path / "none.ckpt")], "are not there"),
         (["--image-size", "15"], "image size is 15; this tokenizer needs a multiple of 2"),
         (["--workers", "-1"], "workers is -1"),
-        (["--shard-size", "0"], "shard size is 0"),
+        (["--shard-size", "0"], "shard_size is 0"),
         (["--dtype", "fp8"], "fp8"),
         (["--device", "tpu9"], "device 'tpu9'"),
     ]

@@ -98,7 +98,7 @@ BAD = [
     (["train", "digits", "--train.stepz", "5"], "--train.stepz"),
     (["train", "digits", "--train.steps", "five"], "five"),
     (["train", "digits", "--model.alpha", "2.5"], "alpha is 2.5"),
-    (["train", "digits", "--model.patch-size", "3"], "image size 8 is not divisible by the patch size 3"),
+    (["train", "digits", "--model.patch-size", "3"], "image_size 8 is not divisible by patch_size 3"),
     (["train", "digits", "--resume"], "config.json"),
     (["sample", "."], "not a run directory"),
     (["sample", "nowhere"], "not a directory"),

@@ -75,7 +75,7 @@ def test_bad_training_values_are_named(field, value):
 
 
 def test_paper_defaults():
-    """Spec 3 to 5."""
+    """docs/model.md, "Backbone", "Masking" and "Optimiser"."""
     model, train = ModelConfig(), TrainConfig()
     assert (model.dropout, model.attention_dropout, model.label_dropout, model.noise_dim) == (0.1, 0.1, 0.1, 64)
     assert (train.beta1, train.beta2, train.weight_decay, train.clip, train.ema) == (0.9, 0.95, 0.02, 3.0, 0.9999)
@@ -85,7 +85,7 @@ def test_paper_defaults():
 
 @pytest.mark.parametrize(("name", "latents", "guidance"), [("imagenet256", 16, 3.0), ("imagenet512", 32, 4.0)])
 def test_imagenet_recipes_are_the_papers(name, latents, guidance):
-    """Spec 4 and 5: 750 + 50 epochs, the last with tau 0.99 and lr 7e-5 * batch / 256; L = 256 or 1024 latents."""
+    """750 + 50 epochs, the last with tau 0.99 and lr 7e-5 * batch / 256; L = 256 or 1024 latents."""
     run = RUNS[name]
     assert run.model == replace(MODELS["ear_base"], image_size=latents)
     assert (run.train.batch_size, run.train.lr, run.train.ema, run.train.schedule) == (2048, 8e-4, 0.9999, "constant")

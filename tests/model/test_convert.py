@@ -15,7 +15,7 @@ from ear_model.ear import EAR
 from ear_model.model.weights import public_key
 from ear_model.presets import MODELS
 from ear_model.run_dir import checkpoint_steps, load_config
-from ear_model.training import checkpoint, public_checkpoint
+from ear_model.training import checkpoint, public_checkpoint, public_format
 from ear_model.training.trainer import Trainer
 from tests.model.conftest import TINY, tiny_run
 
@@ -43,7 +43,7 @@ ARGS = {
 def public_file(path, config=TINY, steps=6, **changes):
     """A checkpoint as the public program writes it: its AdamW over its groups, stepped on random gradients.
 
-    The groups follow the words of spec 5 by key names, apart from the program's own code.
+    The groups follow the words of docs/model.md, "Optimiser", by key names, apart from the program's own code.
     """
     model = EAR(config)
     tensors = {public_key(n): torch.nn.Parameter(torch.randn(p.shape)) for n, p in model.named_parameters()}
@@ -162,12 +162,12 @@ def test_sizes_are_told_from_the_shapes(name, count):
     model = public_checkpoint._meta_model(config)
     weights = dict(model.named_parameters())
     assert len(weights) == count
-    assert public_checkpoint.infer_model(weights, {}, None, "file") == config
+    assert public_format.infer_model(weights, {}, None, "file") == config
     groups = public_checkpoint._grouped_names(model, "public")
     assert sum(len(group) for group in groups) == count
     moments = {key: {"step": torch.tensor(float(index))} for index, key in enumerate(weights)}
     states, numbers = public_checkpoint.number_moments(moments, model, "public")
-    # Spec 6: the file's order of keys within each group, 1-D parameters and biases first.
+    # The file's order of keys within each group, 1-D parameters and biases first.
     keys = [public_key(key) for key in weights]
     first = [i for i, key in enumerate(keys) if weights[list(weights)[i]].ndim == 1 or key.endswith(".bias")]
     assert [int(states[number]["step"]) for number in numbers[0]] == first
@@ -176,7 +176,7 @@ def test_sizes_are_told_from_the_shapes(name, count):
 
 
 def test_key_order_is_that_of_the_public_model(tiny_model):
-    """Its parameters first, then its modules in the order of its constructor (spec 6 lists them so)."""
+    """Its parameters first, then its modules in the order of its constructor."""
     keys = [public_key(name) for name, _ in tiny_model.named_parameters()]
     assert keys[:4] == ["fake_latent", "mask_token", "decoder_pos_embed_learned", "class_emb.weight"]
     block = [key.split(".", 2)[2] for key in keys if key.startswith("decoder_blocks.0.") and key.endswith(".weight")]
@@ -287,6 +287,4 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_defaults_are_the_papers():
     """A file without arguments and optimiser goes on with the paper's training, in the public grouping."""
-    assert public_checkpoint.infer_training({}, 0, 0) == replace(
-        TrainConfig(), parameter_groups="public", warmup_steps=0
-    )
+    assert public_format.infer_training({}, 0, 0) == replace(TrainConfig(), parameter_groups="public", warmup_steps=0)

@@ -307,7 +307,7 @@ def test_common_draws_of_every_form(monkeypatch):
         assert torch.equal(own, whole[3 * rank : 3 * rank + 3])
         assert own.untyped_storage().nbytes() == own.numel() * 4
         assert torch.equal(draws.randn(2), normal[2 * rank : 2 * rank + 2])
-        assert draws.rand(dtype=torch.float64) == scalar
+        assert draws.fraction() == scalar
         assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -61,7 +61,7 @@ def test_a_noise_pool_saves_modulation_only():
 
 
 def test_mean_mask_ratio_is_that_of_training():
-    assert mean_mask_ratio(0.7) == pytest.approx(0.867, abs=5e-4)  # spec 3
+    assert mean_mask_ratio(0.7) == pytest.approx(0.867, abs=5e-4)
     assert mean_mask_ratio(1.0) == 1.0
     drawn = [draw_num_masked(1000, 0.4) / 1000 for _ in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(mean_mask_ratio(0.4), abs=0.012)

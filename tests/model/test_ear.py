@@ -29,7 +29,7 @@ def test_presets_have_the_papers_sizes(preset, parameters, tensors):
 
 
 def test_public_key_layout():
-    """Keys and shapes of spec 6 for EAR-B, written out."""
+    """Keys and shapes of the public files for EAR-B, written out."""
     with torch.device("meta"):
         model = EAR.from_preset("ear_base")
     shapes = {public_key(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -74,7 +74,7 @@ def test_public_key_layout():
 
 
 def test_initial_values():
-    """Normal 0.02 embeddings, xavier-uniform linears, zero biases (spec 3); the generator has its own test."""
+    """Normal 0.02 embeddings, xavier-uniform linears, zero biases; the generator has its own test."""
     model = EAR(replace(TINY, width=64, num_classes=200))
     for name, tensor in model.backbone.named_parameters():
         if name in ("class_emb.weight", "fake_latent", "mask_token", "decoder_pos_embed_learned"):

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from ear_model import cli
+from ear_model.config import SamplingConfig
 from ear_model.ear import EAR
 from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, load_statistics
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
 from ear_model.run_dir import save_config
 from ear_model.sampling.decoder import Decoder
-from ear_model.sampling.images import class_labels, sample_batches
+from ear_model.sampling.images import Sampler, class_labels
 from ear_model.training import checkpoint
 from tests.model.conftest import tiny_run
 
@@ -70,14 +71,14 @@ def test_inception_score_is_its_definition():
 def test_batches_do_not_matter(statistics_file):
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     statistics = load_statistics(statistics_file)
-    settings = {"guidance": 1.0, "temperature": 1.0, "steps": 2, "where": "here"}
-    whole = evaluate_fidelity([images], fake_extractor, statistics, **settings)
-    parts = evaluate_fidelity(images.split(7), fake_extractor, statistics, **settings)
+    setting = SamplingConfig(2, 1.0, "linear", 1.0)
+    whole = evaluate_fidelity([images], fake_extractor, statistics, setting, where="here")
+    parts = evaluate_fidelity(images.split(7), fake_extractor, statistics, setting, where="here")
     assert whole == parts
     expected = frechet_distance(*feature_statistics(fake_extractor(images)[0]), *statistics)
     assert whole.fid == pytest.approx(expected)
     with pytest.raises(ValueError, match="has 3 features; the extractor gives 6"):
-        evaluate_fidelity([images], fake_extractor, (np.zeros(3), np.eye(3)), **settings)
+        evaluate_fidelity([images], fake_extractor, (np.zeros(3), np.eye(3)), setting, where="here")
 
 
 def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsys):
@@ -97,16 +98,8 @@ def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsy
     scores = json.loads((run / "evaluation.json").read_text())["fidelity"]
     sampling = config.sampling
     assert (scores["guidance"], scores["temperature"]) == (sampling.guidance, sampling.temperature)
-    model = EAR.from_pretrained(run).eval()
-    batches = sample_batches(
-        model,
-        class_labels(range(10), 40, 10),
-        Decoder(config),
-        batch_size=16,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        temperature=sampling.temperature,
-    )
+    sampler = Sampler(EAR.from_pretrained(run), Decoder(config), sampling, batch_size=16)
+    batches = sampler.batches(class_labels(range(10), 40, 10))
     samples = torch.cat([images for _, images in batches])
     features = fake_extractor(samples)[0]
     expected = frechet_distance(*feature_statistics(features), *load_statistics(statistics_file))

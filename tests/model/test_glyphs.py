@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ear_model import cli
@@ -26,15 +25,14 @@ def test_an_image_depends_on_seed_split_class_and_index_alone():
     assert all((image != other).any() for other in others)
 
 
-def test_a_batch_is_its_images_on_any_number_of_processes():
-    labels = torch.tensor([4, 0, 47, 4])
-    batch = glyphs.render_batch(labels, seed=2, first_index=10, size=16)
-    assert batch.shape == (4, 3, 16, 16)
-    for position, label in enumerate(labels.tolist()):
-        single = glyphs.render_glyph(label, 10 + position, seed=2, size=16)
-        np.testing.assert_array_equal(batch[position].permute(1, 2, 0).numpy(), single)
-    many = torch.arange(600) % 48
-    assert torch.equal(glyphs.render_batch(many, size=8, workers=2), glyphs.render_batch(many, size=8))
+def test_a_tree_is_its_images_on_any_number_of_processes(tmp_path):
+    for workers in (1, 2):
+        assert glyphs.write_tree(tmp_path / str(workers), 102, num_classes=2, size=8, seed=2, workers=workers) == 204
+    for label, index in ((0, 0), (0, 99), (1, 100), (1, 101)):
+        paths = [tmp_path / str(workers) / glyphs.CLASS_NAMES[label] / f"{index:06d}.png" for workers in (1, 2)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        single = glyphs.render_glyph(label, index, seed=2, size=8)
+        np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), single)
 
 
 def test_every_character_has_ink_in_every_font():

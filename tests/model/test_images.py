@@ -51,7 +51,7 @@ def test_digests_notice_changes(tmp_path):
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (64, 64), (300, 129), (20, 30), (257, 31)])
 def test_centre_crop_is_adms(size):
-    """Against the steps of spec 6 taken one by one on arrays, where a box filter of two is a mean of pairs."""
+    """Against its steps taken one by one on arrays, where a box filter of two is a mean of pairs."""
     target = 32
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     found = np.asarray(centre_crop(Image.fromarray(pixels), target)).astype(float)

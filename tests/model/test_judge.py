@@ -8,6 +8,7 @@ import torch
 from scipy import linalg
 
 from ear_model import cli
+from ear_model.config import SamplingConfig
 from ear_model.data import glyphs
 from ear_model.data.images import LabelledImages, load_tree, split_classes
 from ear_model.evaluation.config import JudgeConfig
@@ -102,12 +103,12 @@ def test_nearest_is_brute_force():
 
 def test_scores_of_samples_whose_quality_is_known(judge, trees):
     train, real = trees
-    settings = {"guidance": 1.0, "temperature": 1.0, "steps": 4}
+    setting = SamplingConfig(4, 1.0, "linear", 1.0)
     fresh = striped(40, torch.Generator().manual_seed(9))
     comparison = JudgedComparison(judge, real, 120, train=train)
     assert comparison.per_class == 30
 
-    good = comparison.score(fresh.images, fresh.labels, **settings)
+    good = comparison.score(fresh.images, fresh.labels, setting)
     assert good.num_samples == 120
     assert good.num_compared == 90
     assert good.accuracy > 0.95
@@ -119,18 +120,18 @@ def test_scores_of_samples_whose_quality_is_known(judge, trees):
     mean = sum(w * share for w, share in zip(weights, good.accuracy_per_class.values(), strict=True))
     assert mean == pytest.approx(good.accuracy)
 
-    wrong = comparison.score(fresh.images, (fresh.labels + 1) % 3, **settings)
+    wrong = comparison.score(fresh.images, (fresh.labels + 1) % 3, setting)
     assert wrong.accuracy < 0.1
     one_class = fresh.images[fresh.labels == 0].repeat(3, 1, 1, 1)
-    collapsed = comparison.score(one_class, torch.arange(120) % 3, **settings)
+    collapsed = comparison.score(one_class, torch.arange(120) % 3, setting)
     assert collapsed.accuracy < 0.5
     assert collapsed.energy_distance_features > 5 * abs(good.energy_distance_features) + 0.5
     assert collapsed.energy_distance_pixels > good.energy_distance_pixels + 0.5
     assert collapsed.frechet_distance > 5 * good.frechet_distance
-    copies = comparison.score(train.images[:120], train.labels[:120], **settings)
+    copies = comparison.score(train.images[:120], train.labels[:120], setting)
     assert copies.nearest_train_samples < 0.05 * good.nearest_train_samples
     assert copies.share_below_closest_real == 1
-    unsearched = JudgedComparison(judge, real, 120).score(fresh.images, fresh.labels, **settings)
+    unsearched = JudgedComparison(judge, real, 120).score(fresh.images, fresh.labels, setting)
     assert unsearched.nearest_train_samples is None
     assert unsearched.num_train == 0
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ear_model.model import masking
 
-# Computed by hand from spec 4: (tokens masked before, after) each step.
+# Computed by hand: (tokens masked before, after) each step.
 # L=16, N=4: floor(16 cos(22.5deg)) = floor(14.78), floor(16 cos 45deg) = floor(11.31), floor(16 cos 67.5deg) =
 # floor(6.12), then all that is left.
 # L=4, N=8: cos(11.25deg) = .98 -> floor 3.92 = 3; cos 22.5 = .92 -> 3.69 = 3 but at most left-1 = 2; cos 33.75 = .83
@@ -59,7 +59,7 @@ def test_orders_are_uniform_permutations():
 
 
 def test_mask_ratio_is_the_truncated_normal():
-    """Median, ends and mean (0.867, spec 3) of a normal(1, 0.25) truncated to [0.7, 1]."""
+    """Median, ends and mean (0.867) of a normal(1, 0.25) truncated to [0.7, 1]."""
     normal = NormalDist(1.0, 0.25)
     assert masking.mask_ratio(0.0, 0.7) == pytest.approx(0.7)
     assert masking.mask_ratio(1.0, 0.7) == pytest.approx(1.0)

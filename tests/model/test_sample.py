@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 
 from ear_model import cli
+from ear_model.config import SamplingConfig
 from ear_model.data.cache_format import class_names
 from ear_model.ear import EAR
+from ear_model.plots import to_bytes
 from ear_model.run_dir import save_config
 from ear_model.sampling.decoder import Decoder
-from ear_model.sampling.images import class_labels, sample_batches, to_bytes, write_images
+from ear_model.sampling.images import Sampler, class_labels
 from ear_model.training import checkpoint
 from tests.model.conftest import TINY, randomise, tiny_run
 
@@ -31,10 +33,10 @@ def test_bytes_are_rounded_clipped_and_rgb():
 
 def test_a_batch_depends_on_its_place_alone(tiny_model):
     labels = class_labels(range(10), 20, 10)
-    options = {"batch_size": 8, "seed": 3, "steps": 2}
-    whole = dict(sample_batches(tiny_model.eval(), labels, identity, **options))
+    sampler = Sampler(tiny_model.eval(), identity, SamplingConfig(2, 1.0), seed=3, batch_size=8)
+    whole = dict(sampler.batches(labels))
     assert sorted(whole) == [0, 8, 16]
-    last = dict(sample_batches(tiny_model, labels, identity, skip=lambda first, _: first < 16, **options))
+    last = dict(sampler.batches(labels, skip=lambda first, _: first < 16))
     assert list(last) == [16]
     assert torch.equal(last[16], whole[16])
     assert not torch.equal(whole[0], whole[8])
@@ -71,7 +73,7 @@ def test_the_tree_is_whole_balanced_and_resumed(tmp_path, capsys):
 def test_class_names_name_the_directories(tiny_model, tmp_path):
     names = [f"class {index}" for index in range(10)]
     labels = class_labels([3, 7], 2, 10)
-    assert write_images(tiny_model, labels, identity, tmp_path / "out", names=names, steps=2) == 2
+    assert Sampler(tiny_model, identity, SamplingConfig(2)).write(labels, tmp_path / "out", names) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["class 3", "class 7"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ear_model.cli import COMMAND_MODULES, EXTRA
+from ear_model.cli import COMMANDS, EXTRA
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "numpy", "PIL", "sklearn", "timm", "safetensors", "matplotlib", "scipy")
@@ -39,7 +39,7 @@ QUICK = [
     ["train", "digits", "--train.stepz", "3"],
     ["train", "digitz"],
     ["sample", "run", "--nmu", "3"],
-    *([name, "--help"] for name in COMMAND_MODULES if name != "train"),
+    *([name, "--help"] for name in COMMANDS if name != "train"),
 ]
 
 

@@ -10,15 +10,7 @@ import triton.language as tl
 CHUNK = tl.constexpr(1024)
 
 # Columns of ``table``: addresses of one parameter's tensors; 0 where there is no average or copy.
-WEIGHT = tl.constexpr(0)
-GRADIENT = tl.constexpr(1)
-FIRST = tl.constexpr(2)
-SECOND = tl.constexpr(3)
-STEP = tl.constexpr(4)
-AVERAGE = tl.constexpr(5)
-COPY = tl.constexpr(6)
-SIZE = tl.constexpr(7)
-COLUMNS = tl.constexpr(8)
+WEIGHT, GRADIENT, FIRST, SECOND, STEP, AVERAGE, COPY, SIZE, COLUMNS = map(tl.constexpr, range(9))
 
 
 @triton.jit
@@ -28,20 +20,9 @@ def _pointer(address, KIND: tl.constexpr):
 
 @triton.jit
 def _update(
-    entry,
-    places,
-    live,
-    divisor,
-    lr_decay,
-    rate,
-    root,
-    beta1_rest,
-    beta2,
-    beta2_rest,
-    eps,
-    average_rest,
+    entry, places, live, divisor, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps, average_rest,
     LOW: tl.constexpr,
-):
+):  # fmt: skip
     """The elements at ``places`` of the parameter at ``entry``; ``live`` is None where all of them exist."""
     weight = _pointer(tl.load(entry + WEIGHT), tl.float32)
     first = _pointer(tl.load(entry + FIRST), tl.float32)

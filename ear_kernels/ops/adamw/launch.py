@@ -79,24 +79,9 @@ def adamw(
         return
     beta1, beta2 = betas
     launch(
-        kernels.adamw_kernel,
-        (programs,),
-        table,
-        chunks,
-        divisor,
-        lr,
-        lr * weight_decay,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        _log2(beta1),
-        _log2(beta2),
-        eps,
-        average_rest,
-        on=table,
-        LOW=LOW_TYPES[low],
-        num_warps=8,
-    )
+        kernels.adamw_kernel, (programs,), table, chunks, divisor, lr, lr * weight_decay, 1 - beta1, beta2, 1 - beta2,
+        _log2(beta1), _log2(beta2), eps, average_rest, on=table, LOW=LOW_TYPES[low], num_warps=8,
+    )  # fmt: skip
 
 
 def _log2(beta: float) -> float:

@@ -75,22 +75,13 @@ _adaln_backward = _register(
 
 
 class AdaLNModulate(torch.autograd.Function):
-    """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> modulated rows ``[R, W]`` in ``dtype``."""
+    """The arguments of :func:`launch_adaln.adaln_forward` -> the modulated rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        group: int,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        out, mean, rstd = _adaln_forward(hidden, shift, scale, weight, bias, group, eps, dtype)
-        ctx.save_for_backward(hidden, shift, scale, weight, bias, mean, rstd)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, mean, rstd = _adaln_forward(*arguments)
+        *tensors, group, _, _ = arguments
+        ctx.save_for_backward(*tensors, mean, rstd)
         ctx.group = group
         return out
 
@@ -141,22 +132,12 @@ _ffn_backward = _register(
 
 
 class GatedSiluFFN(torch.autograd.Function):
-    """``hidden [R, W]``, ``modulated [R, U]``, ``gate [R / group, W]``, one dtype -> ``[R, W]``."""
+    """The arguments of :func:`launch_ffn.ffn_forward`, tensors in one dtype -> ``[R, W]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        modulated: Tensor,
-        gate: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        bias_out: Tensor | None,
-        group: int,
-        save: bool,
-    ) -> Tensor:
-        out, pre, ffn = _ffn_forward(hidden, modulated, gate, weight_in, bias_in, weight_out, bias_out, group, save)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, pre, ffn = _ffn_forward(*arguments)
+        _, modulated, gate, weight_in, bias_in, weight_out, bias_out, group, _ = arguments
         ctx.save_for_backward(modulated, gate, weight_in, weight_out, pre, ffn)
         ctx.group, ctx.biases = group, (bias_in is not None, bias_out is not None)
         return out
@@ -164,26 +145,17 @@ class GatedSiluFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("gated_silu_ffn")
-        saved = ctx.saved_tensors
         grad_modulated, grad_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _ffn_backward(
-            grad_out, *saved, ctx.group
+            grad_out, *ctx.saved_tensors, ctx.group
         )
         has_in, has_out = ctx.biases
-        return (
-            grad_out,
-            grad_modulated,
-            grad_gate,
-            grad_w_in,
-            grad_b_in.to(grad_w_in.dtype) if has_in else None,
-            grad_w_out,
-            grad_b_out.to(grad_w_out.dtype) if has_out else None,
-            None,
-            None,
-        )
+        grad_b_in = grad_b_in.to(grad_w_in.dtype) if has_in else None
+        grad_b_out = grad_b_out.to(grad_w_out.dtype) if has_out else None
+        return grad_out, grad_modulated, grad_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None, None
 
 
 def gated_silu_ffn(tensors: list[Tensor | None], group: int, dtype: torch.dtype) -> Tensor:
-    """The tensors of :class:`GatedSiluFFN`, in any dtypes -> ``[R, W]`` in ``dtype``."""
+    """The tensors of :func:`launch_ffn.ffn_forward`, in any dtypes -> ``[R, W]`` in ``dtype``."""
     cast = [tensor.to(dtype) if tensor is not None else None for tensor in tensors]
     # Asked here: inside an autograd function gradients are always off.
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in cast)
@@ -195,20 +167,12 @@ def gated_silu_ffn(tensors: list[Tensor | None], group: int, dtype: torch.dtype)
 # --------------------------------------------------------------------------------------------- all blocks of the head
 
 
-def _blocks(
-    hidden: Tensor,
-    conditioning: Tensor,
-    parameters: list[Tensor],
-    index: Tensor | None,
-    group: int,
-    temperature: float,
-    eps: float,
-    save: bool,
-) -> list[Tensor]:
-    """[out ``[R, D]``, then with ``save`` what :func:`launch.backward` wants]."""
+def _blocks(*arguments: Any) -> list[Tensor]:
+    """See :func:`launch.forward`."""
+    hidden, conditioning, parameters, index, group, temperature, eps, save = arguments
     if not save and group == 1:
         return [launch_inference.forward(hidden, conditioning, parameters, index, temperature, eps)]
-    return launch.forward(hidden, conditioning, parameters, index, group, temperature, eps, save)
+    return launch.forward(*arguments)
 
 
 def _blocks_fake(
@@ -244,22 +208,11 @@ def as_dtype(dtype: torch.dtype | int) -> torch.dtype:
     return _SCALAR_TYPES[dtype] if isinstance(dtype, int) else dtype
 
 
-def _blocks_backward(
-    grad_out: Tensor,
-    hidden: Tensor,
-    conditioning: Tensor,
-    parameters: list[Tensor],
-    saved: list[Tensor],
-    index: Tensor | None,
-    inverse: Tensor | None,
-    group: int,
-    dtypes: list[torch.dtype],
-) -> list[Tensor]:
+def _blocks_backward(*arguments: Any) -> list[Tensor]:
     """See :func:`launch.backward`. As a library operation it changes none of its arguments."""
-    wanted = [as_dtype(dtype) for dtype in dtypes]
-    return launch.backward(
-        grad_out, hidden, conditioning, parameters, saved, index, inverse, group, wanted, reuse=False
-    )
+    *others, dtypes = arguments
+    arguments = (*others, [as_dtype(dtype) for dtype in dtypes])
+    return launch.backward(*arguments, reuse=False)
 
 
 def _blocks_backward_fake(
@@ -333,21 +286,12 @@ class GeneratorBlocks(torch.autograd.Function):
         return (grad_hidden, grad_conditioning, None, None, None, None, None, None, *gradients)
 
 
-def generator_blocks(
-    hidden: Tensor,
-    conditioning: Tensor,
-    parameters: list[Tensor],
-    index: Tensor | None,
-    inverse: Tensor | None,
-    group: int,
-    temperature: float,
-    eps: float,
-) -> Tensor:
-    """See :func:`ear_kernels.functional.generator_blocks`."""
+def generator_blocks(hidden: Tensor, conditioning: Tensor, parameters: list[Tensor], *others: Any) -> Tensor:
+    """See :func:`ear_kernels.functional.generator_blocks`, whose other arguments follow in the same order."""
     # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, conditioning, *parameters))
     with _without_autocast(hidden):
-        return GeneratorBlocks.apply(hidden, conditioning, index, inverse, group, temperature, eps, save, *parameters)
+        return GeneratorBlocks.apply(hidden, conditioning, *others, save, *parameters)
 
 
 # -------------------------------------------------------------------------------------------- few rows, no gradients
@@ -365,16 +309,7 @@ _few_rows = _register(
 )
 
 
-def few_rows(
-    z: Tensor,
-    noise: Tensor,
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    samples: int,
-    temperature: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The whole generator without gradients; see :func:`launch_few_rows.few_rows`."""
+def few_rows(z: Tensor, *others: Any) -> Tensor:
+    """See :func:`launch_few_rows.few_rows`, whose arguments these are."""
     with _without_autocast(z):
-        return _few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)
+        return _few_rows(z, *others)

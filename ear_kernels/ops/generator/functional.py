@@ -7,19 +7,10 @@ from torch import Tensor
 
 from ear_kernels.ops.generator import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype
+from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype, kernel_refusal
 
 MAX_WIDTH = 8192
 """Widest row of the kernels: one program holds a row and its column sums in registers."""
-
-
-def _refusal(*tensors: Tensor | None) -> str | None:
-    """Why the kernels cannot take these tensors, the first of which has their rows; None if they can."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"dtype {tensor.dtype} (the kernels take float32, float16 and bfloat16)"
-    width = tensors[0].shape[-1] if tensors[0] is not None else 0
-    return None if 1 <= width <= MAX_WIDTH else f"width {width} (the kernels take 1 to {MAX_WIDTH})"
 
 
 def _rows_an_entry(rows: tuple[int, ...], leading: tuple[int, ...]) -> int | None:
@@ -45,6 +36,11 @@ def _modulation_rows(hidden: Tensor, *tensors: Tensor) -> tuple[int, list[Tensor
     if not group:
         return 1, [tensor.expand(hidden.shape).reshape(-1, width) for tensor in tensors]
     return group, [tensor.reshape(-1, width) for tensor in tensors]
+
+
+def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {list(shape)}")
 
 
 def adaln_modulate(
@@ -81,11 +77,10 @@ def adaln_modulate(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_device(name, parameter, hidden, "hidden")
-            if tuple(parameter.shape) != (hidden.shape[-1],):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{hidden.shape[-1]}]")
+            _check_shape(name, parameter, hidden.shape[-1])
     # A single feature less its mean is 0 in eager arithmetic. On a GPU the kernel's division leaves a rounding error,
     # which 1/sqrt(eps) makes large; there is nothing to gain at that width, so it stays with the reference.
-    refusal = _refusal(hidden, shift, scale, weight, bias)
+    refusal = kernel_refusal(hidden, shift, scale, weight, bias, widest=MAX_WIDTH)
     if hidden.shape[-1] > 1 and applies("adaln_modulate", hidden, refusal):
         from ear_kernels.ops.generator.autograd import AdaLNModulate
 
@@ -133,14 +128,12 @@ def gated_silu_ffn(
     check_broadcast("gate", gate, tuple(hidden.shape))
     if weight_in.ndim != 2 or weight_in.shape[1] != modulated.shape[-1]:
         raise ValueError(f"weight_in has shape {tuple(weight_in.shape)}; it must be [V, {modulated.shape[-1]}]")
-    inner = weight_in.shape[0]
-    if tuple(weight_out.shape) != (hidden.shape[-1], inner):
-        raise ValueError(f"weight_out has shape {tuple(weight_out.shape)}; it must be [{hidden.shape[-1]}, {inner}]")
-    for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, hidden.shape[-1])):
-        if bias is not None and tuple(bias.shape) != (size,):
-            raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
+    _check_shape("weight_out", weight_out, hidden.shape[-1], weight_in.shape[0])
+    _check_shape("bias_in", bias_in, weight_in.shape[0])
+    _check_shape("bias_out", bias_out, hidden.shape[-1])
     weights = (weight_in, bias_in, weight_out, bias_out)
-    refusal = _refusal(hidden, modulated, gate, *weights) or _refusal(weight_in.t())
+    refusal = kernel_refusal(hidden, modulated, gate, *weights, widest=MAX_WIDTH)
+    refusal = refusal or kernel_refusal(weight_in.t(), widest=MAX_WIDTH)
     if applies("gated_silu_ffn", hidden, refusal):
         from ear_kernels.ops.generator import autograd
 
@@ -200,7 +193,7 @@ def generator_blocks(
             f"index {None if index is None else tuple(index.shape)} do not fit; they must be [T, W], [E, W] and "
             "[E * group]"
         )
-    refusal = _refusal(hidden, conditioning, *parameters)
+    refusal = kernel_refusal(hidden, conditioning, *parameters, widest=MAX_WIDTH)
     if hidden.dtype != conditioning.dtype:
         refusal = f"hidden in {hidden.dtype} and conditioning in {conditioning.dtype}"
     if temperature != 1 and torch.is_grad_enabled():

@@ -163,20 +163,16 @@ def adaln_bwd_kernel(
         weight_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
     if bias is not None:
         bias_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
-    if (weight is not None) or (bias is not None):
-        sum_weight_W = tl.zeros([BLOCK], tl.float32)
-        sum_bias_W = tl.zeros([BLOCK], tl.float32)
-    if ffn is not None:
-        sum_ffn_W = tl.zeros([BLOCK], tl.float32)
-    if SUM_MODULATION:
-        sum_shift_W = tl.zeros([BLOCK], tl.float32)
-        sum_scale_W = tl.zeros([BLOCK], tl.float32)
-        if ffn is not None:
-            sum_gate_W = tl.zeros([BLOCK], tl.float32)
-    if not SINGLE:
-        unit_shift_W = tl.zeros([BLOCK], tl.float32)
-        unit_scale_W = tl.zeros([BLOCK], tl.float32)
-        unit_gate_W = tl.zeros([BLOCK], tl.float32)
+    # Sums over the program's rows, and over those of a unit; what is not summed is not compiled.
+    sum_weight_W = tl.zeros([BLOCK], tl.float32)
+    sum_bias_W = sum_weight_W
+    sum_ffn_W = sum_weight_W
+    sum_shift_W = sum_weight_W
+    sum_scale_W = sum_weight_W
+    sum_gate_W = sum_weight_W
+    unit_shift_W = sum_weight_W
+    unit_scale_W = sum_weight_W
+    unit_gate_W = sum_weight_W
     begin = program * units_per_program
     end = tl.minimum(begin + units_per_program, units)
     # One flat loop over all rows of all units, so that the compiler prefetches across units; it reads a shared scale

@@ -100,17 +100,11 @@ def _linear(
         acc = tl.zeros([BM, BN], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             ks = start + tl.arange(0, BK)
-            a = tl.load(
-                x + source[:, None] * stride_x + ks[None, :],
-                mask=live[:, None] & (ks < K)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            ).to(COMPUTE)
-            b = tl.load(
-                weight + cols[:, None].to(tl.int64) * K + ks[None, :],
-                mask=(cols < N)[:, None] & (ks < K)[None, :],
-                other=0.0,
-            ).to(COMPUTE)
+            keep = live[:, None] & (ks < K)[None, :]
+            a = tl.load(x + source[:, None] * stride_x + ks[None, :], mask=keep, other=0.0, cache_modifier=".cg")
+            a = a.to(COMPUTE)
+            keep = (cols < N)[:, None] & (ks < K)[None, :]
+            b = tl.load(weight + cols[:, None].to(tl.int64) * K + ks[None, :], mask=keep, other=0.0).to(COMPUTE)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         return acc + bias_N[None, :]
     else:
@@ -118,43 +112,13 @@ def _linear(
         sums = tl.zeros([PARTS, BM, BN], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             ks = start + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-            a = tl.load(
-                x + source[None, :, None] * stride_x + ks,
-                mask=live[None, :, None] & (ks < K),
-                other=0.0,
-                cache_modifier=".cg",
-            ).to(COMPUTE)
-            b = tl.load(
-                weight + cols[None, :, None].to(tl.int64) * K + ks,
-                mask=(cols < N)[None, :, None] & (ks < K),
-                other=0.0,
-            ).to(COMPUTE)
+            keep = live[None, :, None] & (ks < K)
+            a = tl.load(x + source[None, :, None] * stride_x + ks, mask=keep, other=0.0, cache_modifier=".cg")
+            a = a.to(COMPUTE)
+            keep = (cols < N)[None, :, None] & (ks < K)
+            b = tl.load(weight + cols[None, :, None].to(tl.int64) * K + ks, mask=keep, other=0.0).to(COMPUTE)
             sums = tl.dot(a, tl.permute(b, (0, 2, 1)), sums, input_precision=PRECISION)
         return tl.sum(sums, 0) + bias_N[None, :]
-
-
-@triton.jit
-def _modulation(
-    tile,
-    activated,
-    mod,  # [M, 3W]: of one layer
-    weight,
-    bias,
-    n,
-    rows,
-    live,
-    W: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One tile of columns of a layer's shift, scale and gate."""
-    cols = tile * BN + tl.arange(0, BN)
-    acc = _linear(activated, W, rows, live, weight, bias, cols, n, W, COMPUTE, PRECISION, BM, BN, BK, STAGES, 1)
-    tl.store(mod + rows[:, None] * (3 * W) + cols[None, :], acc.to(COMPUTE), mask=live[:, None] & (cols < n)[None, :])
 
 
 @triton.jit
@@ -284,11 +248,17 @@ def generator_kernel(
                         _pointer(bias_at, NORM), layer < layers - 1, temperature, eps, W, BLOCK, COMPUTE,
                     )  # fmt: skip
                 else:
-                    _modulation(
-                        turn - norms, activated, mod + mod_layer * M * (3 * W), _pointer(mod_weight_at, WEIGHT),
-                        _pointer(mod_bias_at, WEIGHT), n, rows, live, W, COMPUTE, PRECISION, BM, BN_MOD, BK_MOD,
-                        STAGES_MOD,
+                    tile = turn - norms
+                    mod_after = mod + mod_layer * M * (3 * W)
+                    weight = _pointer(mod_weight_at, WEIGHT)
+                    bias = _pointer(mod_bias_at, WEIGHT)
+                    cols = tile * BN_MOD + tl.arange(0, BN_MOD)
+                    acc = _linear(
+                        activated, W, rows, live, weight, bias, cols, n, W, COMPUTE, PRECISION, BM, BN_MOD, BK_MOD,
+                        STAGES_MOD, 1,
                     )  # fmt: skip
+                    keep = live[:, None] & (cols < n)[None, :]
+                    tl.store(mod_after + rows[:, None] * (3 * W) + cols[None, :], acc.to(COMPUTE), mask=keep)
         else:
             weight = _pointer(weight_at, WEIGHT)
             bias = _pointer(bias_at, WEIGHT)

@@ -27,6 +27,7 @@ With ``reuse`` every gradient of the size of a saved tensor overwrites the saved
 dscale, dgate those in ``mod``; y pre; df ffn; the rebuilt h the last one): half of what backward needs beside them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from ear_kernels.ops.generator import launch_adaln as adaln
 from ear_kernels.ops.generator import launch_ffn as ffn_ops
 from ear_kernels.ops.generator.launch_adaln import ColumnSums, NormInputs, PreviousBlock, Runs
-from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, Block, FinalLayer, split_parameters
+from ear_kernels.ops.generator.reference import Block, FinalLayer, split_parameters
 from ear_kernels.runtime.column_sums import column_sums
 from ear_kernels.runtime.gemm import linear, weight_gradient
 from ear_kernels.runtime.launching import dense_rows
@@ -70,6 +71,44 @@ def output_weights(final: FinalLayer, width: int) -> tuple[Tensor, Tensor]:
     return torch.cat([final.weight_out, product.to(final.weight_out.dtype)], 1), bias.to(final.bias_out.dtype)
 
 
+class ResidualStream:
+    """The rows between the layers of a forward: ``hidden``, in which row r starts from row ``index[r]``, and the ffn
+    and gate of a block whose residual the next norm adds."""
+
+    def __init__(self, hidden: Tensor, index: Tensor | None, group: int, eps: float, dependent: bool = False) -> None:
+        self.hidden, self._index = dense_rows(hidden), index
+        self._unadded: tuple[Tensor, ...] = ()
+        self._runs, self._eps, self._dependent = Runs(group, group), eps, dependent
+
+    def normalise(
+        self, shift: Tensor | None, scale: Tensor, norm: Sequence[Tensor], temperature: float, u: Tensor, save: bool
+    ) -> list[Tensor]:
+        """Add what is unadded and write the norm, modulated, to ``u``; ``norm`` is its weight and bias, if it has
+        any. Returns its statistics with ``save``."""
+        stats = [u.new_empty(len(u), dtype=torch.float32) for _ in range(2)] if save else []
+        residual = (*self._unadded, self.hidden.new_empty(u.shape)) if self._unadded else ()
+        adaln.launch_forward(
+            self.hidden, shift, scale, norm, u, stats, runs=self._runs, eps=self._eps, temperature=temperature,
+            index=self._index, residual=residual, next_is_dependent=self._dependent,
+        )  # fmt: skip
+        if residual:
+            self.hidden, self._index, self._unadded = residual[-1], None, ()
+        return stats
+
+    def add(self, active: Tensor, block: Block, gate: Tensor, save: bool) -> Tensor | None:
+        """Add ``gate`` times the block's second linear of ``active``, which is returned where it is stored, as with
+        ``save`` it always is."""
+        if self._runs.group == 1 and self._index is None:
+            weights = (block.weight_out, block.bias_out)
+            fused = ffn_ops.gated_linear(active, *weights, self.hidden, gate, save, self._dependent)
+            if fused is not None:
+                self.hidden, ffn = fused
+                return ffn
+        ffn = linear(active, block.weight_out, block.bias_out)
+        self._unadded = (ffn, gate)
+        return ffn
+
+
 def forward(
     hidden: Tensor,
     conditioning: Tensor,
@@ -87,88 +126,32 @@ def forward(
     blocks, final = split_parameters(parameters)
     entries, width = conditioning.shape
     rows = entries * group
-    hidden = dense_rows(hidden)
+    stream = ResidualStream(hidden, index, group, eps)
     wide = conditioning.new_empty((entries, 2 * width)) if group == 1 else None
     activated = ffn_ops.silu(conditioning.contiguous(), wide[:, width:] if wide is not None else None)
     saved: list[Tensor] = []
-    unadded: tuple[Tensor, Tensor] | None = None  # ffn and gate of a block whose residual the next norm adds
-
-    def normalise(
-        shift: Tensor | None, scale: Tensor, norm: tuple[Tensor | None, Tensor | None], factor: float, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Write u; add what is unadded to ``hidden`` first. Returns the norm's statistics."""
-        nonlocal hidden, unadded, index
-        stats = (scale.new_empty(rows, dtype=torch.float32), scale.new_empty(rows, dtype=torch.float32))
-        residual = (*unadded, hidden.new_empty((rows, width))) if unadded is not None else None
-        adaln.launch_forward(
-            hidden, shift, scale, *norm, u, stats if save else None, runs=Runs(group, group), eps=eps,
-            temperature=factor, index=index, residual=residual,
-        )  # fmt: skip
-        if residual is not None:
-            hidden, index, unadded = residual[2], None, None
-        return stats
-
     for block in blocks:
         mod = linear(activated, block.weight_mod, block.bias_mod)
         shift, scale, gate = mod.split(width, 1)
-        u = shift if group == 1 else hidden.new_empty((rows, width))
-        stats = normalise(shift, scale, (block.norm_weight, block.norm_bias), temperature, u)
+        u = shift if group == 1 else mod.new_empty((rows, width))
+        stats = stream.normalise(shift, scale, (block.norm_weight, block.norm_bias), temperature, u, save)
         pre, active = ffn_ops.silu_linear(u, block.weight_in, block.bias_in, save)
-        fused = None
-        if group == 1 and index is None:
-            fused = ffn_ops.gated_linear(active, block.weight_out, block.bias_out, hidden, gate, save)
-        if fused is not None:
-            hidden, ffn = fused
-        else:
-            ffn = linear(active, block.weight_out, block.bias_out)
-            unadded = (ffn, gate)
+        ffn = stream.add(active, block, gate, save)
         if pre is not None and ffn is not None:
-            saved += SavedBlock(mod, hidden.new_empty(0) if group == 1 else u, pre, ffn, *stats)
-        del u, active, pre, mod, shift, scale
+            saved += SavedBlock(mod, mod.new_empty(0) if group == 1 else u, pre, ffn, *stats)
+        del u, active, pre, ffn, mod, shift, scale, gate
     if wide is not None:
-        scale = linear(activated, final.weight_mod[width:], final.bias_mod[width:])
-        stats = normalise(None, scale, (None, None), 1.0, wide[:, :width])
-        out = linear(wide, *output_weights(final, width))
-        saved_final = SavedFinalLayer(hidden, *stats, scale, wide)
+        mod = linear(activated, final.weight_mod[width:], final.bias_mod[width:])
+        stats = stream.normalise(None, mod, (), 1.0, wide[:, :width], save)
+        out, modulated = linear(wide, *output_weights(final, width)), wide
     else:
         mod = linear(activated, final.weight_mod, final.bias_mod)
-        u = hidden.new_empty((rows, width))
-        stats = normalise(mod[:, :width], mod[:, width:], (None, None), 1.0, u)
-        out = linear(u, final.weight_out, final.bias_out)
-        saved_final = SavedFinalLayer(hidden, *stats, mod, u)
-    return [out, *saved, *saved_final] if save else [out]
-
-
-class _Gradients:
-    """Gradients of the parameters, each in its entry of ``dtypes``.
-
-    Rows of one kernel's sums share memory, which outputs of a library operation must not: ``copy`` parts them.
-    """
-
-    def __init__(self, dtypes: list[torch.dtype], copy: bool) -> None:
-        self._dtypes, self._copy = dtypes, copy
-        self._values: list[Tensor | None] = [None] * len(dtypes)
-
-    def _position(self, layer: int, name: str) -> int:
-        kind = Block if layer < len(self._dtypes) // BLOCK_PARAMETERS else FinalLayer
-        return layer * BLOCK_PARAMETERS + kind._fields.index(name)
-
-    def store(self, layer: int, name: str, value: Tensor | None) -> None:
-        """``value`` is that of a parameter of a block, or of the final layer after them."""
-        assert value is not None
-        position = self._position(layer, name)
-        self._values[position] = value.to(self._dtypes[position], copy=self._copy)
-
-    def store_product(self, layer: int, name: str, grad: Tensor, x: Tensor) -> None:
-        """The parameter's is ``grad^T @ x``."""
-        position = self._position(layer, name)
-        self._values[position] = weight_gradient(grad, x, self._dtypes[position])
-
-    def all(self) -> list[Tensor]:
-        """In the order of the parameters."""
-        values = [value for value in self._values if value is not None]
-        assert len(values) == len(self._values)
-        return values
+        modulated = mod.new_empty((rows, width))
+        stats = stream.normalise(mod[:, :width], mod[:, width:], (), 1.0, modulated, save)
+        out = linear(modulated, final.weight_out, final.bias_out)
+    if save:
+        saved += SavedFinalLayer(stream.hidden, stats[0], stats[1], mod, modulated)
+    return [out, *saved]
 
 
 class _Backward:
@@ -188,15 +171,30 @@ class _Backward:
     ) -> None:
         self.blocks, self.final_layer = split_parameters(parameters)
         self.depth, (entries, self.width) = len(self.blocks), conditioning.shape
+        kinds = [Block] * self.depth + [FinalLayer]
+        names = [(layer, name) for layer, kind in enumerate(kinds) for name in kind._fields]
+        self.dtypes = dict(zip(names, dtypes, strict=True))
+        self.gradients: dict[tuple[int, str], Tensor] = {}
         size = len(SavedBlock._fields)
         self.saved = [SavedBlock(*saved[size * layer : size * (layer + 1)]) for layer in range(self.depth)]
         self.saved_final = SavedFinalLayer(*saved[size * self.depth :])
         self.hidden, self.conditioning, self.index, self.group, self.reuse = hidden, conditioning, index, group, reuse
-        self.gradients = _Gradients(dtypes, copy=not reuse)
         self.grad_hidden = hidden.new_empty((entries * group, self.width))
         # Of every block but the first: the input of its norm, rebuilt.
         self.rebuilt = self.memory_of(self.saved_final.hidden) if self.depth > 1 else None
         self.sums = ColumnSums()
+
+    def store(self, layer: int, name: str, value: Tensor | None) -> None:
+        """The gradient of a parameter of a block, or of the final layer after them, in the dtype asked for.
+
+        Rows of one kernel's sums share memory, which outputs of a library operation must not: copies part them.
+        """
+        assert value is not None
+        self.gradients[layer, name] = value.to(self.dtypes[layer, name], copy=not self.reuse)
+
+    def store_product(self, layer: int, name: str, grad: Tensor, x: Tensor) -> None:
+        """The parameter's gradient is ``grad^T @ x``."""
+        self.gradients[layer, name] = weight_gradient(grad, x, self.dtypes[layer, name])
 
     def memory_of(self, saved: Tensor) -> Tensor:
         """Memory for a tensor of the same shape: that of ``saved`` itself where that may be overwritten."""
@@ -215,30 +213,24 @@ class _Backward:
             rebuilt = self.rebuilt if layer > 1 else None
             previous = PreviousBlock(before.ffn, gate, self.grad_ffn, grad_gate, rebuilt)
         self.sums = adaln.launch_backward(
-            grad_modulated,
-            inputs,
-            self.grad_hidden,
-            grad_shift,
-            grad_scale,
-            runs=Runs(self.group, self.group),
-            grad_residual=self.grad_hidden if layer < self.depth else None,
-            previous=previous,
+            grad_modulated, inputs, self.grad_hidden, grad_shift, grad_scale, runs=Runs(self.group, self.group),
+            grad_residual=self.grad_hidden if layer < self.depth else None, previous=previous,
             sum_modulation=self.group == 1,
-        )
+        )  # fmt: skip
 
     def final(self, grad_out: Tensor) -> None:
         """Back through the final layer."""
         depth, width, layer, saved = self.depth, self.width, self.final_layer, self.saved_final
         sum_out = column_sums(grad_out)
-        self.gradients.store(depth, "bias_out", sum_out)
+        self.store(depth, "bias_out", sum_out)
         if self.group > 1:
             self.activated = ffn_ops.silu(self.conditioning.contiguous())
-            self.gradients.store_product(depth, "weight_out", grad_out, saved.modulated)
+            self.store_product(depth, "weight_out", grad_out, saved.modulated)
             grad_mod = torch.empty_like(saved.mod)
             inputs = NormInputs(saved.hidden, saved.mod[:, width:], None, None, saved.mean, saved.rstd)
             self.norm(depth, torch.mm(grad_out, layer.weight_out), inputs, grad_mod[:, :width], grad_mod[:, width:])
-            self.gradients.store(depth, "bias_mod", column_sums(grad_mod))
-            self.gradients.store_product(depth, "weight_mod", grad_mod, self.activated)
+            self.store(depth, "bias_mod", column_sums(grad_mod))
+            self.store_product(depth, "weight_mod", grad_mod, self.activated)
             self.grad_activated = torch.mm(grad_mod, layer.weight_mod)
             return
         self.activated = saved.modulated[:, width:]
@@ -247,7 +239,7 @@ class _Backward:
         product = both[:, width:]
         shift_weight, shift_bias = layer.weight_mod[:width].float(), layer.bias_mod[:width].float()
         grad_weight = both[:, :width] + product @ shift_weight.t() + torch.outer(sum_out, shift_bias)
-        self.gradients.store(depth, "weight_out", grad_weight)
+        self.store(depth, "weight_out", grad_weight)
         into = saved.modulated[:, :width] if self.reuse else None
         grad_modulated = torch.mm(grad_out, layer.weight_out, out=into)
         self.grad_activated = torch.mm(grad_out, output_weights(layer, width)[0][:, width:])
@@ -255,9 +247,9 @@ class _Backward:
         inputs = NormInputs(saved.hidden, saved.mod, None, None, saved.mean, saved.rstd)
         self.norm(depth, grad_modulated, inputs, None, grad_scale)
         assert self.sums.scale is not None
-        self.gradients.store(depth, "bias_mod", torch.cat((sum_out @ last, self.sums.scale)))
+        self.store(depth, "bias_mod", torch.cat((sum_out @ last, self.sums.scale)))
         grad_scale_weight = weight_gradient(grad_scale, self.activated, torch.float32)
-        self.gradients.store(depth, "weight_mod", torch.cat((last.t() @ product, grad_scale_weight)))
+        self.store(depth, "weight_mod", torch.cat((last.t() @ product, grad_scale_weight)))
         self.grad_activated.addmm_(grad_scale, layer.weight_mod[width:])
 
     def block(self, layer: int) -> None:
@@ -266,11 +258,11 @@ class _Backward:
         grad_mod, grad_ffn, sums_after = self.grad_mod, self.grad_ffn, self.sums
         active = self.memory_of(saved.pre)
         grad_pre = torch.mm(grad_ffn, block.weight_out)
-        self.gradients.store(layer, "bias_in", ffn_ops.silu_backward(grad_pre, saved.pre, grad_pre, active))
-        self.gradients.store_product(layer, "weight_out", grad_ffn, active)
-        self.gradients.store(layer, "bias_out", sums_after.ffn)
+        self.store(layer, "bias_in", ffn_ops.silu_backward(grad_pre, saved.pre, grad_pre, active))
+        self.store_product(layer, "weight_out", grad_ffn, active)
+        self.store(layer, "bias_out", sums_after.ffn)
         shift, scale, _ = saved.mod.split(width, 1)
-        self.gradients.store_product(layer, "weight_in", grad_pre, shift if self.group == 1 else saved.modulated)
+        self.store_product(layer, "weight_in", grad_pre, shift if self.group == 1 else saved.modulated)
         grad_shift, grad_scale, _ = grad_mod.split(width, 1)
         # For one modulation a row the shift's gradient is du itself: let the GEMM write it there.
         grad_modulated = torch.mm(grad_pre, block.weight_in, out=grad_shift if self.group == 1 else None)
@@ -280,14 +272,14 @@ class _Backward:
         index = self.index if layer == 0 else None
         inputs = NormInputs(hidden, scale, block.norm_weight, block.norm_bias, saved.mean, saved.rstd, index)
         self.norm(layer, grad_modulated, inputs, None if self.group == 1 else grad_shift, grad_scale)
-        self.gradients.store(layer, "norm_weight", self.sums.weight)
-        self.gradients.store(layer, "norm_bias", self.sums.bias)
+        self.store(layer, "norm_weight", self.sums.weight)
+        self.store(layer, "norm_bias", self.sums.bias)
         if self.group == 1:
             parts = (self.sums.shift, self.sums.scale, sums_after.gate)
-            self.gradients.store(layer, "bias_mod", torch.cat([part for part in parts if part is not None]))
+            self.store(layer, "bias_mod", torch.cat([part for part in parts if part is not None]))
         else:
-            self.gradients.store(layer, "bias_mod", column_sums(grad_mod))
-        self.gradients.store_product(layer, "weight_mod", grad_mod, self.activated)
+            self.store(layer, "bias_mod", column_sums(grad_mod))
+        self.store_product(layer, "weight_mod", grad_mod, self.activated)
         self.grad_activated.addmm_(grad_mod, block.weight_mod)
 
 
@@ -301,6 +293,7 @@ def backward(
     inverse: Tensor | None,
     group: int,
     dtypes: list[torch.dtype],
+    *,
     reuse: bool,
 ) -> list[Tensor]:
     """[gradient of hidden, of conditioning, of each parameter (in its ``dtypes`` entry)].
@@ -313,7 +306,8 @@ def backward(
         run.block(layer)
     grad_conditioning = conditioning.new_empty(conditioning.shape)
     ffn_ops.silu_backward(run.grad_activated, dense_rows(conditioning), grad_conditioning)
-    return [_sum_samples(run.grad_hidden, hidden, index, inverse), grad_conditioning, *run.gradients.all()]
+    gradients = [run.gradients[parameter] for parameter in run.dtypes]
+    return [_sum_samples(run.grad_hidden, hidden, index, inverse), grad_conditioning, *gradients]
 
 
 def _sum_samples(grad_rows: Tensor, hidden: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Launches of the LayerNorm + modulation kernels, with the static table of the backward's. Imports Triton."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +51,25 @@ class Runs:
         """Units of a run."""
         return ceil_div(self.group, self.unit_rows)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The kernels' ``group, chunks, unit_rows``."""
+        return self.group, self.units, self.unit_rows
+
+    def units_in(self, rows: int) -> int:
+        """Units of all runs of this many rows."""
+        return rows // self.group * self.units
+
+    def unit_gradient(self, modulation: Tensor) -> Tensor:
+        """Memory for a gradient of ``modulation [R / group, W]`` a unit, float32 where several will be summed."""
+        entries, width = modulation.shape
+        dtype = torch.float32 if self.units > 1 else modulation.dtype
+        return modulation.new_empty((entries * self.units, width), dtype=dtype)
+
+    def sum_units(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient ``[R / group, W]`` from that of the units, summed in a fixed order."""
+        return grad if self.units == 1 else grad.unflatten(0, (-1, self.units)).sum(1).to(dtype)
+
     @staticmethod
     def of(group: int) -> "Runs":
         """Runs of any length, cut into units of at most ``UNIT_ROWS``."""
@@ -93,29 +113,30 @@ class ColumnSums(NamedTuple):
     gate: Tensor | None = None
 
 
-def _row_stride(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.stride(0)
+def row_strides(*tensors: Tensor | None) -> list[int | None]:
+    """The strides of the kernels' matrices along their rows; None for those that are absent."""
+    return [None if tensor is None else tensor.stride(0) for tensor in tensors]
 
 
 def launch_forward(
     hidden: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Sequence[Tensor | None],
     out: Tensor,
-    stats: tuple[Tensor, Tensor] | None,
+    stats: Sequence[Tensor],
     *,
     runs: Runs,
     eps: float,
     temperature: float = 1.0,
     index: Tensor | None = None,
-    residual: tuple[Tensor, Tensor, Tensor] | None = None,
+    residual: Sequence[Tensor] = (),
     next_is_dependent: bool = False,
 ) -> None:
-    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]``, mean and rstd to ``stats``.
+    """Write ``LN(hidden) * (1 + scale) + temperature * shift`` to ``out [R, W]``.
 
-    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. With
+    Every matrix has dense rows. ``shift`` (None: 0) and ``scale`` are ``[R / group, W]``. ``norm`` is the norm's
+    weight and bias, ``stats`` memory for mean and rstd; either may be empty. With
     ``residual = (ffn, gate, next_hidden)`` the rows are ``hidden + gate * ffn``, which is also written to
     ``next_hidden``. ``out`` may be ``shift``'s memory if ``group`` is 1: a program reads its shift before it writes.
     ``next_is_dependent``: the next kernel is launched as
@@ -124,42 +145,15 @@ def launch_forward(
     rows, width = out.shape
     if rows == 0:
         return
-    ffn, gate, next_hidden = residual if residual is not None else (None, None, None)
-    mean, rstd = stats if stats is not None else (None, None)
+    weight, bias = norm or (None, None)
+    ffn, gate, next_hidden = residual or (None, None, None)
+    mean, rstd = stats or (None, None)
     launch(
-        kernels.adaln_fwd_kernel,
-        (rows // runs.group * runs.units,),
-        hidden,
-        index,
-        ffn,
-        gate,
-        shift,
-        scale,
-        weight,
-        bias,
-        next_hidden,
-        out,
-        mean,
-        rstd,
-        rows,
-        runs.group,
-        runs.units,
-        runs.unit_rows,
-        hidden.stride(0),
-        _row_stride(ffn),
-        _row_stride(gate),
-        _row_stride(shift),
-        scale.stride(0),
-        _row_stride(next_hidden),
-        out.stride(0),
-        eps,
-        temperature,
-        on=out,
-        WIDTH=width,
-        BLOCK=next_power_of_two(width),
-        NEXT_IS_DEPENDENT=next_is_dependent,
-        num_warps=row_warps(width),
-    )
+        kernels.adaln_fwd_kernel, (runs.units_in(rows),),
+        hidden, index, ffn, gate, shift, scale, weight, bias, next_hidden, out, mean, rstd, rows, *runs.sizes,
+        *row_strides(hidden, ffn, gate, shift, scale, next_hidden, out), eps, temperature, on=out,
+        WIDTH=width, BLOCK=next_power_of_two(width), NEXT_IS_DEPENDENT=next_is_dependent, num_warps=row_warps(width),
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -194,53 +188,23 @@ def launch_backward(
         return ColumnSums(**{name: grad_out.new_zeros(width, dtype=torch.float32) for name in names})
     single, longer = BACKWARD_ROWS[max(512, next_power_of_two(width))]
     config = single if runs.group == 1 else longer
-    units = rows // runs.group * runs.units
+    units = runs.units_in(rows)
     programs, units_per_program = row_grid(units, config.programs)
     partials = grad_out.new_empty((programs, len(names), width), dtype=torch.float32) if names else None
     ffn = gate = grad_ffn = grad_gate = previous_hidden = None
     if previous is not None:
         ffn, gate, grad_ffn, grad_gate = previous.ffn, previous.gate, previous.grad_ffn, previous.grad_gate
         previous_hidden = previous.hidden
-    strided = (
-        grad_out, inputs.hidden, inputs.scale, grad_residual, ffn, gate, previous_hidden, grad_hidden, grad_shift,
-        grad_scale, grad_ffn, grad_gate,
-    )  # fmt: skip
     launch(
-        kernels.adaln_bwd_kernel,
-        (programs,),
-        grad_out,
-        inputs.hidden,
-        inputs.index,
-        inputs.scale,
-        inputs.weight,
-        inputs.bias,
-        inputs.mean,
-        inputs.rstd,
-        grad_residual,
-        ffn,
-        gate,
-        previous_hidden,
-        grad_hidden,
-        grad_shift,
-        grad_scale,
-        grad_ffn,
-        grad_gate,
-        partials,
-        runs.group,
-        runs.units,
-        runs.unit_rows,
-        units,
-        units_per_program,
-        *map(_row_stride, strided),
-        on=grad_out,
-        WIDTH=width,
-        BLOCK=next_power_of_two(width),
-        SINGLE=runs.group == 1,
-        SUM_MODULATION=sum_modulation,
-        SUMS=len(names),
-        STAGES=config.stages,
-        num_warps=config.warps,
-    )
+        kernels.adaln_bwd_kernel, (programs,),
+        grad_out, inputs.hidden, inputs.index, inputs.scale, inputs.weight, inputs.bias, inputs.mean, inputs.rstd,
+        grad_residual, ffn, gate, previous_hidden, grad_hidden, grad_shift, grad_scale, grad_ffn, grad_gate, partials,
+        *runs.sizes, units, units_per_program,
+        *row_strides(grad_out, inputs.hidden, inputs.scale, grad_residual, ffn, gate, previous_hidden),
+        *row_strides(grad_hidden, grad_shift, grad_scale, grad_ffn, grad_gate), on=grad_out,
+        WIDTH=width, BLOCK=next_power_of_two(width), SINGLE=runs.group == 1, SUM_MODULATION=sum_modulation,
+        SUMS=len(names), STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     sums = column_sums(partials).unbind() if partials is not None else ()
     return ColumnSums(**dict(zip(names, sums, strict=True)))
 
@@ -258,17 +222,9 @@ def adaln_forward(
     """``hidden [R, W]``, ``shift, scale [R / group, W]`` -> rows ``[R, W]`` in ``dtype``, mean and rstd ``[R]``."""
     out = hidden.new_empty(hidden.shape, dtype=dtype)
     mean, rstd = (hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(2))
-    launch_forward(
-        dense_rows(hidden),
-        dense_rows(shift),
-        dense_rows(scale),
-        weight.contiguous() if weight is not None else None,
-        bias.contiguous() if bias is not None else None,
-        out,
-        (mean, rstd),
-        runs=Runs.of(group),
-        eps=eps,
-    )
+    norm = [None if parameter is None else parameter.contiguous() for parameter in (weight, bias)]
+    inputs = (dense_rows(hidden), dense_rows(shift), dense_rows(scale), norm)
+    launch_forward(*inputs, out, (mean, rstd), runs=Runs.of(group), eps=eps)
     return out, mean, rstd
 
 
@@ -284,30 +240,16 @@ def adaln_backward(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, shift, scale (in their dtypes and shapes), weight and bias (``[W]``, float32)."""
-    rows, width = hidden.shape
     runs = Runs.of(group)
-    grad_hidden = hidden.new_empty((rows, width))
-    # Runs longer than a unit leave one float32 partial a unit, summed below in a fixed order.
-    grads = [
-        hidden.new_empty(
-            (rows // group * runs.units, width), dtype=torch.float32 if runs.units > 1 else modulation.dtype
-        )
-        for modulation in (shift, scale)
-    ]
-    inputs = NormInputs(
-        dense_rows(hidden),
-        dense_rows(scale),
-        weight.contiguous() if weight is not None else None,
-        bias.contiguous() if bias is not None else None,
-        mean,
-        rstd,
-    )
-    sums = launch_backward(dense_rows(grad_out), inputs, grad_hidden, *grads, runs=runs)
-    if runs.units > 1:
-        grads = [grad.view(rows // group, runs.units, width).sum(1) for grad in grads]
+    grad_hidden = hidden.new_empty(hidden.shape)
+    grad_shift, grad_scale = runs.unit_gradient(shift), runs.unit_gradient(scale)
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
+    inputs = NormInputs(dense_rows(hidden), dense_rows(scale), weight, bias, mean, rstd)
+    sums = launch_backward(dense_rows(grad_out), inputs, grad_hidden, grad_shift, grad_scale, runs=runs)
+    grad_shift, grad_scale = runs.sum_units(grad_shift, shift.dtype), runs.sum_units(grad_scale, scale.dtype)
     # Copies: outputs of an operation must not share memory.
     columns = [
-        hidden.new_zeros((width,), dtype=torch.float32) if total is None else total.clone()
+        hidden.new_zeros(hidden.shape[1], dtype=torch.float32) if total is None else total.clone()
         for total in (sums.weight, sums.bias)
     ]
-    return grad_hidden, grads[0].to(shift.dtype), grads[1].to(scale.dtype), columns[0], columns[1]
+    return grad_hidden, grad_shift, grad_scale, columns[0], columns[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ear_kernels.ops.generator import kernels_ffn as kernels
-from ear_kernels.ops.generator.launch_adaln import Runs
+from ear_kernels.ops.generator.launch_adaln import Runs, row_strides
 from ear_kernels.runtime.column_sums import column_sums
 from ear_kernels.runtime.gemm import linear
 from ear_kernels.runtime.launching import (
@@ -152,29 +152,13 @@ def launch_linear(
 
     tiles = ceil_div(rows, config.bm) * ceil_div(n, config.bn)
     launch(
-        kernels.linear_kernel,
-        (min(tiles, processor(a).count),),
+        kernels.linear_kernel, (min(tiles, processor(a).count),),
         TensorDescriptor.from_tensor(a, [config.bm, config.bk]),
         TensorDescriptor.from_tensor(weight, [config.bn, config.bk]),
-        bias,
-        in_tiles(saved),
-        in_tiles(residual),
-        in_tiles(gate),
-        in_tiles(out),
-        rows,
-        n,
-        a.shape[1],
-        on=a,
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        SPLIT=config.split,
-        FLATTEN=config.flatten,
-        DEPENDENT=dependent,
-        num_stages=config.stages,
-        num_warps=config.warps,
-        **dependent_launch(dependent),
-    )
+        bias, in_tiles(saved), in_tiles(residual), in_tiles(gate), in_tiles(out), rows, n, a.shape[1], on=a,
+        BM=config.bm, BN=config.bn, BK=config.bk, SPLIT=config.split, FLATTEN=config.flatten, DEPENDENT=dependent,
+        num_stages=config.stages, num_warps=config.warps, **dependent_launch(dependent),
+    )  # fmt: skip
 
 
 def silu(pre: Tensor, out: Tensor | None = None) -> Tensor:
@@ -182,17 +166,9 @@ def silu(pre: Tensor, out: Tensor | None = None) -> Tensor:
     out = torch.empty_like(pre) if out is None else out
     if pre.numel():
         launch(
-            kernels.silu_fwd_kernel,
-            (ceil_div(pre.numel(), SILU_BLOCK),),
-            pre,
-            out,
-            pre.numel(),
-            out.stride(0),
-            on=pre,
-            WIDTH=pre.shape[1],
-            BLOCK=SILU_BLOCK,
-            num_warps=8,
-        )
+            kernels.silu_fwd_kernel, (ceil_div(pre.numel(), SILU_BLOCK),),
+            pre, out, pre.numel(), out.stride(0), on=pre, WIDTH=pre.shape[1], BLOCK=SILU_BLOCK, num_warps=8,
+        )  # fmt: skip
     return out
 
 
@@ -207,24 +183,11 @@ def silu_backward(grad_out: Tensor, pre: Tensor, grad_pre: Tensor, active: Tenso
     programs, rows_per_program = row_grid(rows, POINTWISE_PROGRAMS)
     partials = pre.new_empty((programs, width), dtype=torch.float32)
     launch(
-        kernels.silu_bwd_kernel,
-        (programs,),
-        grad_out,
-        pre,
-        grad_pre,
-        active,
-        partials,
-        rows,
-        rows_per_program,
-        grad_out.stride(0),
-        pre.stride(0),
-        grad_pre.stride(0),
-        active.stride(0) if active is not None else None,
-        on=pre,
-        WIDTH=width,
-        BLOCK=next_power_of_two(width),
-        num_warps=row_warps(width),
-    )
+        kernels.silu_bwd_kernel, (programs,),
+        grad_out, pre, grad_pre, active, partials, rows, rows_per_program,
+        *row_strides(grad_out, pre, grad_pre, active), on=pre,
+        WIDTH=width, BLOCK=next_power_of_two(width), num_warps=row_warps(width),
+    )  # fmt: skip
     return column_sums(partials)
 
 
@@ -234,24 +197,10 @@ def gate_residual(hidden: Tensor, ffn: Tensor, gate: Tensor, runs: Runs) -> Tens
     out = hidden.new_empty((rows, width))
     if rows:
         launch(
-            kernels.gate_fwd_kernel,
-            (rows // runs.group * runs.units,),
-            hidden,
-            ffn,
-            gate,
-            out,
-            runs.group,
-            runs.units,
-            runs.unit_rows,
-            hidden.stride(0),
-            ffn.stride(0),
-            gate.stride(0),
-            out.stride(0),
-            on=hidden,
-            WIDTH=width,
-            BLOCK=next_power_of_two(width),
-            num_warps=row_warps(width),
-        )
+            kernels.gate_fwd_kernel, (runs.units_in(rows),),
+            hidden, ffn, gate, out, *runs.sizes, *row_strides(hidden, ffn, gate, out),
+            on=hidden, WIDTH=width, BLOCK=next_power_of_two(width), num_warps=row_warps(width),
+        )  # fmt: skip
     return out
 
 
@@ -265,33 +214,15 @@ def gate_backward(
     rows, width = grad_out.shape
     if rows == 0:
         return grad_out.new_zeros((width,), dtype=torch.float32)
-    units = rows // runs.group * runs.units
+    units = runs.units_in(rows)
     programs, units_per_program = row_grid(units, POINTWISE_PROGRAMS)
     partials = grad_out.new_empty((programs, width), dtype=torch.float32)
     launch(
-        kernels.gate_bwd_kernel,
-        (programs,),
-        grad_out,
-        ffn,
-        gate,
-        grad_ffn,
-        grad_gate,
-        partials,
-        runs.group,
-        runs.units,
-        runs.unit_rows,
-        units,
-        units_per_program,
-        grad_out.stride(0),
-        ffn.stride(0),
-        gate.stride(0),
-        grad_ffn.stride(0),
-        grad_gate.stride(0),
-        on=grad_out,
-        WIDTH=width,
-        BLOCK=next_power_of_two(width),
-        num_warps=row_warps(width),
-    )
+        kernels.gate_bwd_kernel, (programs,),
+        grad_out, ffn, gate, grad_ffn, grad_gate, partials, *runs.sizes, units, units_per_program,
+        *row_strides(grad_out, ffn, gate, grad_ffn, grad_gate),
+        on=grad_out, WIDTH=width, BLOCK=next_power_of_two(width), num_warps=row_warps(width),
+    )  # fmt: skip
     return column_sums(partials)
 
 
@@ -369,21 +300,15 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of modulated, gate, weight_in, bias_in (float32), weight_out, bias_out (float32)."""
     grad_out, gate, modulated = dense_rows(grad_out), dense_rows(gate), dense_rows(modulated)
-    rows, width = grad_out.shape
     runs = Runs.of(group)
-    grad_ffn = grad_out.new_empty((rows, width))
-    several = runs.units > 1
-    grad_gate = grad_out.new_empty(
-        (rows // group * runs.units, width), dtype=torch.float32 if several else gate.dtype
-    )
+    grad_ffn = grad_out.new_empty(grad_out.shape)
+    grad_gate = runs.unit_gradient(gate)
     grad_bias_out = gate_backward(grad_out, ffn, gate, grad_ffn, grad_gate, runs)
-    if several:
-        grad_gate = grad_gate.view(rows // group, runs.units, width).sum(1).to(gate.dtype)
     grad_pre, active = torch.mm(grad_ffn, weight_out), torch.empty_like(pre)
     grad_bias_in = silu_backward(grad_pre, pre, grad_pre, active)
     return (
         torch.mm(grad_pre, weight_in),
-        grad_gate,
+        runs.sum_units(grad_gate, gate.dtype),
         torch.mm(grad_pre.t(), modulated),
         grad_bias_in,
         torch.mm(grad_ffn.t(), active),

@@ -13,13 +13,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ear_kernels.ops.generator import launch_adaln as adaln
 from ear_kernels.ops.generator import launch_ffn as ffn_ops
-from ear_kernels.ops.generator.launch import output_weights
-from ear_kernels.ops.generator.launch_adaln import Runs
+from ear_kernels.ops.generator.launch import ResidualStream, output_weights
 from ear_kernels.ops.generator.reference import split_parameters
 from ear_kernels.runtime.gemm import linear
-from ear_kernels.runtime.launching import dense_rows, is_on_hopper
+from ear_kernels.runtime.launching import is_on_hopper
 
 COMBINE_ROWS = 8192
 """``W_l W_s`` (:mod:`launch`), a product of weights for a GEMM of all rows, pays from this many rows on."""
@@ -111,7 +109,7 @@ def forward(
     rows, width = conditioning.shape
     plan = plan_for(rows, conditioning)
     combined = output_weights(final, width) if rows >= COMBINE_ROWS else None
-    hidden, conditioning = dense_rows(hidden), conditioning.contiguous()
+    stream, conditioning = ResidualStream(hidden, index, 1, eps, plan.dependent), conditioning.contiguous()
     out = conditioning.new_empty((rows, len(final.weight_out)))
     if not rows:
         return out
@@ -122,43 +120,22 @@ def forward(
         (final.weight_mod[width:], final.bias_mod[width:]) if combined else (final.weight_mod, final.bias_mod)
     )
     modulations = _Modulations(plan.streams, activated, linears)
-    unadded: tuple[Tensor, Tensor] | None = None  # ffn and gate of a block whose residual the next norm adds
-
-    def normalise(
-        shift: Tensor | None, scale: Tensor, norm: tuple[Tensor | None, Tensor | None], factor: float, u: Tensor
-    ) -> None:
-        nonlocal hidden, index, unadded
-        residual = (*unadded, scale.new_empty((rows, width))) if unadded is not None else None
-        adaln.launch_forward(
-            hidden, shift, scale, *norm, u, None, runs=Runs(1, 1), eps=eps, temperature=factor, index=index,
-            residual=residual, next_is_dependent=plan.dependent,
-        )  # fmt: skip
-        if residual is not None:
-            hidden, index, unadded = residual[2], None, None
-
     with torch.cuda.stream(modulations.chain) if modulations.chain else nullcontext():
         for layer, block in enumerate(blocks):
             mod = modulations.of_layer(layer)
             # The norm's output overwrites the shift.
             u, scale, gate = mod.split(width, 1)
-            normalise(u, scale, (block.norm_weight, block.norm_bias), temperature, u)
+            stream.normalise(u, scale, (block.norm_weight, block.norm_bias), temperature, u, False)
             _, active = ffn_ops.silu_linear(u, block.weight_in, block.bias_in, False, plan.dependent)
-            fused = None
-            if index is None:
-                weights = (block.weight_out, block.bias_out)
-                fused = ffn_ops.gated_linear(active, *weights, hidden, gate, False, plan.dependent)
-            if fused is not None:
-                hidden = fused[0]
-            else:
-                unadded = (linear(active, block.weight_out, block.bias_out), gate)
+            stream.add(active, block, gate, False)
             del mod, u, scale, gate, active
         mod = modulations.of_layer(len(blocks))
         if wide is not None and combined is not None:
-            normalise(None, mod, (None, None), 1.0, wide[:, :width])
+            stream.normalise(None, mod, (), 1.0, wide[:, :width], False)
             linear(wide, *combined, out)
         else:
             shift, scale = mod.split(width, 1)
-            normalise(shift, scale, (None, None), 1.0, shift)
+            stream.normalise(shift, scale, (), 1.0, shift, False)
             linear(shift, final.weight_out, final.bias_out, out)
     modulations.join()
     return out

@@ -29,21 +29,12 @@ def cast_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
-    """``branch, residual [R, W]`` -> (``x [R, W]`` in the residual's dtype, ``LN(x)`` in ``dtype``)."""
+    """The inputs of :func:`launch.add_norm` -> (``x [R, W]`` in the residual's dtype, ``LN(x)`` in ``dtype``)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        branch: Tensor,
-        branch_bias: Tensor | None,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        dropout: Dropout,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        x, out, mean, rstd = launch.add_norm(branch, branch_bias, residual, weight, bias, dropout, eps, dtype)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        branch, branch_bias, _, weight, bias, dropout, *_ = inputs
+        x, out, mean, rstd = launch.add_norm(*inputs)
         # The seed is in ``dropout``; saved, autograd sees if it is changed.
         ctx.save_for_backward(x, weight, bias, mean, rstd, dropout.seed)
         ctx.dropout, ctx.dtype, ctx.bias_dtype = dropout, branch.dtype, dtype_of(branch_bias)
@@ -154,29 +145,40 @@ class QKVHeads(torch.autograd.Function):
         return grad_x, weight_gradient(packed, rows, weight_dtype), cast_to(bias_dtype, sums), None
 
 
+def attention(
+    ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, shape: tuple[int, int]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(the heads' results side by side, ``[B, L, W]``; what backward wants saved) of ``rows [B L, C]``."""
+    qkv, low_weight = cast_linear(rows, weight, bias)
+    qkv = qkv.view(*shape, weight.shape[0])
+    draws = launch_attention.draw(shape[0], heads, shape[1], rows.device) if dropout else None
+    out, lse = launch_attention.attention(qkv, heads, draws, dropout)
+    ctx.dtypes, ctx.heads, ctx.dropout = (weight.dtype, dtype_of(bias)), heads, dropout
+    return out, [low_weight, qkv, out, lse, draws]
+
+
+def attention_backward(ctx: Any, grad_out: Tensor, saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the packed query, key and value ``[B L, 3W]``, of the rows, and of the bias."""
+    low_weight, qkv, out, lse, draws = saved
+    grad, sums = launch_attention.attention_backward(grad_out, qkv, out, lse, ctx.heads, draws, ctx.dropout)
+    grad = grad.flatten(0, 1)
+    return grad, torch.mm(grad, low_weight), cast_to(ctx.dtypes[1], sums)
+
+
 class SelfAttention(torch.autograd.Function):
     """``x [B, L, C]`` -> the heads' results side by side, ``[B, L, W]``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float) -> Tensor:
-        batch, length, columns = x.shape
-        rows = x.reshape(-1, columns)
-        qkv, low_weight = cast_linear(rows, weight, bias)
-        qkv = qkv.view(batch, length, weight.shape[0])
-        draws = launch_attention.draw(batch, heads, length, x.device) if dropout else None
-        out, lse = launch_attention.attention(qkv, heads, draws, dropout)
-        ctx.save_for_backward(rows, low_weight, qkv, out, lse, draws)
-        ctx.dtypes, ctx.heads, ctx.dropout = (weight.dtype, dtype_of(bias)), heads, dropout
+        rows = x.reshape(-1, x.shape[2])
+        out, saved = attention(ctx, rows, weight, bias, heads, dropout, (x.shape[0], x.shape[1]))
+        ctx.save_for_backward(rows, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("self_attention")
-        rows, low_weight, qkv, out, lse, draws = ctx.saved_tensors
-        grad, sums = launch_attention.attention_backward(
-            grad_out.contiguous(), qkv, out, lse, ctx.heads, draws, ctx.dropout
-        )
-        grad = grad.flatten(0, 1)
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_x = torch.mm(grad, low_weight).view(*qkv.shape[:2], rows.shape[1])
-        return grad_x, weight_gradient(grad, rows, weight_dtype), cast_to(bias_dtype, sums), None, None
+        rows, *saved = ctx.saved_tensors
+        grad, grad_rows, grad_bias = attention_backward(ctx, grad_out.contiguous(), saved)
+        grad_x = grad_rows.view(*grad_out.shape[:2], rows.shape[1])
+        return grad_x, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, None, None

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.ops.transformer import launch, launch_attention
-from ear_kernels.ops.transformer.autograd import cast_linear, cast_to, dtype_of, mlp_backward
+from ear_kernels.ops.transformer import autograd, launch
 from ear_kernels.ops.transformer.launch import Dropout
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
 from ear_kernels.runtime.gemm import weight_gradient
@@ -26,7 +25,7 @@ def _norm(ctx: Any, inputs: NormInputs, dtype: torch.dtype) -> tuple[Tensor, Ten
     normed = residual.new_empty(residual.shape, dtype=dtype)
     x, out, _, rstd = launch.add_norm(branch, branch_bias, residual, weight, bias, dropout, eps, dtype, normed)
     ctx.norm_dropout = dropout
-    ctx.norm_dtypes = [dtype_of(tensor) for tensor in inputs[:5]]
+    ctx.norm_dtypes = [autograd.dtype_of(tensor) for tensor in inputs[:5]]
     ctx.is_overwritten = False
     ctx.set_materialize_grads(False)
     # The seed is in ``dropout``; saved, autograd sees if it is changed.
@@ -51,80 +50,44 @@ def _norm_backward(
         grad_out, grad_x, normed, weight, None, rstd, ctx.norm_dropout, branch_dtype, (bias, recomputed)
     )
     parameters = [sums[0].to(dtypes[0]), sums[1].to(dtypes[1])]
-    return [branch, cast_to(bias_dtype, sums[2]), residual, *parameters], recomputed
+    return [branch, autograd.cast_to(bias_dtype, sums[2]), residual, *parameters], recomputed
 
 
 class NormSelfAttention(torch.autograd.Function):
-    """``x = residual + dropout(branch + branch_bias)`` and self-attention of ``LN(x)``, both ``[R, W]``."""
+    """``x = residual + dropout(branch + branch_bias)``, ``[R, C]``, and attention of ``LN(x)``, ``[B, L, W]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        branch: Tensor,
-        branch_bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        norm_dropout: Dropout,
-        eps: float,
-        weight: Tensor,
-        bias: Tensor | None,
-        heads: int,
-        dropout: float,
-        batch: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (branch, branch_bias, residual, norm_weight, norm_bias, norm_dropout, eps)
-        x, rows, saved = _norm(ctx, inputs, dtype)
-        length = rows.shape[0] // batch if batch else 0
-        qkv, low_weight = cast_linear(rows, weight, bias)
-        qkv = qkv.view(batch, length, weight.shape[0])
-        draws = launch_attention.draw(batch, heads, length, x.device) if dropout else None
-        out, lse = launch_attention.attention(qkv, heads, draws, dropout)
-        ctx.save_for_backward(low_weight, qkv, out, lse, draws, *saved)
-        ctx.dtypes, ctx.heads, ctx.dropout = (weight.dtype, dtype_of(bias)), heads, dropout
-        return x, out.flatten(0, 1)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Inputs: those of the norm, then weight, bias, heads, dropout and (B, L) of the attention, and the dtype."""
+        norm, linear, dtype = inputs[:7], inputs[7:-1], inputs[-1]
+        x, rows, saved = _norm(ctx, norm, dtype)
+        out, attention_saved = autograd.attention(ctx, rows, *linear)
+        ctx.save_for_backward(*attention_saved, *saved)
+        return x, out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("norm_self_attention")
-        low_weight, qkv, out, lse, draws, *saved = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous().view(out.shape)
-        grad, sums = launch_attention.attention_backward(grad_out, qkv, out, lse, ctx.heads, draws, ctx.dropout)
-        grad = grad.flatten(0, 1)
-        norm, rows = _norm_backward(ctx, grad_x, torch.mm(grad, low_weight), saved, "norm_self_attention")
-        weight_dtype, bias_dtype = ctx.dtypes
-        weight = weight_gradient(grad, rows, weight_dtype)
-        return *norm, None, None, weight, cast_to(bias_dtype, sums), None, None, None, None
+        saved = ctx.saved_tensors
+        grad_out = torch.zeros_like(saved[2]) if grad_out is None else grad_out.contiguous()
+        grad, grad_rows, grad_bias = autograd.attention_backward(ctx, grad_out, saved[:5])
+        norm, rows = _norm_backward(ctx, grad_x, grad_rows, saved[5:], "norm_self_attention")
+        return *norm, None, None, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, None, None, None, None
 
 
 class NormGeluMLP(torch.autograd.Function):
     """``x = residual + dropout(branch + branch_bias)`` and the MLP of ``LN(x)``, both ``[R, W]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        branch: Tensor,
-        branch_bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        norm_dropout: Dropout,
-        eps: float,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        bias_out: Tensor | None,
-        dropout: Dropout,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (branch, branch_bias, residual, norm_weight, norm_bias, norm_dropout, eps)
-        x, rows, saved = _norm(ctx, inputs, dtype)
-        pre, first = cast_linear(rows, weight_in, bias_in)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Inputs: those of the norm, then those of :class:`GeluMLP` after its rows, and the dtype."""
+        weight_in, bias_in, weight_out, bias_out, ctx.dropout, dtype = inputs[7:]
+        ctx.dtypes = [autograd.dtype_of(tensor) for tensor in inputs[7:11]]
+        x, rows, saved = _norm(ctx, inputs[:7], dtype)
+        pre, first = autograd.cast_linear(rows, weight_in, bias_in)
         del rows
-        out, second = cast_linear(launch.gelu_dropout(pre, dropout), weight_out, bias_out)
-        ctx.save_for_backward(pre, first, second, dropout.seed, *saved)
-        ctx.dropout, ctx.dtypes = dropout, [dtype_of(each) for each in (weight_in, bias_in, weight_out, bias_out)]
+        out, second = autograd.cast_linear(launch.gelu_dropout(pre, ctx.dropout), weight_out, bias_out)
+        ctx.save_for_backward(pre, first, second, ctx.dropout.seed, *saved)
         return x, out
 
     @staticmethod
@@ -132,6 +95,6 @@ class NormGeluMLP(torch.autograd.Function):
         refuse_double_backward("norm_gelu_mlp")
         pre, first, second, _, *saved = ctx.saved_tensors
         grad = pre.new_zeros(pre.shape[0], second.shape[0]) if grad_out is None else grad_out.contiguous()
-        grad_pre, rest = mlp_backward(grad, pre, second, ctx.dropout, ctx.dtypes)
+        grad_pre, rest = autograd.mlp_backward(grad, pre, second, ctx.dropout, ctx.dtypes)
         norm, rows = _norm_backward(ctx, grad_x, torch.mm(grad_pre, first), saved, "norm_gelu_mlp")
         return *norm, None, None, weight_gradient(grad_pre, rows, ctx.dtypes[0]), *rest, None, None

@@ -48,20 +48,14 @@ def dropout_add_layer_norm(
         ValueError: shapes or devices that do not fit, a dropout outside [0, 1). TypeError: integer tensors.
     """
     _check_add_norm(branch, residual, weight, bias, branch_bias, dropout)
-    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        reason = _refusal(residual, branch, weight, bias, branch_bias)
-        if applies("dropout_add_layer_norm", residual, reason):
-            from ear_kernels.ops.transformer.autograd import Dropout, DropoutAddLayerNorm
+    if residual.shape[-1] > 1 and _kernels_take(
+        "dropout_add_layer_norm", residual, branch, weight, bias, branch_bias
+    ):
+        from ear_kernels.ops.transformer.autograd import Dropout, DropoutAddLayerNorm
 
-            x, out = DropoutAddLayerNorm.apply(
-                *_rows(branch, branch_bias, residual),
-                weight,
-                bias,
-                Dropout.of(dropout, seed, residual.device),
-                eps,
-                dtype or compute_dtype(branch),
-            )
-            return x.view(residual.shape), out.view(residual.shape)
+        options = Dropout.of(dropout, seed, residual.device), eps, dtype or compute_dtype(branch)
+        x, out = DropoutAddLayerNorm.apply(*_rows(branch, branch_bias, residual), weight, bias, *options)
+        return x.view(residual.shape), out.view(residual.shape)
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
 
@@ -92,7 +86,7 @@ def gelu_mlp(
     _check_mlp(x, weight_in, bias_in, weight_out, bias_out)
     _check_dropout(dropout)
     tensors = (weight_in, bias_in, weight_out, bias_out)
-    if not torch.compiler.is_compiling() and applies("gelu_mlp", x, _refusal(x, *tensors)):
+    if _kernels_take("gelu_mlp", x, *tensors):
         from ear_kernels.ops.transformer.autograd import Dropout, GeluMLP
 
         rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, *tensors))
@@ -117,7 +111,7 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
     _check_qkv(x, weight, bias, heads)
-    if not torch.compiler.is_compiling() and applies("qkv_heads", x, _refusal(x, weight, bias)):
+    if _kernels_take("qkv_heads", x, weight, bias):
         from ear_kernels.ops.transformer.autograd import QKVHeads
 
         return QKVHeads.apply(x.to(compute_dtype(x, weight, bias)), weight, bias, heads)
@@ -137,12 +131,9 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: integer tensors.
     """
-    for name, tensor in (("x", x), ("weight", weight)):
-        check_floating(name, tensor)
-        check_device(name, tensor, x, "x")
-    if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [W, {x.shape[-1]}]")
-    if not torch.compiler.is_compiling() and applies("project", x, _refusal(x, weight)):
+    check_floating("x", x)
+    _check_parameters(x, "x", {"weight": (weight, ("W", x.shape[-1]))})
+    if _kernels_take("project", x, weight):
         from ear_kernels.ops.transformer.autograd import Linear
 
         out = Linear.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x, weight)), weight)
@@ -166,13 +157,11 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     """
     _check_dropout(dropout)
     _check_qkv(x, weight, bias, heads)
-    if not torch.compiler.is_compiling():
-        dtype = compute_dtype(x, weight, bias)
-        fits = _attention_fits(x, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and applies("self_attention", x, _refusal(x, weight, bias)):
-            from ear_kernels.ops.transformer.autograd import SelfAttention
+    dtype = _attention_dtype(x, weight, bias, heads)
+    if dtype is not None and _kernels_take("self_attention", x, weight, bias):
+        from ear_kernels.ops.transformer.autograd import SelfAttention
 
-            return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout)
+        return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout)
     query, key, value = qkv_heads(x, weight, bias, heads)
     mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
@@ -212,19 +201,16 @@ def norm_self_attention(
     _check_add_norm(branch, residual, norm_weight, norm_bias, branch_bias, dropout)
     _check_dropout(attention_dropout)
     _check_qkv(residual, weight, bias, heads)
-    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        dtype = compute_dtype(branch, weight, bias)
-        reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, weight, bias)
-        fits = _attention_fits(residual, weight.shape[0] // (3 * heads), heads, dtype)
-        if fits and applies("self_attention", residual, reason):
-            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormSelfAttention
+    dtype = _attention_dtype(branch, weight, bias, heads)
+    tensors = (branch, norm_weight, norm_bias, branch_bias, weight, bias)
+    if dtype is not None and residual.shape[-1] > 1 and _kernels_take("self_attention", residual, *tensors):
+        from ear_kernels.ops.transformer.autograd_halves import Dropout, NormSelfAttention
 
-            options = Dropout.of(dropout, seed, residual.device), eps
-            x, out = NormSelfAttention.apply(
-                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, *options,
-                weight, bias, heads, attention_dropout, residual.shape[0], dtype,
-            )  # fmt: skip
-            return x.view(residual.shape), out.view(*residual.shape[:2], weight.shape[0] // 3)
+        norm = *_rows(branch, branch_bias, residual), norm_weight, norm_bias
+        options = Dropout.of(dropout, seed, residual.device), eps
+        attention = weight, bias, heads, attention_dropout, residual.shape[:2]
+        x, out = NormSelfAttention.apply(*norm, *options, *attention, dtype)
+        return x.view(residual.shape), out
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seed
     )
@@ -265,18 +251,15 @@ def norm_gelu_mlp(
     """
     _check_add_norm(branch, residual, norm_weight, norm_bias, branch_bias, dropout)
     _check_mlp(residual, weight_in, bias_in, weight_out, bias_out)
-    if not torch.compiler.is_compiling() and residual.shape[-1] > 1:
-        linears = (weight_in, bias_in, weight_out, bias_out)
-        reason = _refusal(residual, branch, norm_weight, norm_bias, branch_bias, *linears)
-        if applies("gelu_mlp", residual, reason):
-            from ear_kernels.ops.transformer.autograd_halves import Dropout, NormGeluMLP
+    linears = (weight_in, bias_in, weight_out, bias_out)
+    tensors = (branch, norm_weight, norm_bias, branch_bias, *linears)
+    if residual.shape[-1] > 1 and _kernels_take("gelu_mlp", residual, *tensors):
+        from ear_kernels.ops.transformer.autograd_halves import Dropout, NormGeluMLP
 
-            first, second = (Dropout.of(dropout, seed, residual.device) for seed in seeds)
-            x, out = NormGeluMLP.apply(
-                *_rows(branch, branch_bias, residual), norm_weight, norm_bias, first, eps,
-                *linears, second, compute_dtype(branch, *linears),
-            )  # fmt: skip
-            return x.view(residual.shape), out.view(*residual.shape[:-1], weight_out.shape[0])
+        first, second = (Dropout.of(dropout, seed, residual.device) for seed in seeds)
+        norm = *_rows(branch, branch_bias, residual), norm_weight, norm_bias
+        x, out = NormGeluMLP.apply(*norm, first, eps, *linears, second, compute_dtype(branch, *linears))
+        return x.view(residual.shape), out.view(*residual.shape[:-1], weight_out.shape[0])
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seeds[0]
     )
@@ -290,35 +273,54 @@ def _rows(branch: Tensor, branch_bias: Tensor | None, residual: Tensor) -> tuple
     return branch.reshape(-1, width), branch_bias, stream.reshape(-1, width)
 
 
-def _attention_fits(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> bool:
-    """Whether our kernels take this attention; PyTorch's own are no worse than ours where they don't."""
-    # Wider heads are two blocks, which spill kilobytes on AMD's wide waves.
+def _attention_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> torch.dtype | None:
+    """What our kernels compute this attention in; None where they don't, and PyTorch's own are no worse."""
+    if torch.compiler.is_compiling():
+        return None
+    dtype = compute_dtype(x, weight, bias)
+    # Heads wider than 64 are two blocks, which spill kilobytes on AMD's wide waves.
     widest = 64 if processor(x).is_amd else 80
-    return dtype in (torch.float16, torch.bfloat16) and dim <= widest and x.shape[0] * heads <= 65535
+    fits = weight.shape[0] // (3 * heads) <= widest and x.shape[0] * heads <= 65535
+    return dtype if fits and dtype in (torch.float16, torch.bfloat16) else None
 
 
-def _refusal(first: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why the kernels do not take these tensors, or None if they do."""
+def _kernels_take(operation: str, first: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors goes to the kernels."""
+    if torch.compiler.is_compiling():
+        return False
+    reason = kernel_refusal(first, *tensors, widest=8192)
     if first.numel() // 8 >= 2**30:
-        return f"{first.numel()} elements (the kernels count to 2^33)"
-    return kernel_refusal(first, *tensors, widest=8192)
+        reason = f"{first.numel()} elements (the kernels count to 2^33)"
+    return applies(operation, first, reason)
+
+
+def _check_parameters(
+    x: Tensor, x_name: str, expected: dict[str, tuple[Tensor | None, tuple[int | str, ...]]]
+) -> None:
+    """Type, device and shape of parameters that are not None; a letter in a shape is the first size that it meets."""
+    sizes: dict[str, int | str] = {}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        check_floating(name, tensor)
+        check_device(name, tensor, x, x_name)
+        found = tensor.shape if tensor.ndim == len(shape) else shape
+        pairs = zip(shape, found, strict=True)
+        wanted = [sizes.setdefault(part, size) if isinstance(part, str) else part for part, size in pairs]
+        if list(tensor.shape) != wanted:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{', '.join(map(str, wanted))}]")
 
 
 def _check_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> None:
     check_floating("x", x)
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, L, W]")
-    rows = weight.shape[0]
-    if weight.ndim != 2 or weight.shape[1] != x.shape[2] or heads < 1 or rows % (3 * heads):
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; for {heads} heads it must be [3 * {heads} * D, {x.shape[2]}]"
-        )
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{rows}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_floating(name, tensor)
-            check_device(name, tensor, x, "x")
+    wanted = (f"3 * {heads} * D", x.shape[2])
+    _check_parameters(x, "x", {"weight": (weight, wanted)})
+    if heads < 1 or weight.shape[0] % (3 * heads):
+        shape = tuple(weight.shape)
+        raise ValueError(f"weight has shape {shape}; for {heads} heads it must be [{wanted[0]}, {wanted[1]}]")
+    _check_parameters(x, "x", {"bias": (bias, weight.shape[:1])})
 
 
 def _check_dropout(dropout: float) -> None:
@@ -329,40 +331,25 @@ def _check_dropout(dropout: float) -> None:
 def _check_add_norm(
     branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None, dropout: float
 ) -> None:
-    for name, tensor in (("branch", branch), ("residual", residual)):
-        check_floating(name, tensor)
-        check_device(name, tensor, residual, "residual")
+    check_floating("branch", branch)
+    check_floating("residual", residual)
+    check_device("branch", branch, residual, "residual")
     _check_dropout(dropout)
     if branch.shape != residual.shape or residual.ndim < 1:
         raise ValueError(
             f"branch has shape {tuple(branch.shape)} and residual {tuple(residual.shape)}; "
             "they must be alike, [..., W]"
         )
-    for name, parameter in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
-        if parameter is None:
-            continue
-        check_device(name, parameter, residual, "residual")
-        if tuple(parameter.shape) != (residual.shape[-1],):
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; it must be [{residual.shape[-1]}]")
+    parameters = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
+    width = residual.shape[-1:]
+    _check_parameters(residual, "residual", {name: (tensor, width) for name, tensor in parameters.items()})
 
 
 def _check_mlp(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> None:
-    tensors = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
     check_floating("x", x)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_floating(name, tensor)
-            check_device(name, tensor, x, "x")
-    inner, outer = weight_in.shape[0], weight_out.shape[0]
-    expected = {
-        "weight_in": (inner, x.shape[-1]),
-        "bias_in": (inner,),
-        "weight_out": (outer, inner),
-        "bias_out": (outer,),
-    }
-    for name, shape in expected.items():
-        given = tensors[name]
-        if given is not None and tuple(given.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {list(shape)}")
+    _check_parameters(x, "x", {
+        "weight_in": (weight_in, ("V", x.shape[-1])), "bias_in": (bias_in, ("V",)),
+        "weight_out": (weight_out, ("U", "V")), "bias_out": (bias_out, ("U",)),
+    })  # fmt: skip

@@ -58,10 +58,24 @@ def _store_sums(place, sums, cols, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: 
 
 
 @triton.jit
-def _keys(base, index, length, EVEN: tl.constexpr):
+def _values(base, index, length, outside, EVEN: tl.constexpr):
+    """Of a vector, ``outside`` past its ``length``."""
     if EVEN:
         return tl.load(base + index)
-    return tl.load(base + index, mask=index < length, other=0)
+    return tl.load(base + index, mask=index < length, other=outside)
+
+
+@triton.jit
+def _head(qkv, length, heads, DIM: tl.constexpr):
+    """(W, 3 W; sequence's first row; head's first column, element of ``qkv`` and place in ``[B H, L]``; B H L)."""
+    head = tl.program_id(1)
+    width = heads * DIM
+    stride = 3 * width
+    start = tl.cast(head // heads, tl.int64) * length
+    offset = (head % heads) * DIM
+    base = qkv + start * stride + offset
+    vector = tl.cast(head, tl.int64) * length
+    return width, stride, start, offset, base, vector, tl.cast(tl.num_programs(1), tl.int64) * length
 
 
 @triton.jit
@@ -91,24 +105,17 @@ def attention_fwd_kernel(
     SPLIT: tl.constexpr = DIM > BLOCK_D
     REST: tl.constexpr = DIM - BLOCK_D
     FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
-    head = tl.program_id(1)
-    width = heads * DIM
-    stride = 3 * width
-    start = tl.cast(head // heads, tl.int64) * length
-    base = qkv + start * stride + (head % heads) * DIM
-    vector = tl.cast(head, tl.int64) * length
-    total = tl.cast(tl.num_programs(1), tl.int64) * length
+    width, stride, start, offset, base, vector, total = _head(qkv, length, heads, DIM)
     cols_d = tl.arange(0, BLOCK_D)
-    if SPLIT:
-        cols_E = tl.arange(0, BLOCK_E)
+    cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
     if SPLIT:
         q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
         acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
     if draws is not None:
-        r = _keys(draws + vector, rows, length, EVEN)
-        s = _keys(draws + total + vector, rows, length, EVEN)
+        r = _values(draws + vector, rows, length, 0, EVEN)
+        s = _values(draws + total + vector, rows, length, 0, EVEN)
     top = tl.full([BM], -float("inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
@@ -139,10 +146,10 @@ def attention_fwd_kernel(
         else:
             acc = tl.dot(v.T, p.to(v.dtype).T, acc * shrink[None, :])
     factor = keep_scale / norm
-    place = out + (start + rows[:, None]) * width + (head % heads) * DIM + cols_d[None, :]
+    place = out + (start + rows[:, None]) * width + offset + cols_d[None, :]
     result = acc * factor[:, None] if SPLIT else (acc * factor[None, :]).T
     if SPLIT:
-        place_E = out + (start + rows[:, None]) * width + (head % heads) * DIM + BLOCK_D + cols_E[None, :]
+        place_E = out + (start + rows[:, None]) * width + offset + BLOCK_D + cols_E[None, :]
         _store(place_E, acc_E * factor[:, None], rows, cols_E, length, REST, EVEN, FULL)
     _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
     if EVEN:
@@ -175,17 +182,9 @@ def attention_bwd_query_kernel(
     SPLIT: tl.constexpr = DIM > BLOCK_D
     REST: tl.constexpr = DIM - BLOCK_D
     FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
-    head = tl.program_id(1)
-    width = heads * DIM
-    stride = 3 * width
-    start = tl.cast(head // heads, tl.int64) * length
-    offset = (head % heads) * DIM
-    base = qkv + start * stride + offset
-    vector = tl.cast(head, tl.int64) * length
-    total = tl.cast(tl.num_programs(1), tl.int64) * length
+    width, stride, start, offset, base, vector, total = _head(qkv, length, heads, DIM)
     cols_d = tl.arange(0, BLOCK_D)
-    if SPLIT:
-        cols_E = tl.arange(0, BLOCK_E)
+    cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
     g = _rows(grad_out + start * width + offset, rows, cols_d, width, length, DIM, EVEN, FULL)
@@ -199,13 +198,12 @@ def attention_bwd_query_kernel(
         acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
     if EVEN:
         tl.store(delta + vector + rows, d)
-        log_sum = tl.load(lse + vector + rows)
     else:
         tl.store(delta + vector + rows, d, mask=rows < length)
-        log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
+    log_sum = _values(lse + vector, rows, length, float("inf"), EVEN)
     if draws is not None:
-        r = _keys(draws + vector, rows, length, EVEN)
-        s = _keys(draws + total + vector, rows, length, EVEN)
+        r = _values(draws + vector, rows, length, 0, EVEN)
+        s = _values(draws + total + vector, rows, length, 0, EVEN)
     acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
     for first in tl.range(0, length, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
@@ -233,7 +231,7 @@ def attention_bwd_query_kernel(
         else:
             acc = tl.dot(k.T, ds.T, acc)
     acc *= scale_log2 * 0.6931471805599453
-    block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    block = tl.cast(tl.program_id(1) // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
     total_D = tl.sum(acc, 0 if SPLIT else 1)
     place = grad_qkv + (start + rows[:, None]) * stride + offset + cols_d[None, :]
     result = acc if SPLIT else acc.T
@@ -270,18 +268,10 @@ def attention_bwd_key_kernel(
     SPLIT: tl.constexpr = DIM > BLOCK_D
     REST: tl.constexpr = DIM - BLOCK_D
     FULL: tl.constexpr = REST == 0 or REST == BLOCK_E
-    head = tl.program_id(1)
-    width = heads * DIM
-    stride = 3 * width
-    start = tl.cast(head // heads, tl.int64) * length
-    offset = (head % heads) * DIM
-    base = qkv + start * stride + offset
+    width, stride, start, offset, base, vector, total = _head(qkv, length, heads, DIM)
     grads = grad_out + start * width + offset
-    vector = tl.cast(head, tl.int64) * length
-    total = tl.cast(tl.num_programs(1), tl.int64) * length
     cols_d = tl.arange(0, BLOCK_D)
-    if SPLIT:
-        cols_E = tl.arange(0, BLOCK_E)
+    cols_E = tl.arange(0, BLOCK_E)
     keys = tl.program_id(0) * BN + tl.arange(0, BN)
     k = _rows(base + width, keys, cols_d, stride, length, DIM, EVEN, FULL)
     v = _rows(base + 2 * width, keys, cols_d, stride, length, DIM, EVEN, FULL)
@@ -301,16 +291,12 @@ def attention_bwd_key_kernel(
         if SPLIT:
             q_E = _rows(base + BLOCK_D, rows, cols_E, stride, length, REST, EVEN, FULL)
             g_E = _rows(grads + BLOCK_D, rows, cols_E, width, length, REST, EVEN, FULL)
-        if EVEN:
-            log_sum = tl.load(lse + vector + rows)
-            d = tl.load(delta + vector + rows)
-        else:
-            # Rows past the end: p = exp2(-inf) = 0.
-            log_sum = tl.load(lse + vector + rows, mask=rows < length, other=float("inf"))
-            d = tl.load(delta + vector + rows, mask=rows < length, other=0.0)
+        # Rows past the end: p = exp2(-inf) = 0.
+        log_sum = _values(lse + vector, rows, length, float("inf"), EVEN)
+        d = _values(delta + vector, rows, length, 0.0, EVEN)
         if draws is not None:
-            r = _keys(draws + vector, rows, length, EVEN)
-            s = _keys(draws + total + vector, rows, length, EVEN)
+            r = _values(draws + vector, rows, length, 0, EVEN)
+            s = _values(draws + total + vector, rows, length, 0, EVEN)
         if SPLIT:
             logits = tl.dot(k_E, q_E.T, tl.dot(k, q.T))
             p = tl.exp2(logits * scale_log2 - log_sum[None, :])
@@ -342,7 +328,7 @@ def attention_bwd_key_kernel(
         inside = keys < length
         grad_k = tl.where(inside[:, None] if SPLIT else inside[None, :], grad_k, 0.0)
         grad_v = tl.where(inside[:, None] if SPLIT else inside[None, :], grad_v, 0.0)
-    block = tl.cast(head // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    block = tl.cast(tl.program_id(1) // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
     sum_k = tl.sum(grad_k, 0 if SPLIT else 1)
     sum_v = tl.sum(grad_v, 0 if SPLIT else 1)
     sums = partials + block * (2 * width) + offset + cols_d

@@ -79,27 +79,10 @@ def add_norm(
     rstd = residual.new_empty(rows, dtype=torch.float32)
     if rows:
         launch(
-            kernels.dropout_add_layer_norm_fwd_kernel,
-            (rows,),
-            branch,
-            branch_bias,
-            residual,
-            weight,
-            bias,
-            dropout.seed,
-            x,
-            out,
-            mean,
-            rstd,
-            normed,
-            dropout.threshold,
-            dropout.scale,
-            eps,
-            on=x,
-            WIDTH=width,
-            BLOCK=max(8, next_power_of_two(width)),
-            num_warps=norm_forward_warps(width),
-        )
+            kernels.dropout_add_layer_norm_fwd_kernel, (rows,), branch, branch_bias, residual, weight, bias,
+            dropout.seed, x, out, mean, rstd, normed, dropout.threshold, dropout.scale, eps, on=x,
+            WIDTH=width, BLOCK=max(8, next_power_of_two(width)), num_warps=norm_forward_warps(width),
+        )  # fmt: skip
     return x, out, mean, rstd
 
 
@@ -129,31 +112,13 @@ def add_norm_backward(
     config = norm_backward_config(width)
     programs, rows_per_program = row_grid(rows, config.programs)
     partials = x.new_empty((programs, 3, width), dtype=torch.float32)
+    grad_x = None if grad_x is None else grad_x.contiguous()
     launch(
-        kernels.dropout_add_layer_norm_bwd_kernel,
-        (programs,),
-        grad_out.contiguous(),
-        grad_x.contiguous() if grad_x is not None else None,
-        x,
-        weight,
-        bias,
-        mean,
-        rstd,
-        dropout.seed,
-        grad_residual,
-        grad_branch,
-        recomputed,
-        partials,
-        rows,
-        rows_per_program,
-        dropout.threshold,
-        dropout.scale,
-        on=x,
-        WIDTH=width,
-        BLOCK=max(8, next_power_of_two(width)),
-        STAGES=config.stages,
-        num_warps=config.warps,
-    )
+        kernels.dropout_add_layer_norm_bwd_kernel, (programs,), grad_out.contiguous(), grad_x, x, weight, bias,
+        mean, rstd, dropout.seed, grad_residual, grad_branch, recomputed, partials, rows, rows_per_program,
+        dropout.threshold, dropout.scale, on=x,
+        WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
     return grad_branch, grad_residual, column_sums(partials)
 
 
@@ -165,20 +130,10 @@ def gelu_dropout(pre: Tensor, dropout: Dropout) -> Tensor:
         programs, rows_per_program = row_grid(rows, GELU_PROGRAMS)
         block = max(8, min(COLUMNS, next_power_of_two(width)))
         launch(
-            kernels.gelu_dropout_fwd_kernel,
-            (programs, ceil_div(width, block)),
-            pre,
-            dropout.seed,
-            out,
-            rows,
-            rows_per_program,
-            dropout.threshold,
-            dropout.scale,
-            on=pre,
-            WIDTH=width,
-            BLOCK=block,
-            num_warps=row_warps(block),
-        )
+            kernels.gelu_dropout_fwd_kernel, (programs, ceil_div(width, block)), pre, dropout.seed, out,
+            rows, rows_per_program, dropout.threshold, dropout.scale, on=pre,
+            WIDTH=width, BLOCK=block, num_warps=row_warps(block),
+        )  # fmt: skip
     return out
 
 
@@ -192,23 +147,10 @@ def gelu_dropout_backward(grad: Tensor, pre: Tensor, out: Tensor, dropout: Dropo
     programs, rows_per_program = row_grid(rows, max(1, PROGRAMS // tiles))
     partials = pre.new_empty((programs, width), dtype=torch.float32)
     launch(
-        kernels.gelu_dropout_bwd_kernel,
-        (programs, tiles),
-        grad,
-        pre,
-        dropout.seed,
-        grad,
-        out,
-        partials,
-        rows,
-        rows_per_program,
-        dropout.threshold,
-        dropout.scale,
-        on=pre,
-        WIDTH=width,
-        BLOCK=block,
-        num_warps=row_warps(block),
-    )
+        kernels.gelu_dropout_bwd_kernel, (programs, tiles), grad, pre, dropout.seed, grad, out, partials,
+        rows, rows_per_program, dropout.threshold, dropout.scale, on=pre,
+        WIDTH=width, BLOCK=block, num_warps=row_warps(block),
+    )  # fmt: skip
     return column_sums(partials)
 
 
@@ -225,19 +167,8 @@ def pack_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     programs, rows_per_program = row_grid(batch * length, PROGRAMS)
     partials = query.new_empty((programs, 3 * width), dtype=torch.float32)
     launch(
-        kernels.pack_heads_kernel,
-        (programs, 3),
-        *parts,
-        packed,
-        partials,
-        batch * length,
-        rows_per_program,
-        length,
-        *parts[0].stride()[:3],
-        on=packed,
-        WIDTH=width,
-        DIM=dim,
-        BLOCK=next_power_of_two(width),
-        num_warps=row_warps(width),
-    )
+        kernels.pack_heads_kernel, (programs, 3), *parts, packed, partials, batch * length, rows_per_program, length,
+        *parts[0].stride()[:3], on=packed,
+        WIDTH=width, DIM=dim, BLOCK=next_power_of_two(width), num_warps=row_warps(width),
+    )  # fmt: skip
     return packed, column_sums(partials)

@@ -70,19 +70,11 @@ def attention_backward(
     sums_query = lse.new_empty((batch * blocks_m, width))
     sums_rest = lse.new_empty((batch * blocks_n, 2 * width))
     launch(
-        kernels.attention_bwd_query_kernel,
-        (blocks_m, batch * heads),
-        *(qkv, out, grad_out, lse, draws, grad, delta, sums_query),
-        *scalars,
-        on=qkv,
-        **options,
-    )
+        kernels.attention_bwd_query_kernel, (blocks_m, batch * heads),
+        qkv, out, grad_out, lse, draws, grad, delta, sums_query, *scalars, on=qkv, **options,
+    )  # fmt: skip
     launch(
-        kernels.attention_bwd_key_kernel,
-        (blocks_n, batch * heads),
-        *(qkv, grad_out, lse, delta, draws, grad, sums_rest),
-        *scalars,
-        on=qkv,
-        **options,
-    )
+        kernels.attention_bwd_key_kernel, (blocks_n, batch * heads),
+        qkv, grad_out, lse, delta, draws, grad, sums_rest, *scalars, on=qkv, **options,
+    )  # fmt: skip
     return grad, torch.cat((column_sums(sums_query), column_sums(sums_rest)))
