@@ -12,7 +12,7 @@ independent. It is one multiply-add, where Philox costs more than the products o
 The second product of a chain takes the matrix that the kernel has computed either transposed as the right operand,
 which goes through shared memory, or (SPLIT) as the left operand from registers, for mma.sync with two warps. With
 four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is miscompiled by ptxas 12.8
-(docs/performance_generator.md).
+(docs/performance.md).
 
 BLOCK_D holds a head's features, or the first 64 of them where there are more (SPLIT): then the other DIM - 64 are in
 a block of 16 of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the
