@@ -115,23 +115,29 @@ class KnownSpill:
 
 ATTENTION = ("attention_fwd_kernel", "attention_bwd_query_kernel", "attention_bwd_key_kernel")
 ONE_WARP = "one warp a row needs no exchange and draws each target once; two would not spill and are not measured"
+NOT_HOPPER = "sm_90 does not spill, and the configuration is chosen there"
+DIVISION = "the frame of a 64-bit division, no spill"
 KNOWN_SPILLS = (
     KnownSpill(ATTENTION, {"DIM": "80"}, 64, "two warps are the fastest of 18 launches on an H200"),
-    KnownSpill(ATTENTION, {"BLOCK_D": "32"}, 8, "heads of 17 to 32 features, which no model here has"),
+    KnownSpill(ATTENTION, {"BLOCK_D": "32"}, 24, "heads of 17 to 32 features, which no model here has"),
     KnownSpill(
         ("adaln_bwd_kernel",), {"BLOCK": "2048"}, 112, "0.64 ms at W = 1280 on an H200; the best that does not: 0.75"
     ),
-    KnownSpill(("adaln_bwd_kernel",), {"BLOCK": "8192"}, 224, "a row and its sums fill the registers of 16 warps"),
+    KnownSpill(("adaln_bwd_kernel",), {"BLOCK": "8192"}, 240, "a row and its sums fill the registers of 16 warps"),
     KnownSpill(
         ("generator_kernel",), {"COMPUTE": "fp32"}, 32, "exact float32 products, which no mixed precision has"
     ),
     KnownSpill(("generator_kernel",), {"WEIGHT": ("bf16", "fp16")}, 24, "the fastest on an H200", triton="3.6"),
-    KnownSpill(("pairwise_product_kernel",), {}, 16, "sm_90 does not spill, and nobody has run sm_80", ("sm_80",)),
-    KnownSpill(("field_gradients_kernel",), {"BLOCK_N": "16"}, 16, "as the line before", ("sm_80",)),
+    KnownSpill(("generator_kernel",), {"WEIGHT": ("bf16", "fp16")}, 56, NOT_HOPPER, ("sm_100",)),
+    KnownSpill(("pairwise_product_kernel",), {}, 16, NOT_HOPPER, ("sm_80",)),
+    KnownSpill(("field_gradients_kernel",), {"BLOCK_N": "16"}, 16, NOT_HOPPER, ("sm_80", "sm_100")),
+    KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 8, NOT_HOPPER, ("sm_100",)),
+    KnownSpill(("energy_rows_kernel",), {"ROW_DIMS": ("2", "3")}, 8, DIVISION, ("sm_100",)),
+    KnownSpill(("field_combine_kernel",), {}, 8, DIVISION, ("sm_100",)),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "4", "BLOCK_D": "256"}, 160, ONE_WARP),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_R": "16"}, 64, ONE_WARP),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "32", "BLOCK_D": "64"}, 24, "many samples' sums"),
-    KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "4", "BLOCK_D": "256"}, 8, ONE_WARP),
+    KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "4", "BLOCK_D": "256"}, 16, ONE_WARP),
 )
 
 
