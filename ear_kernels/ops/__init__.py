@@ -1,4 +1,4 @@
-"""The operations, a folder each, in one direction: functional -> autograd -> launch -> kernels; reference is the oracle.
+"""The operations, a folder each, in one direction: functional, autograd, launch, kernels; reference is the oracle.
 
 An operation stands on ``ear_kernels.runtime`` alone and never on another's host code, so what shares launches is one
 operation: AdaLN, the SiLU network and the generator that is made of them; attention, norms and the halves of a
