@@ -184,7 +184,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """'auto' is bf16 autocast on a GPU and fp32 on a CPU."""
     compile: bool = False
-    """torch.compile of the backbone's blocks in place of our kernels (docs/performance_train_step.md)."""
+    """torch.compile of the backbone's blocks in place of our kernels (docs/performance.md)."""
     cuda_graphs: bool = True
     """Replay blocks, generator and loss as CUDA graphs; in bf16, with heads up to 80, without compile or fsdp."""
     loss_chunks: int = 1

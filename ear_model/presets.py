@@ -22,7 +22,7 @@ DIGITS = ModelConfig(
     generator_depth=3,
 )
 
-# Latents of 64-pixel images under the tokenizer that `ear train-tokenizer` makes by default (docs/recipes.md).
+# Latents of 64-pixel images under the tokenizer that `ear train-tokenizer` makes by default (docs/glyphs.md).
 GLYPHS = ModelConfig(
     image_size=8,
     channels=8,
@@ -88,7 +88,7 @@ RUNS: dict[str, RunConfig] = {
     ),
 }
 
-# Images of an epoch of those runs' data; the glyphs are those of docs/recipes.md.
+# Images of an epoch of those runs' data; the glyphs are those of docs/glyphs.md.
 EPOCH_IMAGES = {"digits": 1347, "glyphs64": 192_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
 
 

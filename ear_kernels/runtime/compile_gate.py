@@ -1,9 +1,9 @@
-"""Cross-compile every launch of the package, without a GPU: ``python -m ear_kernels.runtime.compile_gate``.
+"""Cross-compile what calls launch, without a GPU: the machinery of :mod:`ear_kernels.compile_gate`.
 
-The launches are those of :mod:`ear_kernels.runtime.example_calls`, recorded for each target as if on such a GPU,
-specialised by Triton itself, and compiled once each. Fails on a failed compiler pass, on a spill that
-``KNOWN_SPILLS`` does not state, on shared memory over the limit, and on a WGMMA that takes its A operand from
-registers (ptxas 12.8 may use them again too early). AMD's registers and spills are those of the code object's notes.
+The launches are recorded for each target as if on such a GPU, specialised by Triton itself, and compiled once each.
+Fails on a failed compiler pass, on a spill that ``KNOWN_SPILLS`` does not state, on shared memory over the limit, and
+on a WGMMA that takes its A operand from registers (ptxas 12.8 may use them again too early). AMD's registers and
+spills are those of the code object's notes.
 
 Needs a process in which triton was imported without TRITON_INTERPRET=1. By default sm_90 is compiled in full and the
 other targets in a fixed selection (:func:`covering`); ``--all`` compiles everything for all of them.
@@ -14,7 +14,6 @@ import importlib
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -357,13 +356,13 @@ def lines(records: list[Record], names: list[str], target: str, jobs: int) -> It
             )
 
 
-def run(targets: list[str], pattern: str = "", everything: bool = False, jobs: int = 2) -> int:
+def run(
+    calls: Callable[[], Calls], targets: list[str], pattern: str = "", everything: bool = False, jobs: int = 2
+) -> int:
     """Record and compile, print a line each, and return the number of failures."""
-    from ear_kernels.runtime.example_calls import example_calls
-
     failures = 0
     for target in targets:
-        records = recorded(target, example_calls())
+        records = recorded(target, calls())
         total = len(records)
         if not everything and target != FULL_TARGET:
             records = covering(records)
@@ -375,17 +374,14 @@ def run(targets: list[str], pattern: str = "", everything: bool = False, jobs: i
     return failures
 
 
-def main() -> int:
+def main(calls: Callable[[], Calls]) -> int:
+    """The command: compile what ``calls`` launch; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--only", default="", help="part of a line's name")
     parser.add_argument("--all", action="store_true", help="every specialisation for every target")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes at a time")
     arguments = parser.parse_args()
-    failures = run(arguments.target or list(TARGETS), arguments.only, arguments.all, arguments.jobs)
+    failures = run(calls, arguments.target or list(TARGETS), arguments.only, arguments.all, arguments.jobs)
     print(f"{failures} failures")
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -128,7 +128,7 @@ def leave_out_gemm_workspace() -> None:
     """Ask torch to give cuBLAS no workspace, unless the environment says otherwise; before CUDA is first used.
 
     With one, cuBLAS clears a counter in it before each of 240 products of a step of EAR-B: a launch each, which costs
-    a captured step 1.4 of 80.6 ms (docs/performance_train_step.md). What torch.compile makes of a model needs it.
+    a captured step 1.4 of 80.6 ms (docs/performance.md). What torch.compile makes of a model needs it.
     """
     if not {"CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"} & set(os.environ):
         os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["CUBLASLT_WORKSPACE_SIZE"] = ":0:0", "0"

@@ -1,4 +1,4 @@
-"""The energy loss once more, one pair at a time, from the formula of spec 1: slow, and nothing like the code."""
+"""The energy loss once more, a pair at a time, from the formula of docs/model.md: slow, and nothing like the code."""
 
 import torch
 from torch import Tensor

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from ear_kernels.compile_gate import example_calls
 from ear_kernels.ops.energy_loss import launch as launch_loss
 from ear_kernels.ops.energy_loss import launch_distance, launch_gaussian
 from ear_kernels.ops.generator import launch_adaln, launch_few_rows, launch_ffn, launch_inference
@@ -18,7 +19,6 @@ from ear_kernels.ops.transformer import launch as launch_block
 from ear_kernels.ops.transformer import launch_attention
 from ear_kernels.runtime import compile_gate
 from ear_kernels.runtime.compile_gate import TARGETS, Compiled, KnownSpill, Record
-from ear_kernels.runtime.example_calls import example_calls
 from ear_kernels.runtime.launching import recording
 
 
@@ -35,7 +35,7 @@ def run_compiling(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", TARGETS)
 def test_launches_compile(target):
-    result = run_compiling("-m", "ear_kernels.runtime.compile_gate", "--target", target)
+    result = run_compiling("-m", "ear_kernels.compile_gate", "--target", target)
     failed = [line for line in result.stdout.splitlines() if not line.startswith("ok")]
     assert result.returncode == 0, "\n".join(failed) + result.stderr[-3000:]
 
@@ -44,7 +44,7 @@ SPECIALISED = """
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from ear_kernels.runtime.compile_gate import TARGETS, gpu_target, recorded
-from ear_kernels.runtime.example_calls import example_calls
+from ear_kernels.compile_gate import example_calls
 from ear_kernels.runtime.launching import recording
 
 calls, kernels = list(example_calls()), {}

@@ -87,7 +87,7 @@ def energy_loss_rows(
     feature_weights_D: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Loss of every row, [R], in the dtype of the inputs: spec 1, the general form of paper Eq. 10.
+    """Loss of every row, [R], in the dtype of the inputs: the general form of paper Eq. 10 (docs/model.md).
 
     ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``
     """

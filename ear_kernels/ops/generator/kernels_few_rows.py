@@ -7,7 +7,7 @@ its first linear, and for blocks the second linear with gate and residual. A pha
 programs; between phases they meet at a barrier in global memory, for which all must be resident (a cooperative
 launch). In the interpreter, which runs programs one after another, every phase is a launch of its own.
 
-A phase of few rows is a chain of latencies, not of work (docs/performance_generator.md). So what a phase needs and no
+A phase of few rows is a chain of latencies, not of work (docs/performance.md). So what a phase needs and no
 phase before changes is asked for before the barrier: its parameters' addresses in registers, its weights in the L2.
 """
 

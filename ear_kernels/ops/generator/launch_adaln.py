@@ -20,7 +20,7 @@ from ear_kernels.runtime.launching import (
 )
 
 # Block of columns -> config. (One row a run, longer runs.) The fastest of 36 launches each on an H200
-# (docs/performance_generator.md); two stages prefetch the next row. 2,048 lanes spill 24 to 64 bytes: the best launch
+# (docs/performance.md); two stages prefetch the next row. 2,048 lanes spill 24 to 64 bytes: the best launch
 # that does not takes 0.75 ms instead of 0.64 at W = 1280.
 BACKWARD_ROWS: dict[int, tuple[RowConfig, RowConfig]] = {
     512: (RowConfig(2, 1, 528), RowConfig(2, 1, 528)),

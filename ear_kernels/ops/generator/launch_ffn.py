@@ -2,7 +2,7 @@
 the static table that chooses between the two.
 
 No autotuning and no device query at import. A Triton GEMM pays where its rate is above about 81 % of cuBLAS's; the
-measurements behind each entry are in docs/performance_generator.md. GEMMs of the backward are cuBLAS: with 32 output
+measurements behind each entry are in docs/performance.md. GEMMs of the backward are cuBLAS: with 32 output
 tiles for 132 SMs there is nothing to win for weight gradients. Imports Triton.
 """
 

@@ -59,9 +59,8 @@ class NormSelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Inputs: those of the norm, then weight, bias, heads, dropout and (B, L) of the attention, and the dtype."""
-        norm, linear, dtype = inputs[:7], inputs[7:-1], inputs[-1]
-        x, rows, saved = _norm(ctx, norm, dtype)
-        out, attention_saved = autograd.attention(ctx, rows, *linear)
+        x, rows, saved = _norm(ctx, inputs[:7], inputs[-1])
+        out, attention_saved = autograd.attention(ctx, rows, *inputs[7:-1])
         ctx.save_for_backward(*attention_saved, *saved)
         return x, out
 

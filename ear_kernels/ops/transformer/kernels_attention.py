@@ -12,7 +12,7 @@ independent. It is one multiply-add, where Philox costs more than the products o
 The second product of a chain takes the matrix that the kernel has computed either transposed as the right operand,
 which goes through shared memory, or (SPLIT) as the left operand from registers, for mma.sync with two warps. With
 four warps Triton uses WGMMA, and a WGMMA whose left operand comes from registers is miscompiled by ptxas 12.8
-(docs/performance_generator.md).
+(docs/performance.md).
 
 BLOCK_D holds a head's features, or the first 64 of them where there are more (SPLIT): then the other DIM - 64 are in
 a block of 16 of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the
@@ -59,7 +59,7 @@ def _store_sums(place, sums, cols, DIM: tl.constexpr, EVEN: tl.constexpr, FULL: 
 
 @triton.jit
 def _values(base, index, length, outside, EVEN: tl.constexpr):
-    """Of a vector, ``outside`` past its ``length``."""
+    """Elements of a vector, ``outside`` past its ``length``."""
     if EVEN:
         return tl.load(base + index)
     return tl.load(base + index, mask=index < length, other=outside)
@@ -67,7 +67,8 @@ def _values(base, index, length, outside, EVEN: tl.constexpr):
 
 @triton.jit
 def _head(qkv, length, heads, DIM: tl.constexpr):
-    """(W, 3 W; sequence's first row; head's first column, element of ``qkv`` and place in ``[B H, L]``; B H L)."""
+    """Where the program's head is: (W, 3 W, its sequence's first row, its own first column of W, its query's first
+    element, its first element in ``[B H, L]``, B H L)."""
     head = tl.program_id(1)
     width = heads * DIM
     stride = 3 * width

@@ -1,10 +1,13 @@
-"""Calls of every public operation, on "meta" tensors, for the compile gate to record what they launch.
+"""The compile gate, ``python -m ear_kernels.compile_gate``: calls of every public operation, on "meta" tensors.
+
+:mod:`ear_kernels.runtime.compile_gate` records what they launch and compiles it for every target, without a GPU.
 
 Nothing here names a kernel, a tile or an argument of a launch: a new call joins by being made. Sizes lie on both
 sides of every border that the configurations have, dtypes are those that each operation claims, and gradients are
 wanted of all that can have one, of the first input alone, and of nothing.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +20,7 @@ from ear_kernels.evaluation import energy_distance
 from ear_kernels.modules import FusedMLPGenerator
 from ear_kernels.noise_pool import pool_arrangement
 from ear_kernels.optimizer import FusedAdamW
+from ear_kernels.runtime.compile_gate import main
 from ear_kernels.runtime.copies import LowCopies
 from ear_kernels.targets import GaussianTarget
 
@@ -289,3 +293,7 @@ def example_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _generator_calls()
     yield from _transformer_calls()
     yield from _adamw_calls()
+
+
+if __name__ == "__main__":
+    sys.exit(main(example_calls))
