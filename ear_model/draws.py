@@ -1,6 +1,6 @@
 """Random numbers: seeds of generators, and what a model draws from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -41,6 +41,51 @@ class Draws:
 
     def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
         return draw(shape, device=device, generator=self.generator)
+
+
+class ImageDraws(Draws):
+    """Draws of which image i gets numbers that depend on the seed and on i alone.
+
+    Each image has a counter-based generator of its own (numpy's Philox), drawn from on the host: the same numbers
+    on every device, in batches of any size.
+
+    Args:
+        seed: not negative, of any size; every seed gives other numbers.
+        images: the indices of the images that are drawn for, the first dimension of every draw.
+
+    Raises:
+        ValueError: a negative seed or index. TypeError: one that is no integer.
+    """
+
+    def __init__(self, seed: int, images: Iterable[int]) -> None:
+        super().__init__()
+        check_seed(seed)
+        # A key of its own behind the seed's words: seeds longer than a word don't run into each other.
+        sequences = (np.random.SeedSequence(seed, spawn_key=(index,)) for index in images)
+        self._generators = [np.random.Generator(np.random.Philox(sequence)) for sequence in sequences]
+
+    def fraction(self) -> float:
+        raise NotImplementedError("a number for a whole batch is no image's own")
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        images, *sizes = shape
+        if images != len(self._generators):
+            raise ValueError(f"{images} images are to be drawn for; these draws are of {len(self._generators)}")
+        numbers = np.empty(shape, np.float32)
+        for own, generator in zip(numbers, self._generators, strict=True):
+            if draw is torch.rand:
+                generator.random(sizes, np.float32, out=own)
+            else:
+                generator.standard_normal(sizes, np.float32, out=own)
+        return torch.from_numpy(numbers).to(device)
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` is an integer that is not negative."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; it must be an integer")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative")
 
 
 TORCH_DRAWS = Draws()

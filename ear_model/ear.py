@@ -1,6 +1,6 @@
 """The assembled model: tokenizer, backbone and score. Shapes: B images, L tokens, M masked tokens an image."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ear_model.config import ModelConfig, SamplingConfig
-from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
 from ear_model.model.weights import load_into, load_weights
 from ear_model.presets import model_config
 from ear_model.run_dir import AVERAGES_FILE, WEIGHTS_FILE, latest_checkpoint
-from ear_model.sampling.decoding import decode_tokens
+from ear_model.sampling.decoding import Progress
+from ear_model.sampling.engine import Engines, Precision
 from ear_model.scores import EnergyScore
 from ear_model.tokenizers.patches import PixelPatches
 
@@ -48,6 +49,7 @@ class EAR(nn.Module):
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
         self.backbone = Backbone(config)
         self.score = EnergyScore(config)
+        self._engines = Engines()
 
     @classmethod
     def from_preset(cls, name: str) -> "EAR":
@@ -127,9 +129,14 @@ class EAR(nn.Module):
         temperature: float = 1.0,
         guidance_schedule: Literal["linear", "constant"] = "linear",
         generator: torch.Generator | None = None,
-        progress: Callable[[Iterable], Iterable] | None = None,
+        draws: Draws | None = None,
+        precision: Precision = "auto",
+        progress: Progress | None = None,
     ) -> Tensor:
         """Images or latents ``[B, channels, size, size]`` in float32; the same seed gives the same images.
+
+        On a GPU the steps are replayed as CUDA graphs, which the first call of a batch size captures; images agree
+        with those of the plain loop (:func:`ear_model.sampling.decoding.decode_tokens`) within rounding.
 
         Args:
             labels: int64 ``[B]``.
@@ -137,18 +144,29 @@ class EAR(nn.Module):
             guidance: guidance scale g; 1 is none.
             temperature: factor on the shift of the generator's residual blocks.
             guidance_schedule: "linear" (g grows as tokens become known) or "constant".
-            generator: a torch.Generator of the labels' device.
-            progress: wraps the steps, such as ``tqdm``.
+            generator: a torch.Generator of the labels' device, which all images are drawn from in turn.
+            draws: in its place where orders and noise come from, such as :class:`ear_model.draws.ImageDraws`. With
+                neither of the two every image has draws of its own, of a seed that torch's CPU generator gives.
+            precision: what is computed in: "fp32", "bf16", or "auto", which is autocast's dtype where that is on,
+                and otherwise bfloat16 on a GPU and the parameters' dtype on a CPU.
+            progress: wraps the steps (:class:`ear_model.sampling.decoding.Step`), such as ``tqdm``.
 
         Raises:
-            ValueError: options or labels out of range. TypeError: labels that are no int64 tensor.
+            ValueError: options or labels out of range. TypeError: labels that are no int64 tensor. RunError: a model
+            that samples values that are not finite.
         """
         sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature)
         self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
+        if generator is not None and draws is not None:
+            raise ValueError("generator and draws were both given; give one of them")
+        if generator is not None:
+            draws = Draws(generator)
+        elif draws is None:
+            draws = ImageDraws(int(torch.randint(2**63 - 1, ())), range(len(labels)))
         was_training = self.training
         self.eval()
         try:
-            tokens_BLD = decode_tokens(self, labels, sampling, Draws(generator), progress)
+            tokens_BLD = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
         finally:
             self.train(was_training)
         return self.tokenizer.decode(tokens_BLD)

@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         written = sampler.write(labels, command.images_out, class_names(config))
         print(f"{command.num} images, {written} of them new: {command.images_out}")
         return 0
-    images = decoder(sample_images(model, labels, setting, seed=command.seed))
+    images = decoder(sample_images(model, labels, seed=command.seed, **dataclasses.asdict(setting)))
     plots.save_grid(images, out, columns=min(command.num, max(8, math.isqrt(command.num))))
     print(f"{command.num} images of classes {list(command.classes) or 'all'}: {out}")
     return 0

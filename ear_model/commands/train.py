@@ -153,7 +153,7 @@ def _write_pictures(
     rows = 10 if decoder.image_size > 64 else 64  # of more classes, evenly spaced ones are shown
     shown = range(0, num_classes, -(-num_classes // rows))
     labels = class_labels(shown, 10 * len(shown), num_classes)
-    images = sample_images(model, labels, config.sampling, seed=config.train.seed)
+    images = sample_images(model, labels, seed=config.train.seed, **dataclasses.asdict(config.sampling))
     plots.save_grid(decoder(images), out / "samples.png", columns=10)
     written = f"samples: {out / 'samples.png'}   {written}"
     if scoring is not None:

@@ -77,7 +77,7 @@ def evaluate_digits(
     train, held_out = load_digits()
     labels = torch.arange(num) % model.config.num_classes
     return [
-        evaluate_samples(sample_images(model, labels, setting, seed=seed), labels, train, held_out, setting)
+        evaluate_samples(sample_images(model, labels, seed=seed, **asdict(setting)), labels, train, held_out, setting)
         for setting in settings
     ]
 

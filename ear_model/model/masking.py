@@ -13,7 +13,7 @@ MASK_RATIO_STD = 0.25
 
 def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
     """A uniformly random permutation of the tokens per image, int64 ``[batch, num_tokens]``."""
-    return draws.rand(batch, num_tokens, device=device).argsort(dim=-1)
+    return draws.rand(batch, num_tokens, device=device).argsort(dim=-1, stable=True)
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:
@@ -71,7 +71,10 @@ def unmasking_schedule(num_tokens: int, steps: int) -> list[tuple[int, int]]:
 
 
 def guidance_scale(guidance: float, schedule: str, num_tokens: int, keep: int) -> float:
-    """Guidance of the step after which ``keep`` tokens stay masked: constant, or 1 + (g - 1)(L - keep)/L."""
+    """Guidance of the step after which ``keep`` tokens stay masked: constant, or 1 + (g - 1)(L - max(keep, 1))/L.
+
+    The public code's count never falls below 1.
+    """
     if schedule == "constant":
         return guidance
-    return 1 + (guidance - 1) * (num_tokens - keep) / num_tokens
+    return 1 + (guidance - 1) * (num_tokens - max(keep, 1)) / num_tokens

@@ -5,13 +5,14 @@ step has a shape known before it starts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ear_model.config import ModelConfig, SamplingConfig
-from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.draws import Draws
 from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
 
 
@@ -21,18 +22,46 @@ class SamplingModel(Protocol):
     config: ModelConfig
     backbone: Any
     score: Any
+    tokenizer: Any
 
     def sample(self, *arguments: Any, **options: Any) -> Tensor: ...
 
     def parameters(self, *arguments: Any) -> Iterator[Tensor]: ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of decoding, which what wraps the steps (``progress=``) gets one by one.
+
+    Args:
+        number: 0 for the first.
+        left, keep: masked tokens before and after it.
+        images: the images ``[B, channels, size, size]`` as far as they are known when it is called; tokens that
+            are not known yet are 0. It waits for the device.
+    """
+
+    number: int
+    left: int
+    keep: int
+    images: Callable[[], Tensor]
+
+
+Progress = Callable[[Iterable[Step]], Iterable[Step]]
+
+
+def steps_of(num_tokens: int, steps: int, images: Callable[[], Tensor], progress: Progress | None) -> Iterable[Step]:
+    """The steps of :func:`unmasking_schedule` that predict something, in order, wrapped in ``progress``."""
+    schedule = enumerate(unmasking_schedule(num_tokens, steps))
+    found = [Step(number, left, keep, images) for number, (left, keep) in schedule if left > keep]
+    return found if progress is None else progress(found)
+
+
 def decode_tokens(
     model: SamplingModel,
     labels_B: Tensor,
     sampling: SamplingConfig,
-    draws: Draws = TORCH_DRAWS,
-    progress: Callable[[Iterable], Iterable] | None = None,
+    draws: Draws,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
     batch, num_tokens = labels_B.shape[0], model.config.num_tokens
@@ -45,10 +74,11 @@ def decode_tokens(
     if guided:
         classes = torch.cat([classes, model.backbone.null_class(batch)])
 
-    schedule: Iterable[tuple[int, int]] = unmasking_schedule(num_tokens, sampling.steps)
-    for left, keep in progress(schedule) if progress is not None else schedule:
-        if left == keep:
-            continue
+    def images() -> Tensor:
+        return model.tokenizer.decode(tokens_BLD)
+
+    for step in steps_of(num_tokens, sampling.steps, images, progress):
+        left, keep = step.left, step.keep
         masked_BL = ranks_BL < left
         predicted_Bk = orders_BL[:, keep:left]
         if guided:
@@ -58,9 +88,10 @@ def decode_tokens(
             hidden = model.backbone(tokens_BLD, masked_BL, classes)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
         scale = guidance_scale(sampling.guidance, sampling.guidance_schedule, num_tokens, keep)
-        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, sampling.temperature, draws)
+        noise_RE = model.score.draw_noise(batch, left - keep, like=hidden, draws=draws).flatten(0, 1)
+        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, sampling.temperature, noise_RE)
         index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1])
-        tokens_BLD = tokens_BLD.scatter(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
+        tokens_BLD.scatter_(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
     return tokens_BLD
 
 

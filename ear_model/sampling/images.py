@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ear_model.config import SamplingConfig
-from ear_model.draws import seeded_generator
+from ear_model.draws import ImageDraws, check_seed
 from ear_model.files import begin_directory, save_picture
 from ear_model.plots import to_bytes
 from ear_model.progress import Progress
@@ -34,19 +35,51 @@ def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
 
 
 def sample_images(
-    model: SamplingModel, labels: Tensor, setting: SamplingConfig, *, seed: int = 0, batch_size: int = 256
+    model: SamplingModel,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    indices: Sequence[int] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """What the model makes, ``[N, channels, size, size]`` on the CPU, all of one random generator."""
+    """What the model makes, ``[N, channels, size, size]`` on the CPU: an image of every label.
+
+    Image i is a function of the model, its label, the options, the seed and i alone: the batch size, other images,
+    the device and the number of processes change it by rounding only.
+
+    Args:
+        model: the model.
+        labels: int64 ``[N]``.
+        seed: not negative, of any size.
+        batch_size: images at a time.
+        indices: of the images; 0 .. N - 1 if None.
+        **options: of :meth:`ear_model.ear.EAR.sample`: steps, guidance, guidance_schedule, temperature, precision.
+
+    Raises:
+        ValueError: a seed, batch size, label or option that makes no sense.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_seed(seed)
     device = next(model.parameters()).device
-    options = {"generator": torch.Generator(device).manual_seed(seed), **asdict(setting)}
-    return torch.cat([model.sample(part.to(device), **options).cpu() for part in labels.split(batch_size)])
+    numbers = range(len(labels)) if indices is None else indices
+    if len(numbers) != len(labels):
+        raise ValueError(f"{len(numbers)} indices were given for {len(labels)} labels")
+    shape = (0, model.config.channels, model.config.image_size, model.config.image_size)
+    parts = [torch.empty(shape)]
+    for first in range(0, len(labels), batch_size):
+        draws = ImageDraws(seed, numbers[first : first + batch_size])
+        part = labels[first : first + batch_size].to(device)
+        parts.append(model.sample(part, draws=draws, **options).cpu())
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Many 8-bit images of a model, batch after batch.
 
-    A batch depends on the seed, its place and ``batch_size`` alone, so one that is there already need not be drawn.
+    Image i is that of :func:`sample_images`, so one that is there already need not be drawn.
     """
 
     model: SamplingModel
@@ -56,7 +89,7 @@ class Sampler:
     seed: int = 0
     """The same seed gives the same images."""
     batch_size: int = 64
-    """Images at a time; other sizes give other images."""
+    """Images at a time."""
 
     def batches(
         self, labels: Tensor, *, skip: Callable[[int, int], bool] = lambda first, last: False, quiet: bool = False
@@ -70,13 +103,13 @@ class Sampler:
         """
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        device, options = next(self.model.parameters()).device, asdict(self.setting)
+        options = {"seed": self.seed, "batch_size": self.batch_size, **asdict(self.setting)}
         with Progress(len(labels), 0, "image", quiet=quiet, stays=False) as shown:
             for first in range(0, len(labels), self.batch_size):
                 part = labels[first : first + self.batch_size]
                 if not skip(first, first + len(part)):
-                    generator = seeded_generator(self.seed, first, device=device)
-                    output = self.model.sample(part.to(device), generator=generator, **options)
+                    indices = range(first, first + len(part))
+                    output = sample_images(self.model, part, indices=indices, **options)
                     yield first, to_bytes(self.decoder(output))
                 shown.update(len(part))
 

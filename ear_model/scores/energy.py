@@ -57,10 +57,9 @@ class EnergyScore(nn.Module):
         null_hidden_RC: Tensor | None,
         guidance: float,
         temperature: float,
-        draws: Draws = TORCH_DRAWS,
+        noise_RE: Tensor,
     ) -> Tensor:
-        """Tokens ``[R, D]`` in float32 from guided hidden states ``g h_class + (1 - g) h_null``."""
+        """Tokens ``[R, D]`` in float32 from guided hidden states ``g h_class + (1 - g) h_null`` and noise."""
         if null_hidden_RC is not None:
             hidden_RC = guidance * hidden_RC + (1 - guidance) * null_hidden_RC
-        noise_RE = self.draw_noise(hidden_RC.shape[0], like=hidden_RC, draws=draws)
         return self.generator(hidden_RC, noise_RE, temperature).float()

@@ -9,9 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_kernels import energy_loss
 from ear_model import EAR
-from ear_model.draws import Draws
+from ear_model.config import SamplingConfig
+from ear_model.draws import ImageDraws
 from ear_model.model import masking
 from ear_model.model.weights import our_key, public_key
+from ear_model.sampling.decoding import decode_tokens
 from ear_model.tokenizers.patches import PixelPatches
 from ear_model.training.loss import TrainingLoss
 from tests.model.conftest import TINY, randomise
@@ -229,7 +231,7 @@ def test_sampling_predicts_every_token_once(tiny_model, monkeypatch, steps, guid
     """The stand-in generator numbers its rows; every token must hold a number of its own."""
     count = [0]
 
-    def numbered(hidden, null_hidden, scale, temperature, draws):
+    def numbered(hidden, null_hidden, scale, temperature, noise):
         assert (null_hidden is None) == (guidance == 1.0)
         first = count[0]
         count[0] += hidden.shape[0]
@@ -273,9 +275,9 @@ def test_guidance_1_is_no_guidance(tiny_model, monkeypatch):
 
 def test_guidance_mixes_hidden_states(tiny_model):
     hidden, null_hidden = torch.randn(6, 16), torch.randn(6, 16)
-    seed = torch.Generator().manual_seed(1)
-    guided = tiny_model.eval().score.sample(hidden, null_hidden, 2.5, 1.0, Draws(seed))
-    mixed = tiny_model.score.sample(2.5 * hidden - 1.5 * null_hidden, None, 1.0, 1.0, Draws(seed.manual_seed(1)))
+    noise = tiny_model.score.draw_noise(6, like=hidden)
+    guided = tiny_model.eval().score.sample(hidden, null_hidden, 2.5, 1.0, noise)
+    mixed = tiny_model.score.sample(2.5 * hidden - 1.5 * null_hidden, None, 1.0, 1.0, noise)
     torch.testing.assert_close(guided, mixed)
 
 
@@ -315,7 +317,8 @@ def test_no_host_reads_in_step_and_loop(tiny_model, monkeypatch):
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
     with _RefuseHostReads():
         tiny_model.train()(images, labels).backward()
-        tiny_model.sample(labels, steps=6, guidance=2.0)
+        with torch.no_grad():
+            decode_tokens(tiny_model.eval(), labels, SamplingConfig(6, 2.0), ImageDraws(1, range(4)))
 
 
 def test_no_images_and_one_image(tiny_model):

@@ -1,0 +1,194 @@
+"""Decoding by CUDA graphs: a launch for each step, where Python would make some two hundred.
+
+A graph holds the step of :mod:`ear_model.sampling.incremental` for a number of predicted tokens; a schedule of 64
+steps over 256 tokens has seven. Weights are read where they lie and cast anew at every call, so training, averaging
+and loading into a model are seen; parameters that have moved make the graphs anew.
+"""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
+from ear_model.config import SamplingConfig
+from ear_model.draws import Draws
+from ear_model.errors import RunError
+from ear_model.sampling.decoding import Progress, SamplingModel, decode_tokens, steps_of
+from ear_model.sampling.incremental import IncrementalDecoding
+
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS = ("auto", "fp32", "bf16")
+
+KEPT = 3
+"""Engines that a model keeps: one holds a gigabyte of buffers at 64 images of EAR-B."""
+
+
+def compute_dtype(precision: str, parameter: Tensor) -> torch.dtype:
+    """What sampling computes in: "auto" is autocast's dtype where it is on, bfloat16 on a GPU, else the parameters'.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be {' or '.join(map(repr, PRECISIONS))}")
+    device = parameter.device.type
+    if precision == "auto" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if precision == "bf16" or (precision == "auto" and device == "cuda"):
+        return torch.bfloat16
+    return parameter.dtype
+
+
+class Engine:
+    """The graphs of one batch size, with or without guidance, in one dtype.
+
+    Args:
+        model: on a GPU, in eval mode.
+        batch: B.
+        guided: whether there is guidance.
+        dtype: that is computed in.
+    """
+
+    def __init__(self, model: SamplingModel, batch: int, *, guided: bool, dtype: torch.dtype) -> None:
+        self.decoding = IncrementalDecoding(model, batch, guided=guided, dtype=dtype)
+        self.addresses = addresses(model)
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self.decoding.left.device)
+
+    def __call__(
+        self, labels_B: Tensor, sampling: SamplingConfig, draws: Draws, progress: Progress | None = None
+    ) -> Tensor:
+        """Tokens ``[B, L, D]`` in float32, as :func:`decode_tokens` gives them within rounding."""
+        decoding = self.decoding
+        model, config = decoding.model, decoding.config
+
+        def images() -> Tensor:
+            return model.tokenizer.decode(decoding.tokens_BLD)
+
+        steps = steps_of(config.num_tokens, sampling.steps, images, None)
+        counts = [step.left - step.keep for step in steps]
+        decoding.fill(labels_B, sampling, draws, counts)
+        device = decoding.left.device.type
+        autocast = torch.autocast(device, decoding.dtype, enabled=decoding.dtype.itemsize == 2, cache_enabled=False)
+        with decoding.scope(), autocast:
+            decoding.prepare(sampling.temperature)
+            works: dict[Any, Callable[[], None]] = {"begin": decoding.begin}
+            for count in sorted(set(counts), reverse=True):
+                works[count, decoding.temperature] = functools.partial(decoding.step, count)
+            self._capture({key: work for key, work in works.items() if key not in self._graphs})
+            self._graphs["begin"].replay()
+            for step in steps_of(config.num_tokens, sampling.steps, images, progress):
+                self._graphs[step.left - step.keep, decoding.temperature].replay()
+        return decoding.tokens_BLD.clone()
+
+    def _capture(self, works: dict[Any, Callable[[], None]]) -> None:
+        """A graph for each of these, after a run without one: kernels are compiled and loaded, which a capture
+        does not allow."""
+        if not works:
+            return
+        stream, current = self._stream, torch.cuda.current_stream(self._stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for work in works.values():
+                # With all tokens masked any step can be made.
+                self.decoding.begin()
+                work()
+        current.wait_stream(stream)
+        for key, work in works.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+            self._graphs[key] = graph
+
+
+def addresses(model: SamplingModel) -> tuple[int, ...]:
+    """Where the parameters lie."""
+    return tuple(parameter.data_ptr() for parameter in model.parameters())
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether reading a module's weights is what calling it does: no hooks, no parametrisation, no wrapper."""
+    for child in module.modules():
+        hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
+        if hooks or "forward" in child.__dict__ or hasattr(child, "parametrizations"):
+            return False
+        if isinstance(child, nn.Linear | nn.LayerNorm) and type(child) not in (nn.Linear, nn.LayerNorm):
+            return False
+    return True
+
+
+class Engines:
+    """The engines of a model, made when they are needed; the last few are kept.
+
+    A copy or a pickle of it has none.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple, Engine] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engines, ()
+
+    def decode(
+        self,
+        model: SamplingModel,
+        labels_B: Tensor,
+        sampling: SamplingConfig,
+        draws: Draws,
+        *,
+        precision: str = "auto",
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Tokens ``[B, L, D]`` in float32: by graphs on a GPU, else by the plain loop.
+
+        Args:
+            model: in eval mode, always the same one.
+            labels_B: int64, on the model's device.
+            sampling: how.
+            draws: where orders and noise come from.
+            precision: "auto", "fp32" or "bf16"; see :func:`compute_dtype`.
+            progress: wraps the steps.
+
+        Raises:
+            ValueError: an unknown precision. RunError: tokens that are not finite.
+        """
+        parameter = next(model.parameters())
+        dtype = compute_dtype(precision, parameter)
+        if self._takes(model, labels_B):
+            with self._lock:
+                tokens = self._engine(model, len(labels_B), sampling.guidance != 1, dtype)(
+                    labels_B, sampling, draws, progress
+                )
+        else:
+            wanted = dtype != parameter.dtype
+            with torch.autocast(parameter.device.type, dtype if wanted else None, enabled=wanted):
+                tokens = decode_tokens(model, labels_B, sampling, draws, progress)
+        if not bool(tokens.isfinite().all()):
+            raise RunError("the model samples values that are not finite; its weights are damaged or diverged")
+        return tokens
+
+    @staticmethod
+    def _takes(model: SamplingModel, labels_B: Tensor) -> bool:
+        """Whether there can be graphs of this call."""
+        on_gpu = labels_B.is_cuda and len(labels_B) > 0 and torch.version.hip is None
+        kernels = TRITON_IS_INSTALLED and requested_backend() != "eager"
+        watched = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() if on_gpu else True
+        return on_gpu and kernels and not watched and is_plain(model.backbone) and is_plain(model.score)
+
+    def _engine(self, model: SamplingModel, batch: int, guided: bool, dtype: torch.dtype) -> Engine:
+        key = batch, guided, dtype
+        engine = self._kept.pop(key, None)
+        if engine is None or engine.addresses != addresses(model):
+            engine = None
+            while len(self._kept) >= KEPT:
+                self._kept.popitem(last=False)
+            engine = Engine(model, batch, guided=guided, dtype=dtype)
+        self._kept[key] = engine
+        return engine
