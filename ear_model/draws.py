@@ -39,6 +39,10 @@ class Draws:
         """Standard normal, likewise."""
         return self._draw(torch.randn, shape, torch.device(device))
 
+    def orders(self, images: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """A uniformly random permutation of the tokens for each image, int64 ``[images, tokens]``."""
+        return self.rand(images, tokens, device=device).argsort(dim=-1, stable=True)
+
     def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
         return draw(shape, device=device, generator=self.generator)
 

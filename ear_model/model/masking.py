@@ -13,7 +13,7 @@ MASK_RATIO_STD = 0.25
 
 def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
     """A uniformly random permutation of the tokens per image, int64 ``[batch, num_tokens]``."""
-    return draws.rand(batch, num_tokens, device=device).argsort(dim=-1, stable=True)
+    return draws.orders(batch, num_tokens, device)
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:

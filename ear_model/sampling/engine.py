@@ -116,11 +116,17 @@ def is_plain(module: nn.Module) -> bool:
     """Whether reading a module's weights is what calling it does: no hooks, no parametrisation, no wrapper."""
     for child in module.modules():
         hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
-        if hooks or "forward" in child.__dict__ or hasattr(child, "parametrizations"):
+        if hooks or hasattr(child, "parametrizations") or not _calls_its_class(child):
             return False
         if isinstance(child, nn.Linear | nn.LayerNorm) and type(child) not in (nn.Linear, nn.LayerNorm):
             return False
     return True
+
+
+def _calls_its_class(module: nn.Module) -> bool:
+    """Whether ``forward`` is the class's, or what :func:`ear_kernels.accelerate` put in its place."""
+    replaced = module.__dict__.get("forward")
+    return replaced is None or getattr(replaced, "__module__", "").startswith("ear_kernels.")
 
 
 class Engines:
@@ -161,7 +167,7 @@ class Engines:
         """
         parameter = next(model.parameters())
         dtype = compute_dtype(precision, parameter)
-        if self._takes(model, labels_B):
+        if self.takes(model, labels_B):
             with self._lock:
                 tokens = self._engine(model, len(labels_B), sampling.guidance != 1, dtype)(
                     labels_B, sampling, draws, progress
@@ -175,7 +181,7 @@ class Engines:
         return tokens
 
     @staticmethod
-    def _takes(model: SamplingModel, labels_B: Tensor) -> bool:
+    def takes(model: SamplingModel, labels_B: Tensor) -> bool:
         """Whether there can be graphs of this call."""
         on_gpu = labels_B.is_cuda and len(labels_B) > 0 and torch.version.hip is None
         kernels = TRITON_IS_INSTALLED and requested_backend() != "eager"
