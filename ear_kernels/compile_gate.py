@@ -269,6 +269,38 @@ def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "block, 2048", partial(_block, 2048, 32, 320, torch.bfloat16, 0.1, True, True)
 
 
+@torch.no_grad()
+def _inference(
+    rows: int, width: int, heads: int, lengths: tuple[int, int, int], dtype: torch.dtype, low: bool, **options: Any
+) -> None:
+    """The inference operations of a block; ``lengths``: sequences, keys, queries of rows; ``low``: to e4m3."""
+    operations: Any = functional
+    groups, keys, queries = lengths
+    output: Any = {"dtype": torch.float8_e4m3fn, "scale": tensor(1)} if low else {"dtype": dtype}
+    parameters = [tensor(width, dtype=dtype) for _ in range(3)]
+    stream = tensor(rows, width)
+    operations.residual_norm(tensor(rows, width, dtype=dtype), parameters[0], stream, *parameters[1:], **output)
+    operations.residual_norm(None, None, stream, *parameters[1:], **output, **options)
+    operations.gelu(tensor(rows, 4 * width, dtype=dtype), **output, **options)
+    operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
+    query = tensor(groups, queries, width, dtype=dtype)
+    operations.attention_rows(query, tensor(groups, keys, 2 * width, dtype=dtype), heads, **options)
+
+
+def _inference_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    # One image, eight and 128, guided, of each size; digits; other lengths and dtypes.
+    for width, heads in ((768, 12), (1024, 16), (1280, 16)):
+        for groups in (2, 16, 256):
+            for low in (False, True):
+                what = f"inference, {width}, {groups} sequences{', e4m3' if low else ''}"
+                sizes = groups * 320, width, heads, (groups, 320, 3)
+                yield what, partial(_inference, *sizes, torch.bfloat16, low, dependent=True)
+    for dtype in FLOATS:
+        yield f"inference, odd, {dtype}", partial(_inference, 77, 768, 12, (2, 77, 20), dtype, False)
+        yield f"inference, wide heads, {dtype}", partial(_inference, 77, 288, 4, (2, 300, 1), dtype, False)
+    yield "inference, digits", partial(_inference, 2080, 96, 4, (4, 20, 2), torch.bfloat16, False)
+
+
 def _adamw_call(dtype: torch.dtype | None, divided: bool) -> None:
     parameters = [torch.nn.Parameter(tensor(size)) for size in (16, 3000)]
     for parameter in parameters:
@@ -292,6 +324,7 @@ def example_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _energy_distance_calls()
     yield from _generator_calls()
     yield from _transformer_calls()
+    yield from _inference_calls()
     yield from _adamw_calls()
 
 

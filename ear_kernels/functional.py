@@ -1,4 +1,4 @@
-"""Index of the public operations; each is defined, with its checks and errors, in ``ops/*/functional.py``."""
+"""Index of the public operations; each is defined, with its checks and errors, in ``ops/*/functional*.py``."""
 
 from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
 from ear_kernels.ops.generator.functional import (
@@ -16,19 +16,33 @@ from ear_kernels.ops.transformer.functional import (
     qkv_heads,
     self_attention,
 )
+from ear_kernels.ops.transformer.functional_inference import (
+    attention,
+    attention_rows,
+    gelu,
+    linear_e4m3,
+    quantise_e4m3,
+    residual_norm,
+)
 
 __all__ = [
     "adaln_modulate",
+    "attention",
+    "attention_rows",
     "check_energy_loss_options",
     "dropout_add_layer_norm",
     "energy_loss",
     "gated_silu_ffn",
+    "gelu",
     "gelu_mlp",
     "generator_blocks",
     "generator_few_rows",
+    "linear_e4m3",
     "norm_gelu_mlp",
     "norm_self_attention",
     "project",
     "qkv_heads",
+    "quantise_e4m3",
+    "residual_norm",
     "self_attention",
 ]

@@ -25,10 +25,13 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "energy_distance",
         "energy_loss",
         "gated_silu_ffn",
+        "gelu",
         "gelu_mlp",
+        "inference_attention",
         "mlp_generator",
         "project",
         "qkv_heads",
+        "residual_norm",
         "self_attention",
     }
 )

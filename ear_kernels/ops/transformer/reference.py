@@ -1,6 +1,6 @@
 """The memory-bound parts of a pre-norm transformer block in plain PyTorch: the oracle and the CPU path.
 
-The eager path of self-attention is ``F.scaled_dot_product_attention``; :func:`attention` is its oracle with a given
+The eager path of attention is ``F.scaled_dot_product_attention``; :func:`attention` is its oracle with a given
 dropout mask.
 """
 
@@ -66,3 +66,39 @@ def attention(query: Tensor, key: Tensor, value: Tensor, factors: Tensor | None 
     """``(softmax(q k^T / sqrt(D)) * factors) v`` of ``[B, H, L, D]``; ``factors [B, H, L, L]``: the dropout's."""
     weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
     return (weights if factors is None else weights * factors.to(weights.dtype)) @ value
+
+
+def e4m3(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``, divided by ``scale`` if that is given; e4m3 saturates at its largest number."""
+    if scale is not None:
+        x = x * (1 / scale).to(x.dtype)
+    if dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
+
+
+def residual_norm(
+    branch: Tensor | None, branch_bias: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x = stream + branch + branch_bias`` in the stream's dtype and ``LN(x)`` in at least float32."""
+    if branch is not None:
+        stream = stream + (branch if branch_bias is None else branch + branch_bias.to(branch.dtype)).to(stream.dtype)
+    x = stream.to(torch.promote_types(stream.dtype, torch.float32))
+    return stream, F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def attention_rows(query: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """``[G, M, W]`` of ``query [G, M, W]`` and ``kv [G, N, 2W]`` by ``F.scaled_dot_product_attention``."""
+    key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in kv.chunk(2, -1))
+    split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(split, key, value).transpose(1, 2).flatten(2)
+
+
+def linear_e4m3(
+    x: Tensor, scale_x: Tensor, weight: Tensor, scale_w: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``(scale_x x) (scale_w weight)^T + bias`` in float32, or float64 if the scales are, rounded once."""
+    compute = torch.promote_types(scale_x.dtype, scale_w.dtype)
+    out = F.linear(x.to(compute), weight.to(compute)) * (scale_x * scale_w)
+    return (out if bias is None else out + bias.to(compute)).to(dtype)

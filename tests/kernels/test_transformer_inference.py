@@ -1,0 +1,300 @@
+"""The block's inference operations against float64 and eager: results, given memory, e4m3, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ear_kernels.functional import attention, attention_rows, gelu, linear_e4m3, quantise_e4m3, residual_norm
+from ear_kernels.ops.transformer import reference
+from ear_kernels.testing import assert_close_to_eager
+from tests.kernels.generator_fixtures import DEVICE, DTYPES
+
+E4M3 = torch.float8_e4m3fn
+LOW = [dtype for dtype in DTYPES if dtype != torch.float32]
+# The interpreter cannot round to e4m3.
+OUTPUTS = [None, E4M3] if DEVICE == "cuda" else [None]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def close(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, scale: float | None = None):
+    """The error rule; e4m3, of which eager may be the rounded exact value, with its own unit in the last place."""
+    if ours.dtype == E4M3:
+        ours, eager, exact = ours.float() * scale, eager.float() * scale, exact.double()
+        assert ((ours - exact).abs() <= exact.abs() / 14 + scale * 2**-9).all(), name
+    assert_close_to_eager(name, ours, eager, exact, ulps=2)
+
+
+def oracle_norm(branch, branch_bias, stream, weight, bias):
+    x, normed = reference.residual_norm(branch, branch_bias, stream, weight, bias, 1e-6)
+    return x, normed.to(weight.dtype)
+
+
+@given(
+    st.integers(0, 9),
+    st.sampled_from([8, 17, 64, 70, 768]),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["branch", "branch and bias", "norm alone"]),
+    st.sampled_from(OUTPUTS),
+    st.booleans(),
+    st.integers(0, 999),
+)
+@settings(max_examples=150 if DEVICE == "cuda" else 30)
+def test_residual_norm(rows, width, dtype, kind, output, in_place, number) -> None:
+    torch.manual_seed(number)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        branch = None if kind == "norm alone" else draw(rows, width).to(dtype)
+        branch_bias = draw(width).to(dtype) if kind == "branch and bias" else None
+        stream, weight, bias = draw(rows, width) * 3, draw(width).to(dtype), draw(width).to(dtype)
+        before = stream.clone()
+        inputs = [branch, branch_bias, before, weight, bias]
+        wide = [None if each is None else each.double() for each in inputs]
+        scale = torch.tensor([0.011], device=DEVICE) if output is E4M3 else None
+        memory = None if in_place or branch is None else torch.empty_like(stream)
+        out = output or dtype
+        x, normed = residual_norm(
+            branch, branch_bias, stream, weight, bias, out_stream=memory, dtype=out, scale=scale
+        )
+        assert x is (stream if memory is None else memory)
+        assert torch.equal(stream, before) == (memory is not None or branch is None or not rows)
+        eager, exact = oracle_norm(*inputs), oracle_norm(*wide)
+        close("x", x, eager[0], exact[0])
+        factor = None if scale is None else scale.item()
+        expected = reference.e4m3(reference.residual_norm(*inputs, 1e-6)[1], scale, out)
+        close("normed", normed, expected, exact[1], factor)
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (4099,), (33, 3072)], ids=str)
+def test_gelu(triton_backend, shape, dtype, output) -> None:
+    pre = (draw(*shape) * 2).to(dtype)
+    scale = torch.tensor([0.02], device=DEVICE) if output is E4M3 else None
+    ours = gelu(pre, scale=scale, dtype=output)
+    eager = reference.e4m3(F.gelu(pre.float()), scale, output or dtype)
+    close("gelu", ours, eager, F.gelu(pre.double()), None if scale is None else 0.02)
+
+
+def test_a_float32_result_of_a_16_bit_gelu(triton_backend) -> None:
+    pre = draw(5, 40).half()
+    assert_close_to_eager("gelu", gelu(pre, dtype=torch.float32), F.gelu(pre.float()), F.gelu(pre.double()))
+
+
+def exact_attention(query, kv, heads):
+    parts = (each.double().unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, *kv.chunk(2, -1)))
+    return reference.attention(*parts).transpose(1, 2).flatten(2)
+
+
+def eager_attention(query, kv, heads):
+    """In the dtype of the tensors, product by product."""
+    parts = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, *kv.chunk(2, -1)))
+    return reference.attention(*parts).transpose(1, 2).flatten(2)
+
+
+def check_attention(groups, length, heads, dim, dtype, output=None, spread=1.0) -> None:
+    width = heads * dim
+    qkv = (draw(groups, length, 3 * width) * spread).to(dtype)
+    scale = torch.tensor([0.004], device=DEVICE) if output is E4M3 else None
+    parts = qkv[..., :width], qkv[..., width:]
+    eager, exact = eager_attention(*parts, heads), exact_attention(*parts, heads)
+    ours = attention(qkv, heads, scale=scale, dtype=output)
+    # Against PyTorch's rounding to e4m3 of exact numbers.
+    eager = eager if scale is None else reference.e4m3(exact.float(), scale, E4M3)
+    close("attention", ours, eager, exact, None if scale is None else 0.004)
+
+
+def check_rows(groups, length, queries, heads, dim, dtype) -> None:
+    width = heads * dim
+    query, kv = draw(groups, queries, width).to(dtype), draw(groups, length, 2 * width).to(dtype)
+    out = torch.full_like(query, float("nan"))
+    assert attention_rows(query, kv, heads, out=out) is out
+    close("rows", out, eager_attention(query, kv, heads), exact_attention(query, kv, heads))
+
+
+@given(
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 16, 20, 64, 65, 100, 128, 192]),
+    st.integers(1, 3),
+    st.sampled_from([1, 8, 24, 64, 72, 80]),
+    st.sampled_from(LOW),
+    st.sampled_from(OUTPUTS),
+    st.sampled_from([1e-3, 1.0, 6.0]),
+    st.integers(0, 999),
+)
+@settings(max_examples=150 if DEVICE == "cuda" else 20)
+def test_attention(groups, length, heads, dim, dtype, output, spread, number) -> None:
+    torch.manual_seed(number)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        check_attention(groups, length, heads, dim, dtype, output, spread)
+
+
+@given(
+    st.integers(0, 3),
+    st.sampled_from([1, 16, 63, 64, 100, 320]),
+    st.sampled_from([0, 1, 2, 7, 16, 17, 40]),
+    st.integers(1, 3),
+    st.sampled_from([8, 24, 64, 72, 80]),
+    st.sampled_from(LOW),
+    st.integers(0, 999),
+)
+@settings(max_examples=150 if DEVICE == "cuda" else 20)
+def test_attention_rows(groups, length, queries, heads, dim, dtype, number) -> None:
+    torch.manual_seed(number)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+        check_rows(groups, length, queries, heads, dim, dtype)
+
+
+def test_attention_writes_all_of_given_memory_and_no_more(triton_backend) -> None:
+    qkv, memory = draw(2, 70, 3 * 48).half(), torch.full((4, 70, 48), float("nan"), device=DEVICE).half()
+    assert attention(qkv, 2, out=memory[1:3]).data_ptr() == memory[1].data_ptr()
+    assert torch.isfinite(memory[1:3]).all()
+    assert torch.isnan(memory[0]).all()
+    assert torch.isnan(memory[3]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_the_kernels_do_not_take_goes_to_pytorch(triton_backend, dtype) -> None:
+    """Float32 and wide heads, even where Triton is demanded."""
+    for dim in (8, 136):
+        qkv = draw(2, 9, 3 * 2 * dim).to(dtype)
+        exact = exact_attention(qkv[..., : 2 * dim], qkv[..., 2 * dim :], 2)
+        assert (attention(qkv, 2) - exact).abs().max() < 1e-5
+        rows = attention_rows(qkv[:, 2:4, : 2 * dim], qkv[..., 2 * dim :], 2)
+        assert (rows - exact[:, 2:4]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_eager_takes_every_dtype(monkeypatch, dtype) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+    scale = torch.tensor([0.1], device=DEVICE)
+    stream, branch, weight = draw(3, 16).to(dtype), draw(3, 16).bfloat16(), draw(16)
+    expected = stream + branch
+    x, normed = residual_norm(branch, None, stream, weight, weight, dtype=E4M3, scale=scale)
+    assert x is stream
+    assert torch.allclose(x.float(), expected.float(), atol=0.05)
+    wanted = F.layer_norm(x.float(), (16,), weight, weight, 1e-6)
+    assert torch.allclose(normed.float() * 0.1, wanted, rtol=0.07, atol=1e-3)
+    assert gelu(stream).dtype == dtype
+    qkv = draw(2, 5, 48).to(dtype)
+    low = attention(qkv, 2, dtype=E4M3, scale=scale).float() * 0.1
+    assert torch.allclose(low, attention(qkv, 2).float(), rtol=0.07, atol=1e-3)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_quantise(magnitude) -> None:
+    weight = draw(33, 70) * magnitude
+    low, scale = quantise_e4m3(weight)
+    assert low.dtype == E4M3
+    assert scale.shape == (1,)
+    assert low.float().abs().max() == 448
+    back = low.double() * scale.double()
+    assert ((back - weight).abs() <= weight.abs() / 15 + scale.item() * 2**-9).all()
+
+
+def test_zeros_are_quantised() -> None:
+    low, scale = quantise_e4m3(torch.zeros(3, 4, device=DEVICE))
+    assert scale.item() == 1
+    assert not low.float().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(0, 32, 16), (1, 16, 16), (7, 48, 80), (33, 768, 2304), (5, 17, 32), (5, 32, 9)]
+)
+def test_linear_e4m3(rows, inner, columns, dtype) -> None:
+    """Rows and shapes that 16 does not divide too."""
+    weight, scale_w = quantise_e4m3(draw(columns, inner))
+    scale_x = torch.tensor([0.01], device=DEVICE)
+    x, bias = reference.e4m3(draw(rows, inner), scale_x, E4M3), draw(columns)
+    for added in (None, bias.to(dtype), bias):
+        ours = linear_e4m3(x, scale_x, weight, scale_w, added, dtype=dtype)
+        wide = None if added is None else added.double()
+        exact = reference.linear_e4m3(x, scale_x.double(), weight, scale_w.double(), wide, torch.float64)
+        assert ours.shape == (rows, columns)
+        assert ours.dtype == dtype
+        # The tensor cores add up with 13 bits after the largest term's.
+        unit = torch.finfo(dtype).eps + (2**-11 if DEVICE == "cuda" else 2**-20)
+        assert ((ours - exact).abs() <= unit * (exact.abs() + (inner**0.5 + 4))).all()
+
+
+def test_bad_input_is_named() -> None:
+    stream, weight, scale = draw(4, 8), draw(8), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"branch has shape \(4, 7\)"):
+        residual_norm(draw(4, 7), None, stream, weight, weight)
+    with pytest.raises(ValueError, match="without a branch"):
+        residual_norm(None, weight, stream, weight, weight)
+    with pytest.raises(ValueError, match="without a branch"):
+        residual_norm(None, None, stream, weight, weight, out_stream=stream)
+    with pytest.raises(ValueError, match="contiguous"):
+        residual_norm(None, None, draw(8, 4).t(), weight, weight)
+    with pytest.raises(TypeError, match="needs one"):
+        residual_norm(None, None, stream, weight, weight, dtype=E4M3)
+    with pytest.raises(TypeError, match="needs one"):
+        gelu(stream, scale=scale)
+    with pytest.raises(TypeError, match="scale has dtype"):
+        gelu(stream, scale=scale.double(), dtype=E4M3)
+    with pytest.raises(ValueError, match=r"scale has shape \(1, 1\)"):
+        gelu(stream, scale=scale[None], dtype=E4M3)
+    with pytest.raises(ValueError, match="for 5 heads"):
+        attention(draw(1, 4, 24), 5)
+    with pytest.raises(ValueError, match=r"out has shape \(1, 4, 9\)"):
+        attention(draw(1, 4, 24), 2, out=draw(1, 4, 9))
+    with pytest.raises(TypeError, match="out has dtype"):
+        attention_rows(draw(1, 4, 8), draw(1, 4, 16), 2, out=draw(1, 4, 8).half())
+    with pytest.raises(ValueError, match="kv has shape"):
+        attention_rows(draw(1, 4, 8), draw(1, 0, 16), 2)
+    with pytest.raises(TypeError, match="they must be alike"):
+        attention_rows(draw(1, 4, 8), draw(1, 4, 16).half(), 2)
+    with pytest.raises(ValueError, match="must be finite"):
+        quantise_e4m3(stream / 0)
+    low, _ = quantise_e4m3(stream)
+    with pytest.raises(TypeError, match="quantise_e4m3"):
+        linear_e4m3(stream, scale, low, scale)
+    with pytest.raises(ValueError, match="as x has 8 columns"):
+        linear_e4m3(low, scale, low[:, :4].contiguous(), scale)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
+        linear_e4m3(low, scale, low, scale, draw(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(12, 64), (16, 80)])
+@pytest.mark.parametrize(("groups", "length"), [(2, 320), (16, 320), (128, 320), (2, 300), (3, 1088)])
+def test_paper_sizes(triton_backend, groups, length, heads, dim, output) -> None:
+    check_attention(groups, length, heads, dim, torch.bfloat16, output)
+    check_rows(groups, length, 3, heads, dim, torch.bfloat16)
+    check_rows(groups, length, length - 1, heads, dim, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_dependent_launches_in_a_graph(triton_backend) -> None:
+    """A chain in which each kernel reads what the one before has written, launched before that has ended."""
+    heads, width = 12, 768
+    weight, bias = draw(width).bfloat16(), draw(width).bfloat16()
+    start = draw(2, 320, width) * 2
+
+    def chain(dependent: bool) -> torch.Tensor:
+        stream = start.clone()
+        branch = None
+        for _ in range(8):
+            _, normed = residual_norm(branch, None, stream, weight, bias, dtype=torch.bfloat16, dependent=dependent)
+            qkv = gelu(normed, dependent=dependent).repeat(1, 1, 3)
+            branch = attention(qkv, heads, dependent=dependent)
+            query, kv = qkv[..., :width].contiguous(), qkv[..., width:].contiguous()
+            branch = branch + attention_rows(query, kv, heads, dependent=dependent)
+        return residual_norm(branch, None, stream, weight, bias, dependent=dependent)[1]
+
+    expected = chain(False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(True)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(out, expected)
