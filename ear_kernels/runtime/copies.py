@@ -92,6 +92,11 @@ class LowCopies:
         self._cast(everything)
         self._forget_outside()
 
+    def vouch(self) -> None:
+        """Say that no parameter has changed since the copies were made: the next scope casts none of them anew."""
+        for parameter, copy in self._kept:
+            copy.vouch(parameter)
+
     @torch.no_grad()
     def _cast(self, everything: bool) -> None:
         changed = [(parameter, copy) for parameter, copy in self._kept if everything or not copy.is_of(parameter)]

@@ -9,20 +9,22 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
+from ear_kernels.runtime.launching import processor
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
 from ear_model.sampling.decoding import Progress, SamplingModel, decode_tokens, steps_of
 from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.weights import Weights
 
-Precision = Literal["auto", "fp32", "bf16"]
-PRECISIONS = ("auto", "fp32", "bf16")
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+PRECISIONS = get_args(Precision)
 
 KEPT = 3
 """Engines that a model keeps: one holds a gigabyte of buffers at 64 images of EAR-B."""
@@ -39,24 +41,24 @@ def compute_dtype(precision: str, parameter: Tensor) -> torch.dtype:
     device = parameter.device.type
     if precision == "auto" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    if precision == "bf16" or (precision == "auto" and device == "cuda"):
+    if precision in ("bf16", "fp8") or (precision == "auto" and device == "cuda"):
         return torch.bfloat16
     return parameter.dtype
 
 
 class Engine:
-    """The graphs of one batch size, with or without guidance, in one dtype.
+    """The graphs of one batch size, with or without guidance, over some weights.
 
     Args:
         model: on a GPU, in eval mode.
+        weights: of the model.
         batch: B.
         guided: whether there is guidance.
-        dtype: that is computed in.
     """
 
-    def __init__(self, model: SamplingModel, batch: int, *, guided: bool, dtype: torch.dtype) -> None:
-        self.decoding = IncrementalDecoding(model, batch, guided=guided, dtype=dtype)
-        self.addresses = addresses(model)
+    def __init__(self, model: SamplingModel, weights: Weights, batch: int, *, guided: bool) -> None:
+        self.decoding = IncrementalDecoding(model, weights, batch, guided=guided)
+        self.weights = weights
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self.decoding.left.device)
@@ -76,7 +78,8 @@ class Engine:
         decoding.fill(labels_B, sampling, draws, counts)
         device = decoding.left.device.type
         autocast = torch.autocast(device, decoding.dtype, enabled=decoding.dtype.itemsize == 2, cache_enabled=False)
-        with decoding.scope(), autocast:
+        self.weights.refresh()
+        with self.weights.scope(), autocast:
             decoding.prepare(sampling.temperature)
             works: dict[Any, Callable[[], None]] = {"begin": decoding.begin}
             for count in sorted(set(counts), reverse=True):
@@ -107,11 +110,6 @@ class Engine:
             self._graphs[key] = graph
 
 
-def addresses(model: SamplingModel) -> tuple[int, ...]:
-    """Where the parameters lie."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
-
-
 def is_plain(module: nn.Module) -> bool:
     """Whether reading a module's weights is what calling it does: no hooks, no parametrisation, no wrapper."""
     for child in module.modules():
@@ -137,6 +135,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, Engine] = OrderedDict()
+        self._weights: dict[tuple, Weights] = {}
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,11 +166,15 @@ class Engines:
         """
         parameter = next(model.parameters())
         dtype = compute_dtype(precision, parameter)
+        if precision == "fp8" and not (self.takes(model, labels_B) and processor(parameter).major >= 9):
+            raise ValueError(
+                "precision is 'fp8'; it needs a GPU of compute capability 9 or higher, Triton and a model without "
+                "hooks or wrapped submodules; use 'bf16' or 'auto'"
+            )
         if self.takes(model, labels_B):
             with self._lock:
-                tokens = self._engine(model, len(labels_B), sampling.guidance != 1, dtype)(
-                    labels_B, sampling, draws, progress
-                )
+                engine = self._engine(model, len(labels_B), sampling.guidance != 1, (dtype, precision == "fp8"))
+                tokens = engine(labels_B, sampling, draws, progress)
         else:
             wanted = dtype != parameter.dtype
             with torch.autocast(parameter.device.type, dtype if wanted else None, enabled=wanted):
@@ -188,13 +191,23 @@ class Engines:
         watched = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() if on_gpu else True
         return on_gpu and kernels and not watched and is_plain(model.backbone) and is_plain(model.score)
 
-    def _engine(self, model: SamplingModel, batch: int, guided: bool, dtype: torch.dtype) -> Engine:
-        key = batch, guided, dtype
+    def release(self) -> None:
+        """Free the memory of all engines; the next call makes them anew."""
+        with self._lock:
+            self._kept.clear()
+            self._weights.clear()
+
+    def _engine(self, model: SamplingModel, batch: int, guided: bool, numbers: tuple[torch.dtype, bool]) -> Engine:
+        weights = self._weights.get(numbers)
+        if weights is None or not weights.fits(model):
+            # Graphs read the parameters and copies where they lie.
+            self.release()
+            weights = self._weights[numbers] = Weights(model, numbers[0], fp8=numbers[1])
+        key = batch, guided, numbers
         engine = self._kept.pop(key, None)
-        if engine is None or engine.addresses != addresses(model):
-            engine = None
+        if engine is None:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
-            engine = Engine(model, batch, guided=guided, dtype=dtype)
+            engine = Engine(model, weights, batch, guided=guided)
         self._kept[key] = engine
         return engine

@@ -10,57 +10,16 @@ tokens, S = P + L, k tokens predicted of each image, C width, D token size.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ear_kernels import LowCopies
+from ear_kernels.functional import attention, attention_rows
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import guidance_scale, random_orders
-from ear_model.sampling._standins import attention, attention_rows, linear_gelu, residual_norm
 from ear_model.sampling.decoding import SamplingModel
-
-
-@dataclass(frozen=True)
-class _Norm:
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(
-        self, stream: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """(stream + branch + its bias, the norm of that)."""
-        return residual_norm(branch, branch_bias, stream, self.weight, self.bias, eps=self.eps, **options)
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear's weight in the compute dtype, its bias in that, and as it is."""
-
-    weight: Tensor
-    bias: Tensor
-    own_bias: Tensor
-
-
-@dataclass(frozen=True)
-class _Block:
-    heads: int
-    norm1: _Norm
-    qkv: _Linear
-    proj: _Linear
-    norm2: _Norm
-    fc1: _Linear
-    fc2: _Linear
-
-    def mlp(self, normed: Tensor) -> Tensor:
-        """The MLP without its last bias."""
-        return F.linear(linear_gelu(normed, self.fc1.weight, self.fc1.bias), self.fc2.weight)
+from ear_model.sampling.weights import Weights
 
 
 class IncrementalDecoding:
@@ -68,23 +27,17 @@ class IncrementalDecoding:
 
     Args:
         model: in eval mode.
+        weights: of the model.
         batch: B.
         guided: whether there is guidance.
-        dtype: that is computed in: float32 or float64, the parameters' own, or bfloat16 or float16.
     """
 
-    def __init__(self, model: SamplingModel, batch: int, *, guided: bool, dtype: torch.dtype) -> None:
-        self.model, self.batch, self.guided, self.dtype = model, batch, guided, dtype
+    def __init__(self, model: SamplingModel, weights: Weights, batch: int, *, guided: bool) -> None:
+        self.model, self.weights, self.batch, self.guided = model, weights, batch, guided
         self.sequences = 2 * batch if guided else batch
-        config, backbone = model.config, model.backbone
-        self.config = config
-        parameters = [*backbone.decoder_blocks.parameters(), *backbone.z_proj.parameters(), *model.score.parameters()]
-        self.copies = LowCopies(parameters, dtype) if dtype.itemsize == 2 else None
-        with self.scope():
-            self.blocks = [self._block(block) for block in backbone.decoder_blocks]
-            self.embed = self._linear(backbone.z_proj)
-        self.norm = self._norm(backbone.decoder_norm)
-        position = backbone.decoder_pos_embed_learned.detach()
+        self.config, self.dtype = model.config, weights.dtype
+        config, dtype = self.config, self.dtype
+        position = model.backbone.decoder_pos_embed_learned.detach()
         self.position_SC = position[0]
         tokens, width, self.prefix = config.num_tokens, config.width, config.class_tokens
 
@@ -101,27 +54,6 @@ class IncrementalDecoding:
         self.left = new(1, dtype=torch.int64)
         self.places_L = torch.arange(tokens, device=position.device)
         self.starts_G1 = length * torch.arange(self.sequences, device=position.device).unsqueeze(1) + self.prefix
-
-    def scope(self) -> Any:
-        """Where the 16-bit copies stand for the weights; entering casts them anew."""
-        return nullcontext() if self.copies is None else self.copies
-
-    def _low(self, parameter: Tensor) -> Tensor:
-        copy = None if self.copies is None else self.copies.current(parameter, self.dtype)
-        return parameter.detach() if copy is None else copy
-
-    def _linear(self, linear: nn.Linear) -> _Linear:
-        return _Linear(self._low(linear.weight), self._low(linear.bias), linear.bias.detach())
-
-    def _norm(self, norm: nn.LayerNorm) -> _Norm:
-        return _Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
-
-    def _block(self, block: Any) -> _Block:
-        linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        qkv, proj, first, second = (self._linear(linear) for linear in linears)
-        return _Block(
-            block.attn.num_heads, self._norm(block.norm1), qkv, proj, self._norm(block.norm2), first, second
-        )
 
     def fill(self, labels_B: Tensor, sampling: SamplingConfig, draws: Draws, counts: Sequence[int]) -> None:
         """Put what is decoded next into the buffers; orders and noise are drawn as the plain loop draws them.
@@ -160,9 +92,9 @@ class IncrementalDecoding:
         # Rounded where the plain loop's embedding is.
         self.start_GSC[:, :prefix] = self.classes_GC.to(self.dtype).unsqueeze(1) + self.position_SC[:prefix]
         self.start_GSC[:, prefix:] = backbone.mask_token[0].to(self.dtype) + self.position_SC[prefix:]
-        first = self.blocks[0]
+        first = self.weights.blocks[0]
         _, normed = first.norm1(self.start_GSC, dtype=self.dtype)
-        self.qkv_GS3.copy_(F.linear(normed, first.qkv.weight, first.qkv.bias))
+        self.qkv_GS3.copy_(first.qkv(normed))
         self.tokens_BLD.zero_()
         self.left.fill_(self.config.num_tokens)
 
@@ -186,39 +118,36 @@ class IncrementalDecoding:
 
     def _hidden(self, rows_R: Tensor) -> Tensor:
         """Hidden states ``[R, C]`` in the stream's dtype of these rows of the ``G S``."""
-        dtype, width = self.dtype, self.config.width
-        options: dict[str, Any] = {"dtype": dtype}
+        width, blocks = self.config.width, self.weights.blocks
         stream, branch, bias = self.start_GSC, None, None
-        for number, block in enumerate(self.blocks[:-1]):
+        for number, block in enumerate(blocks[:-1]):
             if number == 0:
                 qkv = self.qkv_GS3
             else:
-                _, normed = block.norm1(stream, branch, bias, **options)
-                qkv = F.linear(normed, block.qkv.weight, block.qkv.bias)
-            projected = F.linear(attention(qkv, block.heads), block.proj.weight)
+                _, normed = block.norm1(stream, branch, bias, **block.qkv.takes)
+                qkv = block.qkv(normed)
+            projected = block.proj(attention(qkv, block.heads, **block.proj.takes), bias=False)
             # The first block's input stays as it is: the next step starts from it.
-            stream, normed = block.norm2(
-                stream, projected, block.proj.own_bias, out_stream=self.stream_GSC, **options
-            )
+            options = {"out_stream": self.stream_GSC, **block.fc1.takes}
+            stream, normed = block.norm2(stream, projected, block.proj.own_bias, **options)
             branch, bias = block.mlp(normed), block.fc2.own_bias
-        last = self.blocks[-1]
-        stream, normed = last.norm1(stream, branch, bias, **options)
-        kv = F.linear(normed, last.qkv.weight[width:], last.qkv.bias[width:])
-        query = F.linear(normed.view(-1, width)[rows_R], last.qkv.weight[:width], last.qkv.bias[:width])
-        mixed = attention_rows(query.view(self.sequences, -1, width), kv, last.heads).view(-1, width)
-        rows, normed = last.norm2(
-            stream.view(-1, width)[rows_R], F.linear(mixed, last.proj.weight), last.proj.own_bias, **options
-        )
-        _, hidden = self.norm(rows, last.mlp(normed), last.fc2.own_bias, dtype=rows.dtype)
+        last = blocks[-1]
+        stream, normed = last.norm1(stream, branch, bias, **last.qkv.takes)
+        kv = last.qkv(normed, rows=slice(width, None))
+        rows_RC = stream.view(-1, width)[rows_R]
+        _, normed = last.norm1(rows_RC, dtype=self.dtype)
+        query = last.qkv(normed, rows=slice(width)).view(self.sequences, -1, width)
+        mixed = attention_rows(query, kv, last.heads).view(-1, width)
+        _, normed = last.norm2(rows_RC, last.proj(mixed, bias=False), last.proj.own_bias, dtype=self.dtype)
+        _, hidden = self.weights.norm(rows_RC, last.mlp(normed), last.fc2.own_bias, dtype=rows_RC.dtype)
         return hidden
 
     def _write(self, sampled_RD: Tensor, positions_Bk: Tensor, rows_R: Tensor) -> None:
         """The embeddings of new tokens, and their queries, keys and values in the first block, at their rows."""
-        first, width = self.blocks[0], self.config.width
+        first, width = self.weights.blocks[0], self.config.width
         position = self.position_SC[self.prefix + positions_Bk.flatten()]
-        embedded = F.linear(sampled_RD.to(self.dtype), self.embed.weight, self.embed.bias) + position
+        embedded = self.weights.embed(sampled_RD.to(self.dtype)) + position
         _, normed = first.norm1(embedded, dtype=self.dtype)
-        qkv = F.linear(normed, first.qkv.weight, first.qkv.bias)
         times = 2 if self.guided else 1
         self.start_GSC.view(-1, width).index_copy_(0, rows_R, embedded.repeat(times, 1))
-        self.qkv_GS3.view(-1, 3 * width).index_copy_(0, rows_R, qkv.repeat(times, 1))
+        self.qkv_GS3.view(-1, 3 * width).index_copy_(0, rows_R, first.qkv(normed).repeat(times, 1))

@@ -1,0 +1,216 @@
+"""The weights of a model as sampling reads them: where they lie, as 16-bit copies, or quantised to e4m3.
+
+A copy is made anew when the bits of a parameter have changed, in the same memory, which CUDA graphs read.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ear_kernels import LowCopies
+from ear_kernels.functional import gelu, linear_e4m3, quantise_e4m3, residual_norm
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's parameters."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(
+        self, stream: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(stream + branch + its bias, the norm of that)."""
+        return residual_norm(branch, branch_bias, stream, self.weight, self.bias, eps=self.eps, **options)
+
+    def largest(self) -> Tensor:
+        """A bound of what any row's elements are at most: a normed row's length is sqrt(W) at most."""
+        return (math.sqrt(len(self.weight)) * self.weight.abs() + self.bias.abs()).max()
+
+    def length(self) -> Tensor:
+        """A bound of what any row's length is at most."""
+        return math.sqrt(len(self.weight)) * self.weight.abs().max() + self.bias.norm()
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight in e4m3 with its scale, and the scale of what it is multiplied by; both float32 ``[1]``."""
+
+    weight: Tensor
+    scale: Tensor
+    scale_in: Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear: ``weight`` and ``bias`` in the dtype that is computed in, the bias as it is, and ``e4m3``."""
+
+    weight: Tensor
+    bias: Tensor
+    own_bias: Tensor
+    e4m3: Quantised | None = None
+
+    @property
+    def takes(self) -> dict[str, Any]:
+        """``dtype`` and ``scale`` of what it is to be given."""
+        if self.e4m3 is None:
+            return {"dtype": self.weight.dtype}
+        return {"dtype": E4M3, "scale": self.e4m3.scale_in}
+
+    def __call__(self, x: Tensor, *, bias: bool = True, rows: slice = slice(None)) -> Tensor:
+        """``x W^T``, plus the bias; with ``rows`` those of the weight."""
+        added = self.bias[rows] if bias else None
+        if x.dtype != E4M3 or self.e4m3 is None:
+            return F.linear(x, self.weight[rows], added)
+        kept = self.e4m3
+        out = linear_e4m3(
+            x.flatten(0, -2), kept.scale_in, kept.weight[rows], kept.scale, added, dtype=self.bias.dtype
+        )
+        return out.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block."""
+
+    heads: int
+    norm1: Norm
+    qkv: Linear
+    proj: Linear
+    norm2: Norm
+    fc1: Linear
+    fc2: Linear
+    linears: dict[str, nn.Linear] = field(repr=False)
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        """The MLP without its last bias."""
+        takes = self.fc2.takes if normed.dtype == E4M3 else {}
+        return self.fc2(gelu(self.fc1(normed), **takes), bias=False)
+
+
+class Weights:
+    """What sampling reads of a model.
+
+    Args:
+        model: the model; its parameters stay where they are.
+        dtype: that is computed in: the parameters' own or a 16-bit one.
+        fp8: whether the blocks' linears are quantised to e4m3, but for those of a few rows.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, fp8: bool = False) -> None:
+        self.dtype, self._fp8 = dtype, fp8
+        backbone = model.backbone
+        own = next(iter(model.parameters()))
+        self._parameters = list(model.parameters())
+        self._addresses = addresses(model)
+        self.blocks: list[Block] = []
+        blocks = list(backbone.decoder_blocks)
+        linears = [parameter for block in (blocks if not fp8 else blocks[-1:]) for parameter in block.parameters()]
+        first = [*blocks[0].attn.qkv.parameters()]
+        biases = [linear.bias for block in blocks for linear in _linears(block).values()]
+        cast = [*linears, *first, *biases, *backbone.z_proj.parameters(), *model.score.parameters()]
+        self.copies = LowCopies(cast, dtype) if dtype != own.dtype else None
+        if own.is_cuda:
+            from ear_kernels.runtime.fingerprint import Fingerprint
+
+            self._fingerprint: Any = Fingerprint(parameter.detach() for parameter in self._parameters)
+        else:
+            self._fingerprint = None
+        self._found: int | None = None
+        with self.scope():
+            self.blocks = [
+                self._block(block, quantised=fp8, first=number == 0, last=number == len(blocks) - 1)
+                for number, block in enumerate(blocks)
+            ]
+            self.embed = self._linear(backbone.z_proj)
+        self.norm = _norm(backbone.decoder_norm)
+
+    def fits(self, model: Any) -> bool:
+        """Whether the model's parameters lie where they did."""
+        return self._addresses == addresses(model)
+
+    def scope(self) -> Any:
+        """Where the 16-bit copies stand for the weights."""
+        return nullcontext() if self.copies is None else self.copies
+
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Make what is copied of changed parameters anew; returns whether any has changed."""
+        found = None if self._fingerprint is None else self._fingerprint()
+        changed = found is None or found != self._found
+        if changed:
+            if self.copies is not None:
+                self.copies.refresh(everything=True)
+            for block in self.blocks if self._fp8 else ():
+                _quantise(block)
+            self._found = found
+        if self.copies is not None:
+            self.copies.vouch()
+        return changed
+
+    def _low(self, parameter: Tensor) -> Tensor:
+        copy = None if self.copies is None else self.copies.current(parameter, self.dtype)
+        return parameter.detach() if copy is None else copy
+
+    def _linear(self, linear: nn.Linear, *, fp8: bool = False) -> Linear:
+        weight = linear.weight.detach()
+        e4m3 = None
+        if fp8:
+            scales = torch.ones(2, 1, device=weight.device)
+            e4m3 = Quantised(torch.zeros_like(weight, dtype=E4M3), *scales)
+        return Linear(self._low(linear.weight), self._low(linear.bias), linear.bias.detach(), e4m3)
+
+    def _block(self, block: Any, *, quantised: bool, first: bool, last: bool) -> Block:
+        linears = _linears(block)
+        # The first block's queries, keys and values are those of few rows; so is all but keys and values in the last.
+        wanted = {"qkv": not first or last, "proj": not last, "fc1": not last, "fc2": not last}
+        own = {name: self._linear(linear, fp8=quantised and wanted[name]) for name, linear in linears.items()}
+        return Block(block.attn.num_heads, _norm(block.norm1), norm2=_norm(block.norm2), linears=linears, **own)
+
+
+def addresses(model: Any) -> tuple[int, ...]:
+    """Where the parameters lie."""
+    return tuple(parameter.data_ptr() for parameter in model.parameters())
+
+
+def _linears(block: Any) -> dict[str, nn.Linear]:
+    return {"qkv": block.attn.qkv, "proj": block.attn.proj, "fc1": block.mlp.fc1, "fc2": block.mlp.fc2}
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
+
+
+def _quantise(block: Block) -> None:
+    """The block's weights in e4m3, and the scales of what they are multiplied by.
+
+    These are bounds that follow from the weights alone, so that nothing is ever cut off and no batch changes another:
+    a row of a norm has a known length, a linear's output is that times a row of its weight at most, attention's
+    output no more than the values, and GELU's no more than its input. Powers of two: their size rounds nothing.
+    """
+    width = block.proj.weight.shape[1]
+    values = _largest(block.linears["qkv"], block.norm1, slice(2 * width, None))
+    bounds = {"qkv": block.norm1.largest(), "proj": values, "fc1": block.norm2.largest()}
+    bounds["fc2"] = _largest(block.linears["fc1"], block.norm2)
+    for name, bound in bounds.items():
+        kept = getattr(block, name).e4m3
+        if kept is not None:
+            weight, scale = quantise_e4m3(block.linears[name].weight.detach())
+            kept.weight.copy_(weight)
+            kept.scale.copy_(scale)
+            kept.scale_in.copy_((bound / LARGEST).log2().ceil().clamp(-100, 100).exp2())
+
+
+def _largest(linear: nn.Linear, norm: Norm, rows: slice = slice(None)) -> Tensor:
+    """A bound of what a linear makes of a norm's rows."""
+    return (linear.weight.detach()[rows].norm(dim=1) * norm.length() + linear.bias.detach()[rows].abs()).max()
