@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import functools
 import gc
-import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.bench_loader import write_latents
-from benchmarks.clocks import DEVICE, HAS_GPU, percentiles, profiled
+from benchmarks.clocks import DEVICE, HAS_GPU, grouped, percentiles, profiled
 from benchmarks.harness import COMPILED, EAGER, OURS, Row
 from benchmarks.public_ear import PublicEAR, compile_parts, initialise
 from ear_kernels import accelerate
@@ -58,7 +55,7 @@ SMALL = replace(
     generator_depth=2, num_classes=10,
 )  # fmt: skip
 
-# Groups of a step's kernels; the first whose pattern is in a name.
+# Groups of a step's kernels, for `clocks.grouped`.
 KINDS = {
     "attention": r"sdpa|flash|fmha|attention|dot_do_o|convert_dq",
     "matrix products": r"nvjet|gemm|cutlass|cublas|splitK|linear_kernel",
@@ -69,14 +66,6 @@ KINDS = {
     "column sums": r"column_sums|reduce_kernel|GammaBeta|pack_heads",
     "the rest": "",
 }
-
-
-def grouped(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """ms of a step by kind."""
-    groups = dict.fromkeys(KINDS, 0.0)
-    for kernel in kernels:
-        groups[next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel["name"]))] += kernel["ms"]
-    return groups
 
 
 def make_config(model: ModelConfig, folder: Path, images: int = IMAGES, **train: Any) -> RunConfig:
@@ -174,7 +163,7 @@ def time_steps(step: Callable[[], Tensor]) -> dict[str, Any]:
         record["peak_bytes"] = torch.cuda.max_memory_reserved()
         kernels = profiled([step], least=8)
         record["gpu_ms"] = {"median": kernels.busy_ms}
-        record |= {"kernels_ms": kernels.ms, "launches": kernels.launches, "groups": grouped(kernels.table)}
+        record |= {"kernels_ms": kernels.ms, "launches": kernels.launches, "groups": grouped(kernels.table, KINDS)}
         record["kernels"] = kernels.table[:40]
     return record
 
@@ -196,9 +185,7 @@ def run(name: str, rival: str) -> dict[str, Any]:
 
 
 def measure(name: str, rival: str) -> dict[str, Any]:
-    """:func:`run` in a process of its own: cuBLAS and the allocator read their environment once a process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        record = process.submit(run, name, rival).result()
+    record = harness.in_new_process(run, name, rival)
     return record | {"images_per_s": 1e3 * IMAGES / record["wall_ms"]["mean"]}
 
 

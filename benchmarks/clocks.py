@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +199,14 @@ def summed_up(spans: Iterable[tuple[str, float, float]], count: int) -> Kernels:
     table = sorted(rows.values(), key=lambda row: -row["ms"])
     ms, launches = (sum(row[name] for row in table) for name in ("ms", "launches"))
     return Kernels(table, ms, launches, busy_us / 1e3 / count)
+
+
+def grouped(table: Iterable[dict[str, Any]], kinds: Mapping[str, str]) -> dict[str, float]:
+    """ms of kernels by kind: of ``kinds`` (pattern by name) the first whose pattern is in the kernel's name."""
+    groups = dict.fromkeys(kinds, 0.0)
+    for kernel in table:
+        groups[next(kind for kind, pattern in kinds.items() if re.search(pattern, kernel["name"]))] += kernel["ms"]
+    return groups
 
 
 def cross_check(gpu_ms: float, kernels_ms: float, launches: float) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +33,8 @@ from ear_kernels.testing import assert_close_to_eager, errors
 
 Results = Callable[[str], dict[str, Tensor]]
 EAGER, COMPILED, OURS = "eager", "torch.compile", "ours"
+PUBLIC, FP8 = "public", f"{OURS}, FP8"
+PUBLIC_COMPILED, PUBLIC_ACCELERATED = f"{PUBLIC}, blocks compiled", f"{PUBLIC}, accelerate()"
 
 
 class Unavailable(Exception):
@@ -119,6 +123,12 @@ class Row:
 def needs_gpu(rows: Iterable[Row]) -> list[Row]:
     """The rows, with the reason why they are not measured without a GPU."""
     return list(rows) if HAS_GPU else [replace(row, reason="needs a GPU") for row in rows]
+
+
+def in_new_process(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """``run(*arguments)`` in a process of its own: cuBLAS, caches and allocator read their environment only once."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, *arguments).result()
 
 
 def measure(row: Row, also: Callable[[Sequence[Call]], object] | None = None) -> dict[str, Any]:

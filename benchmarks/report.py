@@ -2,8 +2,10 @@
 
     python -m benchmarks.report RESULT.json                                        # the table, in Markdown
     python -m benchmarks.report RESULT.json --plot docs/energy_loss_speed.png --only "energy loss" --title "..."
+    python -m benchmarks.report RESULT.json --plot docs/sampling_speed.png --only "sampling" --title "..."
 
-A cell of the table is GPU / wall time in ms, with the peak memory on top of the inputs where it was measured.
+A cell of the table is GPU / wall time in ms, of sampling wall time of a call / of an image, with the peak memory on
+top of the inputs, of steps and of sampling all of it, where it was measured.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import COMPILED, EAGER, OURS
+from benchmarks.harness import COMPILED, EAGER, FP8, OURS, PUBLIC, PUBLIC_ACCELERATED, PUBLIC_COMPILED
 
 # Apart in hue and in brightness, also for the colour-blind and in print.
-COLOURS = {EAGER: "#8a8f98", COMPILED: "#1f77d0", OURS: "#d1480b"}
+COLOURS = {EAGER: "#8a8f98", COMPILED: "#1f77d0"}
+COLOURS |= {PUBLIC: "#8a8f98", PUBLIC_COMPILED: "#1f77d0", PUBLIC_ACCELERATED: "#0b3f7a"}
+COLOURS |= {OURS: "#d1480b", FP8: "#f2b134"}
 METRICS = {"gpu_ms": "ms on the GPU", "wall_ms": "ms of wall time"}
+IMAGE_METRICS = {"image_ms": "ms an image"}
 
 
 def rounded(value: float) -> str:
@@ -38,7 +43,7 @@ def cell(record: dict[str, Any] | None) -> str:
     for status in ("failed", "skipped"):
         if status in record:
             return record[status].split(":")[0]
-    times = " / ".join(rounded(record[metric]["median"]) for metric in METRICS if metric in record)
+    times = " / ".join(rounded(record[metric]["median"]) for metric in (*METRICS, *IMAGE_METRICS) if metric in record)
     return times + (f" ({memory(record['peak_bytes'])})" if "peak_bytes" in record else "")
 
 
@@ -67,7 +72,7 @@ def markdown(saved: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(saved: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of eager, torch.compile and ours on a logarithmic axis: GPU time above, wall time below."""
+    """Bars of the rivals on a logarithmic axis: GPU time above, wall time below; of sampling the time of an image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,22 +80,23 @@ def plot(saved: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path, titl
 
     rows = [row for row in rows if row["rival"] in COLOURS and "wall_ms" in row]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
-    figure, panels = plt.subplots(
-        len(metrics), figsize=(1.55 * len(cases) + 1.5, 2.7 * len(metrics)), sharex=True, squeeze=False
-    )
+    rivals = [rival for rival in COLOURS if any(row["rival"] == rival for row in rows)]
+    known = IMAGE_METRICS if any("image_ms" in row for row in rows) else METRICS
+    metrics = [metric for metric in known if any(metric in row for row in rows)]
+    bar, size = 0.87 / max(len(rivals), 3), (1.55 * len(cases) + 1.5, max(3.6, 2.7 * len(metrics)))
+    figure, panels = plt.subplots(len(metrics), figsize=size, sharex=True, squeeze=False)
     for axes, metric in zip(panels[:, 0], metrics, strict=True):
-        for number, (rival, colour) in enumerate(COLOURS.items()):
+        for number, rival in enumerate(rivals):
             values = {row["case"]: row[metric]["median"] for row in rows if row["rival"] == rival and metric in row}
-            places = [cases.index(case) + 0.29 * (number - 1) for case in values]
-            bars = axes.bar(places, list(values.values()), 0.28, color=colour, label=rival)
+            places = [cases.index(case) + bar * (number - (len(rivals) - 1) / 2) for case in values]
+            bars = axes.bar(places, list(values.values()), 0.96 * bar, color=COLOURS[rival], label=rival)
             axes.bar_label(bars, [rounded(value) for value in values.values()], padding=1, fontsize=7)
-        axes.set(yscale="log", ylabel=METRICS[metric])
+        axes.set(yscale="log", ylabel=known[metric])
         axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks(range(len(cases)), [short(case) for case in cases], fontsize=8)
-    panels[0, 0].legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    panels[0, 0].legend(frameon=False, fontsize=8, ncols=len(rivals), loc="lower left", bbox_to_anchor=(0, 1))
     figure.suptitle(f"{title}\n{source(saved).split(', commit')[0]}".strip(), fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +106,7 @@ def plot(saved: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path, titl
 
 def short(case: str) -> str:
     """A case's name over several lines, without the operation that all have in common."""
-    return "\n".join(re.sub(r"^(energy loss|generator|training step), |^generator ", "", case).split(", "))
+    return "\n".join(re.sub(r"^(energy loss|generator|training step|sampling), |^generator ", "", case).split(", "))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

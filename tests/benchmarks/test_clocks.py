@@ -131,6 +131,12 @@ def test_kernels_beside_each_other_are_busy_once():
     assert kernels.busy_ms == pytest.approx(0.035)
 
 
+def test_a_kernel_is_of_the_first_kind_that_fits():
+    kernels = clocks.summed_up([("flash_gemm", 0.0, 2000.0), ("gemm", 0.0, 1000.0), ("copy", 0.0, 500.0)], count=1)
+    kinds = {"attention": "flash", "products": "gemm", "norms": "norm", "the rest": ""}
+    assert clocks.grouped(kernels.table, kinds) == {"attention": 2.0, "products": 1.0, "norms": 0.0, "the rest": 0.5}
+
+
 def test_percentiles():
     assert percentiles([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
     assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == {"median": 2.5, "p20": 1.0, "p80": 4.0}

@@ -43,7 +43,8 @@ def public_gradients(model: PublicEAR, latents, labels, *, low: bool) -> dict[st
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=low):
         loss = model(latents, labels)
     loss.backward()
-    found = {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+    # In eval mode no image gets the null class.
+    found = {name: p.grad.float() for name, p in model.named_parameters() if name != "fake_latent"}
     return {"loss": loss.detach().float(), **found}
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import report
-from benchmarks.harness import COMPILED, EAGER, OURS
+from benchmarks.harness import COMPILED, EAGER, OURS, PUBLIC
 
 
 @pytest.fixture
@@ -53,3 +53,20 @@ def test_rows_are_chosen_and_plotted(saved, tmp_path, capsys):
     wider, same = Image.open(tmp_path / "plot.png").size
     assert wider > width > 200
     assert same == height
+
+
+def test_of_sampling_the_time_of_an_image_is_shown(saved, tmp_path, capsys):
+    result = json.loads(saved.read_text())
+    result["rows"] = [
+        {
+            "case": "sampling, EAR-B, 8 images",
+            "rival": rival,
+            "wall_ms": {"median": 8 * ms},
+            "image_ms": {"median": ms},
+        }
+        for rival, ms in ((PUBLIC, 162.0), (OURS, 20.5))
+    ]
+    saved.write_text(json.dumps(result))
+    report.main([str(saved), "--plot", str(tmp_path / "plot.png")])
+    assert "| sampling, EAR-B, 8 images | 1296 / 162 | 164 / 20.5 |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "plot.png").size[0] > 200
