@@ -1,4 +1,4 @@
-"""Put the fused head and loss into a public EAR, MAR or CALM model, in place and without copying a parameter.
+"""Put fused head, loss and transformer blocks into a public EAR, MAR or CALM model, in place, copying no parameter.
 
 A model is recognised by the names and shapes of its head's submodules (``docs/accelerate.md``), never by its class:
 nothing of the public code is imported. Submodules keep their names and their ``nn.Parameter`` objects, so state
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels import functional
+from ear_kernels import functional, public_blocks
 
 
 class UnknownModelError(ValueError):
@@ -239,7 +239,7 @@ def _is_calm(module: nn.Module) -> bool:
 
 
 def accelerate(model: nn.Module) -> Replaced:
-    """Replace head and loss of a public model in place by the fused operations.
+    """Replace head, loss and timm blocks of a public model in place by the fused operations.
 
     Args:
         model: an instance of the public EAR model (``scoreloss``), MAR model (``diffloss``), or CALM energy
@@ -283,6 +283,10 @@ def accelerate(model: nn.Module) -> Replaced:
             "final_layer}) or CALM's energy Transformer (generative_head, transformer, energy_score, beta). "
             f"Its children: {children}. It was left untouched."
         )
+    for path, module in model.named_modules():
+        if public_blocks.is_block(module):
+            found.append((module, "forward", public_blocks.forward))
+            methods[f"{path.rpartition('.')[0] or path}.*.forward"] = "each timm block is one operation"
     for module, name, function in found:
         setattr(module, name, MethodType(function, module))
     return Replaced(" and ".join(dict.fromkeys(kinds)), methods)
