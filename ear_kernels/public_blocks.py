@@ -40,9 +40,15 @@ def _runs_timms(module: nn.Module, forward: str) -> bool:
     return function.__qualname__ == forward and function.__module__.partition(".")[0] == "timm"
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs its ``forward`` and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
+    return not hooks
+
+
+def is_only_forward(module: nn.Module) -> bool:
+    """Whether calling a module is its class's ``forward``: no hook, no forward on the instance."""
+    return has_no_hooks(module) and "forward" not in module.__dict__
 
 
 def _leaves(block: nn.Module) -> dict[str, Any] | None:
@@ -52,13 +58,13 @@ def _leaves(block: nn.Module) -> dict[str, Any] | None:
         owner = block._modules.get(prefix) if prefix else block
         if owner is None or not _runs_timms(owner, forward):
             return None
-        if owner is not block and (_has_hooks(owner) or "forward" in owner.__dict__):
+        if owner is not block and not is_only_forward(owner):
             return None
         for name, leaf in owner._modules.items():
             path = f"{prefix}.{name}" if prefix else name
             if leaf is None or path in FORWARDS:
                 continue
-            if type(leaf) is not LEAVES.get(path) or _has_hooks(leaf) or "forward" in leaf.__dict__:
+            if type(leaf) is not LEAVES.get(path) or not is_only_forward(leaf):
                 return None
             leaves[path] = leaf
     return leaves if LEAVES.keys() - leaves.keys() <= NOT_IN_EVERY_TIMM else None
