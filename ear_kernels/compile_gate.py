@@ -236,7 +236,7 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: float, bias: bool, grad: bool) -> None:
-    """Both halves, joined and apart, as mixed precision runs them: float32 parameters and residual stream."""
+    """Whole, and both halves joined and apart, as mixed precision runs it: float32 parameters and residual stream."""
     operations: Any = functional
 
     def linear(rows: int, columns: int) -> list[Tensor | None]:
@@ -255,6 +255,10 @@ def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: flo
         both = {"dropout": dropout, "attention_dropout": dropout}
         backward(*operations.norm_self_attention(*norm, *attention, heads, **both))
         backward(*operations.norm_gelu_mlp(*norm, *mlp, dropout=dropout))
+        projection = [tensor(width, width, grad=grad), branch_bias if bias else None]
+        block = functional.Block(*[scale, shift, *attention, *projection, scale, shift, *mlp])  # type: ignore[arg-type]
+        options = functional.BlockOptions(heads, dropout, (dropout,) * 3)
+        backward(functional.transformer_block(residual, block, options))
 
 
 def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:

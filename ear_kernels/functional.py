@@ -16,6 +16,7 @@ from ear_kernels.ops.transformer.functional import (
     qkv_heads,
     self_attention,
 )
+from ear_kernels.ops.transformer.functional_block import Block, BlockOptions, transformer_block
 from ear_kernels.ops.transformer.functional_inference import (
     attention,
     attention_rows,
@@ -26,6 +27,8 @@ from ear_kernels.ops.transformer.functional_inference import (
 )
 
 __all__ = [
+    "Block",
+    "BlockOptions",
     "adaln_modulate",
     "attention",
     "attention_rows",
@@ -45,4 +48,5 @@ __all__ = [
     "quantise_e4m3",
     "residual_norm",
     "self_attention",
+    "transformer_block",
 ]

@@ -1,4 +1,4 @@
-"""Put the fused head and loss into a public EAR, MAR or CALM model, in place and without copying a parameter.
+"""Put fused head, loss and transformer blocks into a public EAR, MAR or CALM model, in place, copying no parameter.
 
 A model is recognised by the names and shapes of its head's submodules (``docs/accelerate.md``), never by its class:
 nothing of the public code is imported. Submodules keep their names and their ``nn.Parameter`` objects, so state
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ear_kernels import functional
+from ear_kernels import functional, public_blocks
 
 
 class UnknownModelError(ValueError):
@@ -54,9 +54,10 @@ def _parameters(
     for path, shape in shapes.items():
         child = _child(module, path)
         found: tuple[int, ...] = ()
-        if isinstance(child, nn.Linear):
+        # Subclasses may compute something else, or compute their weights.
+        if type(child) is nn.Linear:
             found = child.out_features, child.in_features
-        elif isinstance(child, nn.LayerNorm) and child.eps == 1e-6:
+        elif type(child) is nn.LayerNorm and child.eps == 1e-6:
             found = child.normalized_shape
         fits = len(found) == len(shape) and all(want in (None, size) for want, size in zip(shape, found, strict=True))
         if not fits or child.weight is None or child.bias is None:  # type: ignore[union-attr]
@@ -91,13 +92,24 @@ def _head_parameters(net: nn.Module) -> list[Tensor] | None:
     return parameters
 
 
+def _plain_parameters(net: nn.Module) -> list[Tensor] | None:
+    """:func:`_head_parameters` of a net if reading them is what calling its submodules would do, else None.
+
+    The methods that are put into a model call its own ones then.
+    """
+    is_plain = all(public_blocks.is_only_forward(module) for module in net.modules() if module is not net)
+    return _head_parameters(net) if is_plain else None
+
+
 def _run_blocks(
-    net: nn.Module, hidden: Tensor, conditioning: Tensor, temperature: Any = 1.0, index: Tensor | None = None
+    net: nn.Module,
+    parameters: list[Tensor],
+    hidden: Tensor,
+    conditioning: Tensor,
+    temperature: Any = 1.0,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Blocks and final layer of a recognised net over rows ``[R, W]``."""
-    parameters = _head_parameters(net)
-    if parameters is None:
-        raise RuntimeError("the head's submodules changed after accelerate(); call it again")
     factor = _shift_factor(net, temperature)
     return functional.generator_blocks(hidden, conditioning, parameters, index=index, temperature=factor, eps=1e-6)
 
@@ -114,24 +126,34 @@ def _shift_factor(net: nn.Module, temperature: Any) -> float:
 
 def _ear_net_forward(self: nn.Module, z: Tensor, noise: Tensor, infer_temperature: Any = 1.0) -> Tensor:
     """Rows of hidden states and noise to tokens, as the public net's ``forward``."""
+    parameters = _plain_parameters(self)
+    if parameters is None:
+        return type(self).forward(self, z, noise, infer_temperature)
     leading = z.shape[:-1]
     z, noise = z.reshape(-1, z.shape[-1]), noise.reshape(-1, noise.shape[-1])
     inputs: Any = [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]  # type: ignore[union-attr]
     factor = _shift_factor(self, infer_temperature)
-    out = functional.generator_few_rows(z, noise, inputs, _head_parameters(self) or [], temperature=factor)
+    out = functional.generator_few_rows(z, noise, inputs, parameters, temperature=factor)
     if out is None:
-        out = _run_blocks(self, self.input_proj(z), self.noise_embed(noise), infer_temperature)  # type: ignore[operator]
+        hidden, conditioning = self.input_proj(z), self.noise_embed(noise)  # type: ignore[operator]
+        out = _run_blocks(self, parameters, hidden, conditioning, infer_temperature)
     return out.view(*leading, out.shape[-1])
 
 
-def _ear_samples(loss: nn.Module, z: Tensor, noise: Tensor) -> Tensor:
+def _ear_head(loss: nn.Module) -> list[Tensor] | None:
+    """:func:`_plain_parameters` of a loss's net if calling the net is no more than that either."""
+    net: Any = loss.net
+    return _plain_parameters(net) if public_blocks.has_no_hooks(net) else None
+
+
+def _ear_samples(loss: nn.Module, parameters: list[Tensor], z: Tensor, noise: Tensor) -> Tensor:
     """``z [M, C]``, ``noise [M, n, noise_channels]`` -> ``[M, n, D]``: z is projected once for its n samples."""
     net = loss.net
     assert isinstance(net, nn.Module)
     rows, samples, channels = noise.shape
     index = torch.arange(rows * samples, dtype=torch.int32, device=z.device) // samples
     conditioning = net.noise_embed(noise.reshape(-1, channels))  # type: ignore[operator]
-    out = _run_blocks(net, net.input_proj(z), conditioning, index=index)  # type: ignore[operator]
+    out = _run_blocks(net, parameters, net.input_proj(z), conditioning, index=index)  # type: ignore[operator]
     return out.view(rows, samples, out.shape[-1])
 
 
@@ -149,8 +171,11 @@ def _ear_energy(loss: nn.Module, sample: Tensor, target: Tensor, mask: Tensor | 
 
 def _ear_loss_forward(self: nn.Module, target: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
     """The public training loss: two samples a row, masked mean of the energy loss."""
+    parameters = _ear_head(self)
+    if parameters is None:
+        return type(self).forward(self, target=target, z=z, mask=mask)
     noise = _draw(self, z.shape[0], z).transpose(0, 1)
-    return _ear_energy(self, _ear_samples(self, z, noise), target, mask)
+    return _ear_energy(self, _ear_samples(self, parameters, z, noise), target, mask)
 
 
 def _ear_model_forward_loss(self: nn.Module, z: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -160,12 +185,15 @@ def _ear_model_forward_loss(self: nn.Module, z: Tensor, target: Tensor, mask: Te
     """
     loss, repeats = self.scoreloss, int(self.score_batch_mul)  # type: ignore[arg-type]
     assert isinstance(loss, nn.Module)
+    parameters = _ear_head(loss) if public_blocks.has_no_hooks(loss) else None
+    if parameters is None:
+        return type(self).forward_loss(self, z=z, target=target, mask=mask)  # type: ignore[attr-defined]
     z, target = z.reshape(-1, z.shape[-1]), target.reshape(-1, target.shape[-1])
     rows = z.shape[0]
     noise = _draw(loss, repeats * rows, z).view(2, repeats, rows, -1)
     keep = mask.reshape(-1).nonzero().squeeze(1)
     noise = noise[:, :, keep].permute(2, 1, 0, 3)  # [masked, repeats, 2, noise_channels]
-    sample = _ear_samples(loss, z[keep], noise.reshape(keep.shape[0], 2 * repeats, -1))
+    sample = _ear_samples(loss, parameters, z[keep], noise.reshape(keep.shape[0], 2 * repeats, -1))
     sample = sample.view(keep.shape[0], repeats, 2, sample.shape[-1])
     return _ear_energy(loss, sample, target[keep].unsqueeze(1).expand(-1, repeats, -1), None)
 
@@ -198,8 +226,11 @@ def _is_ear_loss(module: nn.Module) -> bool:
 
 def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     """Noisy tokens, times and conditions to the predicted noise and variance range, as the public ``forward``."""
+    parameters = _plain_parameters(self)
+    if parameters is None:
+        return type(self).forward(self, x, t, c)
     conditioning = self.time_embed(t) + self.cond_embed(c)  # type: ignore[operator]
-    return _run_blocks(self, self.input_proj(x), conditioning)  # type: ignore[operator]
+    return _run_blocks(self, parameters, self.input_proj(x), conditioning)  # type: ignore[operator]
 
 
 def _is_mar_loss(module: nn.Module) -> bool:
@@ -239,7 +270,7 @@ def _is_calm(module: nn.Module) -> bool:
 
 
 def accelerate(model: nn.Module) -> Replaced:
-    """Replace head and loss of a public model in place by the fused operations.
+    """Replace head, loss and timm blocks of a public model in place by the fused operations.
 
     Args:
         model: an instance of the public EAR model (``scoreloss``), MAR model (``diffloss``), or CALM energy
@@ -283,6 +314,10 @@ def accelerate(model: nn.Module) -> Replaced:
             "final_layer}) or CALM's energy Transformer (generative_head, transformer, energy_score, beta). "
             f"Its children: {children}. It was left untouched."
         )
+    for path, module in model.named_modules():
+        if public_blocks.is_block(module):
+            found.append((module, "forward", public_blocks.forward))
+            methods[f"{path.rpartition('.')[0] or path}.*.forward"] = "each timm block is one operation"
     for module, name, function in found:
         setattr(module, name, MethodType(function, module))
     return Replaced(" and ".join(dict.fromkeys(kinds)), methods)

@@ -7,7 +7,7 @@ pass that updates the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -142,11 +142,35 @@ def _none() -> None:
     return None
 
 
+def _kept(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The copy of a parameter in the innermost scope that has one, or itself if it is of that dtype."""
+    if parameter.dtype == dtype:
+        return parameter
+    for copies in reversed(_scopes.get()):
+        copy = copies.current(parameter, dtype)
+        if copy is not None:
+            return copy
+    return None
+
+
 def low(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """``parameter.to(dtype)``, or the copy of it in a scope that has one."""
-    if not torch.compiler.is_compiling():
-        for copies in reversed(_scopes.get()):
-            copy = copies.current(parameter, dtype)
-            if copy is not None:
-                return copy
-    return parameter.to(dtype)
+    kept = None if torch.compiler.is_compiling() else _kept(parameter, dtype)
+    return parameter.to(dtype) if kept is None else kept
+
+
+def low_all(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    """:func:`low` of each, without gradients and None for None; those that have no copy are cast in one launch."""
+    if torch.compiler.is_compiling():
+        return [None if parameter is None else parameter.to(dtype) for parameter in parameters]
+    found: list[Any] = [None if parameter is None else _kept(parameter, dtype) for parameter in parameters]
+    missing = {
+        number: parameter.detach()
+        for number, parameter in enumerate(parameters)
+        if parameter is not None and found[number] is None
+    }
+    for number, parameter in missing.items():
+        found[number] = torch.empty_like(parameter, dtype=dtype)
+    if missing:
+        torch._foreach_copy_([found[number] for number in missing], list(missing.values()))
+    return found

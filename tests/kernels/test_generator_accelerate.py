@@ -239,6 +239,56 @@ def test_a_model_it_does_not_know_is_left_untouched(spoil) -> None:
     assert not any("forward" in vars(module) or "forward_loss" in vars(module) for module in model.modules())
 
 
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+def parametrised_linear(ear) -> None:
+    nn.utils.parametrizations.orthogonal(ear.scoreloss.net.final_layer.linear)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m.scoreloss.register_forward_hook(doubled),
+        lambda m: m.scoreloss.net.register_forward_hook(doubled),
+        lambda m: m.scoreloss.net.noise_embed.register_forward_hook(doubled),
+        lambda m: m.scoreloss.net.res_blocks[1].register_forward_hook(doubled),
+        lambda m: m.scoreloss.net.res_blocks[0].mlp[0].register_forward_hook(doubled),
+        lambda m: setattr(m.scoreloss.net.res_blocks[0].mlp, "2", nn.Sequential(nn.Linear(16, 16, device=DEVICE))),
+        lambda m: setattr(m.scoreloss.net.final_layer.linear, "forward", lambda x: x[..., :4]),
+        parametrised_linear,
+    ],
+)
+def test_nothing_of_a_head_is_bypassed(backend: str, spoil) -> None:
+    """A head that does more than its weights say runs the public methods."""
+    torch.manual_seed(0)
+    model, plain = randomised(Ear()), Ear().to(DEVICE)
+    plain.load_state_dict(model.state_dict())
+    accelerate(model)
+    for each in (model, plain):
+        torch.manual_seed(2)
+        spoil(each)
+    x, mask = torch.randn(3, 5, 4, device=DEVICE), torch.ones(3, 5, device=DEVICE)
+    same(loss_and_gradients(plain, x, mask), loss_and_gradients(model, x, mask))
+    z, noise = torch.randn(7, 12, device=DEVICE), torch.randn(7, 8, device=DEVICE)
+    for each in (model, plain):
+        each.eval()
+    with torch.no_grad():
+        expected = plain.scoreloss.net(z, noise, 0.7)
+        torch.testing.assert_close(model.scoreloss.net(z, noise, 0.7), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hook_in_a_mar_net_runs(backend: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(Mar())
+    accelerate(model)
+    inputs = torch.randn(6, 4, device=DEVICE), torch.arange(6, device=DEVICE), torch.randn(6, 12, device=DEVICE)
+    before = loss_and_gradients(model, *inputs)["loss"]
+    model.diffloss.net.final_layer.register_forward_hook(doubled)
+    torch.testing.assert_close(loss_and_gradients(model, *inputs)["loss"], 4 * before)
+
+
 def test_wrong_argument() -> None:
     with pytest.raises(TypeError, match="must be a torch"):
         accelerate(F.silu)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ear_kernels.ops.generator import launch, launch_adaln, launch_few_rows, launch_ffn, launch_inference
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, is_norm_parameter
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
-from ear_kernels.runtime.copies import low as low_copy
+from ear_kernels.runtime.copies import low_all
 
 LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
 
@@ -256,10 +256,10 @@ class GeneratorBlocks(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         # Cast once a step and keep: casting again in backward would read the float32 weights again.
-        cast = [
-            parameter if is_norm_parameter(position, len(parameters)) else low_copy(parameter, conditioning.dtype)
-            for position, parameter in enumerate(parameters)
-        ]
+        is_norm = [is_norm_parameter(position, len(parameters)) for position in range(len(parameters))]
+        linears = [parameter for parameter, norm in zip(parameters, is_norm, strict=True) if not norm]
+        low = iter(low_all(linears, conditioning.dtype))
+        cast = [parameter if norm else next(low) for parameter, norm in zip(parameters, is_norm, strict=True)]
         out, *saved = _generator_forward(hidden, conditioning, cast, index, group, temperature, eps, save)
         if save:
             ctx.save_for_backward(hidden, conditioning, index, inverse, *cast, *saved)

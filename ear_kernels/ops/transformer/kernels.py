@@ -49,13 +49,13 @@ def _normal(h, FAST: tl.constexpr):
 
 @triton.jit
 def dropout_add_layer_norm_fwd_kernel(
-    branch,  # [R, W]
+    branch,  # [R, W], or None: the norm alone
     branch_bias,  # [W], added to branch first, or None
     residual,  # [R, W]
     weight,  # [W]
     bias,  # [W]
     seed,  # [1] int64, or None: no dropout
-    x,  # [R, W], out: residual + dropout(branch + branch_bias)
+    x,  # [R, W], out: residual + dropout(branch + branch_bias); None without branch
     out,  # [R, W], out: LN(x)
     mean,  # [R] float32, out, or None
     rstd,  # [R] float32, out
@@ -70,16 +70,17 @@ def dropout_add_layer_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK)
     live = cols < WIDTH
     place = row * WIDTH + cols
-    y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
-    r_W = tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
-    if branch_bias is not None:
-        y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
-    if seed is not None:
-        y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, scale, BLOCK)
-    # Rounded to the stream's type before the norm: backward sees this stored row.
-    stored_W = (r_W + y_W).to(x.dtype.element_ty)
-    tl.store(x + place, stored_W, mask=live)
-    x_W = stored_W.to(tl.float32)
+    x_W = tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+    if branch is not None:
+        y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
+        if branch_bias is not None:
+            y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
+        if seed is not None:
+            y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, scale, BLOCK)
+        # Rounded to the stream's type before the norm: backward sees this stored row.
+        stored_W = (x_W + y_W).to(x.dtype.element_ty)
+        tl.store(x + place, stored_W, mask=live)
+        x_W = stored_W.to(tl.float32)
     mu = tl.sum(x_W, 0) / WIDTH
     centred_W = tl.where(live, x_W - mu, 0.0)
     rs = 1.0 / tl.sqrt(tl.sum(centred_W * centred_W, 0) / WIDTH + eps)
@@ -104,9 +105,9 @@ def dropout_add_layer_norm_bwd_kernel(
     rstd,  # [R] float32
     seed,  # [1] int64, or None: no dropout
     grad_residual,  # [R, W], out (may be grad_x's memory)
-    grad_branch,  # [R, W], out
+    grad_branch,  # [R, W], out, or None: the norm alone
     recomputed,  # [R, W], out without mean: LN(x), for the weight gradient of what reads it (may be x's memory)
-    partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias
+    partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias; [programs, 2, W] without it
     rows,
     rows_per_program,
     threshold,
@@ -148,14 +149,71 @@ def dropout_add_layer_norm_bwd_kernel(
         if grad_x is not None:
             dx_W += tl.load(grad_x + place, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_residual + place, dx_W.to(grad_residual.dtype.element_ty), mask=live)
-        if seed is not None:
-            dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
-        sum_branch_W += dx_W
-        tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
-    base = partials + program.to(tl.int64) * (3 * WIDTH) + cols
+        if grad_branch is not None:
+            if seed is not None:
+                dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+            sum_branch_W += dx_W
+            tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
+    sums: tl.constexpr = 2 if grad_branch is None else 3
+    base = partials + program.to(tl.int64) * (sums * WIDTH) + cols
     tl.store(base, sum_weight_W, mask=live)
     tl.store(base + WIDTH, sum_bias_W, mask=live)
-    tl.store(base + 2 * WIDTH, sum_branch_W, mask=live)
+    if grad_branch is not None:
+        tl.store(base + 2 * WIDTH, sum_branch_W, mask=live)
+
+
+@triton.jit
+def dropout_add_fwd_kernel(
+    branch,  # [R, W]
+    branch_bias,  # [W], added to branch first, or None
+    x,  # [R, W], in and out: x + dropout(branch + branch_bias)
+    seed,  # [1] int64, or None: no dropout
+    threshold,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + cols
+    y_W = tl.load(branch + place, mask=live, other=0.0).to(tl.float32)
+    x_W = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    if branch_bias is not None:
+        y_W += tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
+    if seed is not None:
+        y_W *= _kept(tl.load(seed), tl.program_id(0) * (BLOCK // 8), threshold, scale, BLOCK)
+    tl.store(x + place, (x_W + y_W).to(x.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+def dropout_add_bwd_kernel(
+    grad,  # [R, W]: gradient of the sum
+    seed,  # [1] int64, or None: no dropout
+    grad_branch,  # [R, W], out
+    partials,  # [programs, W] float32, out: sums for branch_bias
+    rows,
+    rows_per_program,
+    threshold,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    live = cols < WIDTH
+    if seed is not None:
+        drawn_from = tl.load(seed)
+    sum_W = tl.zeros([BLOCK], tl.float32)
+    begin = program * rows_per_program
+    for index in tl.range(begin, tl.minimum(begin + rows_per_program, rows), num_stages=STAGES):
+        place = tl.cast(index, tl.int64) * WIDTH + cols
+        g_W = tl.load(grad + place, mask=live, other=0.0).to(tl.float32)
+        if seed is not None:
+            g_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
+        sum_W += g_W
+        tl.store(grad_branch + place, g_W.to(grad_branch.dtype.element_ty), mask=live)
+    tl.store(partials + program.to(tl.int64) * WIDTH + cols, sum_W, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])

@@ -59,7 +59,7 @@ def norm_backward_config(width: int) -> RowConfig:
 
 
 def add_norm(
-    branch: Tensor,
+    branch: Tensor | None,
     branch_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
@@ -71,19 +71,21 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(x, LN(x) in ``dtype``, mean, rstd) for contiguous ``branch, residual [R, W]``.
 
-    With ``normed [R, W]`` that gets ``(x - mean) rstd``, and the mean is None.
+    Without a branch x is the residual itself. With ``normed [R, W]`` that gets ``(x - mean) rstd``, and the mean is
+    None.
     """
     rows, width = residual.shape
-    x, out = residual.new_empty((rows, width)), residual.new_empty((rows, width), dtype=dtype)
+    added = None if branch is None else residual.new_empty((rows, width))
+    out = residual.new_empty((rows, width), dtype=dtype)
     mean = residual.new_empty(rows, dtype=torch.float32) if normed is None else None
     rstd = residual.new_empty(rows, dtype=torch.float32)
     if rows:
         launch(
             kernels.dropout_add_layer_norm_fwd_kernel, (rows,), branch, branch_bias, residual, weight, bias,
-            dropout.seed, x, out, mean, rstd, normed, dropout.threshold, dropout.scale, eps, on=x,
+            dropout.seed, added, out, mean, rstd, normed, dropout.threshold, dropout.scale, eps, on=out,
             WIDTH=width, BLOCK=max(8, next_power_of_two(width)), num_warps=norm_forward_warps(width),
         )  # fmt: skip
-    return x, out, mean, rstd
+    return residual if added is None else added, out, mean, rstd
 
 
 def add_norm_backward(
@@ -94,24 +96,25 @@ def add_norm_backward(
     mean: Tensor | None,
     rstd: Tensor,
     dropout: Dropout,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     recompute: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
 
-    Without a mean ``x`` is ``(x - mean) rstd`` and ``recompute`` is (bias, out): out, which may be the memory of
-    ``x``, gets LN(x).
+    Where ``dtype`` is None there was no branch: its gradients are None and left out. Without a mean ``x`` is
+    ``(x - mean) rstd`` and ``recompute`` is (bias, out): out, which may be the memory of ``x``, gets LN(x).
     """
     rows, width = x.shape
     bias, recomputed = recompute if recompute is not None else (None, None)
-    grad_branch = x.new_empty((rows, width), dtype=dtype)
+    grad_branch = None if dtype is None else x.new_empty((rows, width), dtype=dtype)
+    parts = 2 if dtype is None else 3
     # Alike in dtype to the stream, of which x may be no more than its normed rows.
     grad_residual = x.new_empty((rows, width)) if grad_x is None or recompute is None else torch.empty_like(grad_x)
     if rows == 0:
-        return grad_branch, grad_residual, x.new_zeros((3, width), dtype=torch.float32)
+        return grad_branch, grad_residual, x.new_zeros((parts, width), dtype=torch.float32)
     config = norm_backward_config(width)
     programs, rows_per_program = row_grid(rows, config.programs)
-    partials = x.new_empty((programs, 3, width), dtype=torch.float32)
+    partials = x.new_empty((programs, parts, width), dtype=torch.float32)
     grad_x = None if grad_x is None else grad_x.contiguous()
     launch(
         kernels.dropout_add_layer_norm_bwd_kernel, (programs,), grad_out.contiguous(), grad_x, x, weight, bias,
@@ -120,6 +123,34 @@ def add_norm_backward(
         WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return grad_branch, grad_residual, column_sums(partials)
+
+
+def dropout_add_(x: Tensor, branch: Tensor, branch_bias: Tensor | None, dropout: Dropout) -> None:
+    """``x += dropout(branch + branch_bias)`` for contiguous ``x, branch [R, W]``."""
+    rows, width = x.shape
+    if rows:
+        launch(
+            kernels.dropout_add_fwd_kernel, (rows,), branch, branch_bias, x, dropout.seed,
+            dropout.threshold, dropout.scale, on=x,
+            WIDTH=width, BLOCK=max(8, next_power_of_two(width)), num_warps=norm_forward_warps(width),
+        )  # fmt: skip
+
+
+def dropout_add_backward(grad: Tensor, dropout: Dropout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of the branch (in ``dtype``) and of its bias (float32) for contiguous ``grad [R, W]``."""
+    rows, width = grad.shape
+    grad_branch = torch.empty_like(grad, dtype=dtype)
+    if rows == 0:
+        return grad_branch, grad.new_zeros(width, dtype=torch.float32)
+    config = norm_backward_config(width)
+    programs, rows_per_program = row_grid(rows, config.programs)
+    partials = grad.new_empty((programs, width), dtype=torch.float32)
+    launch(
+        kernels.dropout_add_bwd_kernel, (programs,), grad, dropout.seed, grad_branch, partials,
+        rows, rows_per_program, dropout.threshold, dropout.scale, on=grad,
+        WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return grad_branch, column_sums(partials)
 
 
 def gelu_dropout(pre: Tensor, dropout: Dropout) -> Tensor:

@@ -4,9 +4,47 @@ The eager path of attention is ``F.scaled_dot_product_attention``; :func:`attent
 dropout mask.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Parameters of a pre-norm block of width W, A = heads x D features of attention and V of the MLP's inner layer.
+
+    Linears may have no bias.
+    """
+
+    norm1_weight: Tensor  # [W]
+    norm1_bias: Tensor  # [W]
+    qkv_weight: Tensor  # [3 A, W], the rows as (query, key, value), (head), (feature)
+    qkv_bias: Tensor | None  # [3 A]
+    proj_weight: Tensor  # [W, A]
+    proj_bias: Tensor | None  # [W]
+    norm2_weight: Tensor  # [W]
+    norm2_bias: Tensor  # [W]
+    fc1_weight: Tensor  # [V, W]
+    fc1_bias: Tensor | None  # [V]
+    fc2_weight: Tensor  # [W, V]
+    fc2_bias: Tensor | None  # [W]
+
+
+class BlockOptions(NamedTuple):
+    """Numbers of a pre-norm block; probabilities of dropout are in [0, 1).
+
+    Args:
+        heads: of the attention.
+        attention_dropout: of the attention's weights.
+        dropouts: of the attention's output, of the MLP's inner layer and of its output.
+        eps: of the two norms.
+    """
+
+    heads: int
+    attention_dropout: float = 0.0
+    dropouts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    eps: tuple[float, float] = (1e-6, 1e-6)
 
 
 def dropout_add_layer_norm(
@@ -43,6 +81,18 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     packed = F.linear(x, weight, bias).view(batch, length, 3, heads, weight.shape[0] // (3 * heads))
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
     return query, key, value
+
+
+def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
+    """A pre-norm block over ``x [B, L, W]``; draws from torch's generator in the order of timm's block."""
+    p, rates = block, options.dropouts
+    normed = F.layer_norm(x, x.shape[-1:], p.norm1_weight, p.norm1_bias, options.eps[0])
+    heads = qkv_heads(normed, p.qkv_weight, p.qkv_bias, options.heads)
+    mixed = F.scaled_dot_product_attention(*heads, dropout_p=options.attention_dropout).transpose(1, 2).flatten(2)
+    x = x + F.dropout(F.linear(mixed, p.proj_weight, p.proj_bias), rates[0])
+    normed = F.layer_norm(x, x.shape[-1:], p.norm2_weight, p.norm2_bias, options.eps[1])
+    out = gelu_mlp(normed, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, rates[1])
+    return x + F.dropout(out, rates[2])
 
 
 def columns(length: int) -> Tensor:
