@@ -1,5 +1,6 @@
 """Index of the public operations; each is defined, with its checks and errors, in ``ops/*/functional*.py``."""
 
+from ear_kernels.ops.decoding.functional import guided_norm, predicted_rows, write_rows, write_tokens
 from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
 from ear_kernels.ops.generator.functional import (
     adaln_modulate,
@@ -40,13 +41,17 @@ __all__ = [
     "gelu_mlp",
     "generator_blocks",
     "generator_few_rows",
+    "guided_norm",
     "linear_e4m3",
     "norm_gelu_mlp",
     "norm_self_attention",
+    "predicted_rows",
     "project",
     "qkv_heads",
     "quantise_e4m3",
     "residual_norm",
     "self_attention",
     "transformer_block",
+    "write_rows",
+    "write_tokens",
 ]

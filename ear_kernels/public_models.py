@@ -7,6 +7,7 @@ dicts, optimisers, EMA copies and hooks go on working; only ``forward`` methods 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels import functional, public_blocks
+
+PLUGINS = "ear_kernels.accelerate"
+"""Entry points of what other packages replace: called with each module, they return what they did or None."""
 
 
 class UnknownModelError(ValueError):
@@ -320,6 +324,11 @@ def accelerate(model: nn.Module) -> Replaced:
             methods[f"{path.rpartition('.')[0] or path}.*.forward"] = "each timm block is one operation"
     for module, name, function in found:
         setattr(module, name, MethodType(function, module))
+    for entry in entry_points(group=PLUGINS):
+        for path, module in model.named_modules():
+            done = entry.load()(module)
+            if done:
+                methods[f"{path}.{entry.name}" if path else entry.name] = done
     return Replaced(" and ".join(dict.fromkeys(kinds)), methods)
 
 

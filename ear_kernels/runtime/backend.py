@@ -21,6 +21,7 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
     {
         "adaln_modulate",
         "adamw",
+        "decoding",
         "dropout_add_layer_norm",
         "energy_distance",
         "energy_loss",

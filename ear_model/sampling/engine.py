@@ -201,7 +201,9 @@ class Engines:
         weights = self._weights.get(numbers)
         if weights is None or not weights.fits(model):
             # Graphs read the parameters and copies where they lie.
-            self.release()
+            self._weights.pop(numbers, None)
+            for key in [key for key in self._kept if key[2] == numbers]:
+                del self._kept[key]
             weights = self._weights[numbers] = Weights(model, numbers[0], fp8=numbers[1])
         key = batch, guided, numbers
         engine = self._kept.pop(key, None)

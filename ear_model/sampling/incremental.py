@@ -14,7 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ear_kernels.functional import attention, attention_rows
+from ear_kernels.functional import (
+    attention,
+    attention_rows,
+    guided_norm,
+    predicted_rows,
+    write_rows,
+    write_tokens,
+)
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import guidance_scale, random_orders
@@ -53,7 +60,6 @@ class IncrementalDecoding:
         self.qkv_GS3 = new(self.sequences, length, 3 * width, dtype=dtype)
         self.left = new(1, dtype=torch.int64)
         self.places_L = torch.arange(tokens, device=position.device)
-        self.starts_G1 = length * torch.arange(self.sequences, device=position.device).unsqueeze(1) + self.prefix
 
     def fill(self, labels_B: Tensor, sampling: SamplingConfig, draws: Draws, counts: Sequence[int]) -> None:
         """Put what is decoded next into the buffers; orders and noise are drawn as the plain loop draws them.
@@ -100,24 +106,21 @@ class IncrementalDecoding:
 
     def step(self, count: int) -> None:
         """Predict ``count`` tokens of every image."""
-        self.left -= count
-        places_k = self.left + self.places_L[:count]
-        positions_Bk = self.orders_BL[:, places_k]
-        rows_GK = (positions_Bk.repeat(2, 1) if self.guided else positions_Bk) + self.starts_G1
-        hidden_RC = self._hidden(rows_GK.flatten())
-        half = self.batch * count
-        hidden, null = (hidden_RC[:half], hidden_RC[half:]) if self.guided else (hidden_RC, None)
-        tokens = self.config.num_tokens
-        drawn_k = tokens - count - self.left + self.places_L[:count]
+        rows_GK, hidden_RC = self._hidden(count)
+        tokens, score = self.config.num_tokens, self.model.score
+        drawn_k = tokens - self.left + self.places_L[:count]
         assert self.noise_BLE is not None
         noise_RE = self.noise_BLE[:, drawn_k].flatten(0, 1)
-        sampled_RD = self.model.score.sample(hidden, null, self.scales[self.left], self.temperature, noise_RE)
-        index = positions_Bk.unsqueeze(-1).expand(-1, -1, sampled_RD.shape[-1])
-        self.tokens_BLD.scatter_(1, index, sampled_RD.view(self.batch, count, -1).to(self.tokens_BLD.dtype))
-        self._write(sampled_RD, positions_Bk, rows_GK.flatten())
+        sampled_RD = score.sample(hidden_RC, None, 1.0, self.temperature, noise_RE)
+        first, embed = self.weights.blocks[0], self.weights.embed
+        norm = first.norm1.weight, first.norm1.bias, first.norm1.eps
+        normed_RC = write_tokens(
+            sampled_RD, self.tokens_BLD, self.start_GSC, rows_GK, (embed.weight, embed.bias), self.position_SC, norm
+        )
+        write_rows(first.qkv(normed_RC), self.qkv_GS3, rows_GK, self.left, count)
 
-    def _hidden(self, rows_R: Tensor) -> Tensor:
-        """Hidden states ``[R, C]`` in the stream's dtype of these rows of the ``G S``."""
+    def _hidden(self, count: int) -> tuple[Tensor, Tensor]:
+        """The rows of the ``G S`` that are predicted, and their hidden states ``[B k, C]``, guided."""
         width, blocks = self.config.width, self.weights.blocks
         stream, branch, bias = self.start_GSC, None, None
         for number, block in enumerate(blocks[:-1]):
@@ -134,20 +137,13 @@ class IncrementalDecoding:
         last = blocks[-1]
         stream, normed = last.norm1(stream, branch, bias, **last.qkv.takes)
         kv = last.qkv(normed, rows=slice(width, None))
-        rows_RC = stream.view(-1, width)[rows_R]
-        _, normed = last.norm1(rows_RC, dtype=self.dtype)
+        norm = last.norm1
+        rows_GK, rows_RC, normed = predicted_rows(
+            stream, self.orders_BL, self.left, count, norm.weight, norm.bias, eps=norm.eps, dtype=self.dtype
+        )
         query = last.qkv(normed, rows=slice(width)).view(self.sequences, -1, width)
         mixed = attention_rows(query, kv, last.heads).view(-1, width)
         _, normed = last.norm2(rows_RC, last.proj(mixed, bias=False), last.proj.own_bias, dtype=self.dtype)
-        _, hidden = self.weights.norm(rows_RC, last.mlp(normed), last.fc2.own_bias, dtype=rows_RC.dtype)
-        return hidden
-
-    def _write(self, sampled_RD: Tensor, positions_Bk: Tensor, rows_R: Tensor) -> None:
-        """The embeddings of new tokens, and their queries, keys and values in the first block, at their rows."""
-        first, width = self.weights.blocks[0], self.config.width
-        position = self.position_SC[self.prefix + positions_Bk.flatten()]
-        embedded = self.weights.embed(sampled_RD.to(self.dtype)) + position
-        _, normed = first.norm1(embedded, dtype=self.dtype)
-        times = 2 if self.guided else 1
-        self.start_GSC.view(-1, width).index_copy_(0, rows_R, embedded.repeat(times, 1))
-        self.qkv_GS3.view(-1, 3 * width).index_copy_(0, rows_R, first.qkv(normed).repeat(times, 1))
+        scales, norm = self.scales if self.guided else None, self.weights.norm
+        after = norm.weight, norm.bias, scales, self.left, count
+        return rows_GK, guided_norm(last.mlp(normed), last.fc2.own_bias, rows_RC, *after, eps=norm.eps)

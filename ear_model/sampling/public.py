@@ -5,9 +5,7 @@ imported: a model has the attributes that its checkpoints name, and ``sample_tok
 ``unpatchify``.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import Draws
+from ear_model.model.masking import unmasking_schedule
 from ear_model.sampling.engine import Engines
 
 NAMES = (
@@ -25,14 +24,17 @@ NAMES = (
 
 
 class _Draws(Draws):
-    """The public code's draws, number for number: orders by numpy, noise step by step."""
+    """The public code's draws, number for number: orders by numpy; noise step by step, by place in the image."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, steps: int) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._steps = model, steps
 
     def orders(self, images: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        return self._model.sample_orders(images).to(device)
+        orders_BL = self._model.sample_orders(images).to(device)
+        # Within a step any order gives the same images; this one meets the noise as there.
+        parts = [orders_BL[:, keep:left].sort(1).values for left, keep in unmasking_schedule(tokens, self._steps)]
+        return torch.cat(parts[::-1], 1)
 
 
 class _Backbone:
@@ -108,35 +110,42 @@ def swap(model: Any) -> str | None:
     """Give a public EAR model our ``sample_tokens``; returns what it does, None if this is no such model."""
     if not all(hasattr(model, name) for name in NAMES):
         return None
-    engines, public = Engines(), model.sample_tokens
-
-    @functools.wraps(public)
-    def sample_tokens(
-        self: Any,
-        bsz: int,
-        num_iter: int = 64,
-        cfg: float = 1.0,
-        cfg_schedule: str = "linear",
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
-    ) -> Tensor:
-        view, device = PublicModel(self), self.mask_token.device
-        wanted = torch.full((bsz,), -1, device=device) if labels is None else labels.to(device).long()
-        known = cfg_schedule in ("linear", "constant") and len(wanted) == bsz
-        if self.training or not known or not engines.takes(view, wanted):
-            return public(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
-        setting = SamplingConfig(num_iter, float(cfg), cfg_schedule, float(temperature))  # type: ignore[arg-type]
-        precision = "auto" if torch.is_autocast_enabled("cuda") else "fp32"
-        with torch.no_grad():
-            options: dict[str, Any] = {"precision": precision, "progress": _bar() if progress else None}
-            return view.decode(engines.decode(view, wanted, setting, _Draws(self), **options))
-
+    if "sample_tokens" in vars(model) and getattr(model.sample_tokens, "__func__", None) is not sample_tokens:
+        return None  # somebody else's, on the instance
+    model._sampling_engines = Engines()
     model.sample_tokens = MethodType(sample_tokens, model)
     return "the steps as CUDA graphs"
 
 
-def _bar() -> Callable:
-    from tqdm import tqdm
+def sample_tokens(
+    self: Any,
+    bsz: int,
+    num_iter: int = 64,
+    cfg: float = 1.0,
+    cfg_schedule: str = "linear",
+    labels: Tensor | None = None,
+    infer_temperature: float = 1.0,
+    progress: bool = False,
+    **more: Any,
+) -> Tensor:
+    """The public method of these arguments: the same draws, the same latents within rounding.
 
-    return tqdm
+    It goes to the public method itself in training, on a CPU, and where submodules have hooks or wrappers. ``more``
+    may hold ``temperature``, which is another name of ``infer_temperature``.
+    """
+    infer_temperature = more.pop("temperature", infer_temperature)
+    view, device = PublicModel(self), self.mask_token.device
+    wanted = torch.full((bsz,), -1, device=device) if labels is None else labels.to(device).long()
+    known = cfg_schedule in ("linear", "constant") and len(wanted) == bsz and not more
+    engines = self._sampling_engines
+    if self.training or not known or not engines.takes(view, wanted):
+        public = type(self).sample_tokens
+        return public(self, bsz, num_iter, cfg, cfg_schedule, labels, infer_temperature, progress, **more)
+    setting = SamplingConfig(num_iter, float(cfg), cfg_schedule, float(infer_temperature))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"precision": "auto" if torch.is_autocast_enabled("cuda") else "fp32"}
+    if progress:
+        from tqdm import tqdm
+
+        options["progress"] = tqdm
+    with torch.no_grad():
+        return view.decode(engines.decode(view, wanted, setting, _Draws(self, num_iter), **options))

@@ -166,8 +166,9 @@ class Weights:
         weight = linear.weight.detach()
         e4m3 = None
         if fp8:
-            scales = torch.ones(2, 1, device=weight.device)
-            e4m3 = Quantised(torch.zeros_like(weight, dtype=E4M3), *scales)
+            # Each of its own memory: cuBLAS wants scales aligned to 16 bytes.
+            scale, scale_in = (torch.ones(1, device=weight.device) for _ in range(2))
+            e4m3 = Quantised(torch.zeros_like(weight, dtype=E4M3), scale, scale_in)
         return Linear(self._low(linear.weight), self._low(linear.bias), linear.bias.detach(), e4m3)
 
     def _block(self, block: Any, *, quantised: bool, first: bool, last: bool) -> Block:

@@ -143,4 +143,20 @@ def linear_inference_kernel(
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
             _finish(left, m, n, bias, scale, out_inverse, stream, part, out_desc, M, N, BM, BN // 2, GELU, PARTS)
-            _finish(right, m, n + BN // 2, bias, scale, out_inverse, stream, part, out_desc, M, N, BM, BN // 2, GELU, PARTS)
+            _finish(
+                right,
+                m,
+                n + BN // 2,
+                bias,
+                scale,
+                out_inverse,
+                stream,
+                part,
+                out_desc,
+                M,
+                N,
+                BM,
+                BN // 2,
+                GELU,
+                PARTS,
+            )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ear_kernels.ops.transformer import kernels_linear as kernels
-from ear_kernels.runtime.launching import ceil_div, dependent_launch, is_on_hopper, launch, processor
+from ear_kernels.runtime.launching import ceil_div, dependent_launch, launch, processor
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def launch_linear(
     bias: Tensor | None,
     out: Tensor,
     *,
-    scales: Scales = Scales(),  # noqa: B008 frozen
+    scales: Scales = Scales(),
     gelu: bool = False,
     stream: Tensor | None = None,
     dependent: bool = False,

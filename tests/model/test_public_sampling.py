@@ -1,0 +1,95 @@
+"""Sampling of public EAR models by our engine."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.public_ear import PublicEAR, initialise
+from ear_kernels import accelerate
+from ear_model.config import SamplingConfig
+from ear_model.model.masking import unmasking_schedule
+from ear_model.sampling import public
+from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.weights import Weights
+from tests.model.conftest import TINY
+
+CONFIG = dataclasses.replace(TINY, patch_size=1, channels=4, image_size=4, width=32, class_tokens=3)
+
+
+def public_model() -> PublicEAR:
+    model = PublicEAR(CONFIG).eval()
+    initialise(model, int(torch.randint(1000, ())))
+    return model
+
+
+def seed(number: int) -> None:
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 7, 7]), None])
+@pytest.mark.parametrize(("steps", "guidance"), [(5, 3.0), (1, 2.0), (30, 1.0)])
+@torch.no_grad()
+def test_the_engines_steps_are_the_public_ones(steps, guidance, labels) -> None:
+    """On a CPU, where the engine itself stays away: draws, kept values and tokens."""
+    model = public_model()
+    seed(steps)
+    expected = model.sample_tokens(3, steps, guidance, "linear", labels, 0.7)
+    view = public.PublicModel(model)
+    wanted = torch.full((3,), -1) if labels is None else labels
+    weights = Weights(view, torch.float32)
+    weights.refresh()
+    decoding = IncrementalDecoding(view, weights, 3, guided=guidance != 1)
+    counts = [left - keep for left, keep in unmasking_schedule(16, steps) if left > keep]
+    seed(steps)
+    decoding.fill(wanted, SamplingConfig(steps, guidance, temperature=0.7), public._Draws(model, steps), counts)
+    decoding.prepare(0.7)
+    decoding.begin()
+    for count in counts:
+        decoding.step(count)
+    torch.testing.assert_close(view.decode(decoding.tokens_BLD), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_replaces_the_method_and_says_so() -> None:
+    model = public_model()
+    done = accelerate(model)
+    assert done.methods["sample_tokens"] == "the steps as CUDA graphs"
+    assert model.sample_tokens.__func__ is public.sample_tokens
+    accelerate(model)
+    options = {"num_iter": 4, "cfg": 2.0, "labels": torch.tensor([3, 1])}
+    for temperature in ({"infer_temperature": 0.5}, {"temperature": 0.5}, {}):
+        seed(1)
+        found = model.sample_tokens(2, **options, **temperature)
+        seed(1)
+        expected = type(model).sample_tokens(model, 2, **options, infer_temperature=0.5 if temperature else 1.0)
+        torch.testing.assert_close(found, expected)
+    other = copy.deepcopy(model)
+    assert other.sample_tokens.__self__ is other
+    assert public.swap(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("labels", [torch.tensor([1, 7, 7]), None])
+@torch.no_grad()
+def test_on_a_gpu_it_gives_the_public_latents(labels, monkeypatch) -> None:
+    model = public_model().cuda()
+    accelerate(model)
+    public.swap(model)
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    for guidance in (1.0, 3.0):
+        results = []
+        for sample in (model.sample_tokens, lambda *rest: PublicEAR.sample_tokens(model, *rest)):
+            seed(4)
+            results.append(sample(3, 6, guidance, "linear", labels, 0.7))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(replays) == 14
+    with torch.autocast("cuda", torch.bfloat16):
+        assert model.sample_tokens(3, 6, 3.0, "linear", labels, 0.7).isfinite().all()
+    assert len(replays) == 21
+    model.train().sample_tokens(3, 6, 3.0, "linear", labels, 0.7)
+    assert len(replays) == 21
