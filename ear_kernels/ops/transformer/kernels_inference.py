@@ -14,6 +14,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ear_kernels.ops.transformer.kernels import _normal
 
 
+@triton.jit
+def _chunk(pointer, index, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
+    return tl.load(pointer + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _parameter(pointer, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """The chunks ``[1, CHUNK]`` of a vector ``[W]``."""
+    parts = ()
+    for index in tl.static_range(CHUNKS):
+        parts += (_chunk(pointer, index, CHUNK, WIDTH),)
+    return parts
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def residual_norm_kernel(
     branch,  # [R, W], or None
@@ -28,18 +43,21 @@ def residual_norm_kernel(
     rows_per_program,
     eps,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    HELD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Programs take runs of ``rows_per_program`` rows, ROWS at a time."""
-    cols = tl.arange(0, BLOCK)[None, :]
-    live = cols < WIDTH
-    w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
-    b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
-    if branch_bias is not None:
-        bb_W = tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
+    """Programs take runs of ``rows_per_program`` rows, ROWS at a time, and of a row CHUNKS of CHUNK columns.
+
+    With a warp a row, whose chunk is 4 columns a thread, nothing goes through shared memory.
+    """
+    if HELD:
+        w = _parameter(weight, CHUNK, CHUNKS, WIDTH)
+        b = _parameter(bias, CHUNK, CHUNKS, WIDTH)
+        if branch_bias is not None:
+            added = _parameter(branch_bias, CHUNK, CHUNKS, WIDTH)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -48,28 +66,49 @@ def residual_norm_kernel(
         factor = 1.0 / tl.load(out_scale)
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
-    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+    for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
-        place = row.to(tl.int64) * WIDTH + cols
-        inside = live & (row < end)
-        x = tl.load(stream + place, mask=inside, other=0.0).to(tl.float32)
+        base = row.to(tl.int64) * WIDTH
+        parts = ()
+        others = ()
+        for index in tl.static_range(CHUNKS):
+            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
+            inside = (cols < WIDTH) & (row < end)
+            parts += (tl.load(stream + base + cols, mask=inside, other=0.0).to(tl.float32),)
+            if branch is not None:
+                others += (tl.load(branch + base + cols, mask=inside, other=0.0).to(tl.float32),)
         if branch is not None:
-            y = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
-            if branch_bias is not None:
-                y += bb_W
-            x = (x + y).to(out_stream.dtype.element_ty)
-            tl.store(out_stream + place, x, mask=inside)
-            x = x.to(tl.float32)
-        mu = tl.sum(x, 1) / WIDTH
-        centred = tl.where(live, x - mu[:, None], 0.0)
-        rs = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-        normed = centred * rs[:, None] * w_W + b_W
-        if out_scale is not None:
-            normed *= factor
-        tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+            sums = ()
+            for index in tl.static_range(CHUNKS):
+                cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
+                y = others[index]
+                if branch_bias is not None:
+                    y += added[index] if HELD else _chunk(branch_bias, index, CHUNK, WIDTH)
+                x = (parts[index] + y).to(out_stream.dtype.element_ty)
+                tl.store(out_stream + base + cols, x, mask=(cols < WIDTH) & (row < end))
+                sums += (x.to(tl.float32),)
+            parts = sums
+        total = parts[0]
+        for index in tl.static_range(1, CHUNKS):
+            total += parts[index]
+        mu = tl.sum(total, 1)[:, None] / WIDTH
+        squares = tl.zeros([ROWS, CHUNK], tl.float32)
+        for index in tl.static_range(CHUNKS):
+            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
+            centred = tl.where(cols < WIDTH, parts[index] - mu, 0.0)
+            squares += centred * centred
+        rs = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / WIDTH + eps)
+        for index in tl.static_range(CHUNKS):
+            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
+            w_C = w[index] if HELD else _chunk(weight, index, CHUNK, WIDTH)
+            b_C = b[index] if HELD else _chunk(bias, index, CHUNK, WIDTH)
+            normed = (parts[index] - mu) * rs * w_C + b_C
+            if out_scale is not None:
+                normed *= factor
+            tl.store(out + base + cols, normed.to(out.dtype.element_ty), mask=(cols < WIDTH) & (row < end))
 
 
-@triton.jit(do_not_specialize=["count", "per_program"])
+@triton.jit(do_not_specialize=["per_program"])
 def gelu_kernel(
     pre,  # [N]
     out_scale,
