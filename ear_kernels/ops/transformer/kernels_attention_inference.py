@@ -86,7 +86,7 @@ def attention_rows_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """For few queries: probabilities stay in registers, for mma.sync, so fewer than 64 queries or two warps at most."""
+    """For few queries: probabilities stay in registers, for mma.sync, so BM is below 64 or there are two warps."""
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()

@@ -7,6 +7,8 @@ before it in the stream has ended, and reads nothing but parameters until that h
 Every load is cast to float32 at once (see ``ops/generator/kernels_adaln.py``).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -15,21 +17,21 @@ from ear_kernels.ops.transformer.kernels import _normal
 
 
 @triton.jit
-def _chunk(pointer, index, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
-    cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
-    return tl.load(pointer + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+def _chunk(row, index, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """A chunk of a row, or of a parameter, zero outside."""
+    cols = index * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(row + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _parameter(pointer, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """The chunks ``[1, CHUNK]`` of a vector ``[W]``."""
-    parts = ()
+def _chunks(row, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    parts: "Any" = ()  # noqa: UP037 (Triton would look up a name)
     for index in tl.static_range(CHUNKS):
-        parts += (_chunk(pointer, index, CHUNK, WIDTH),)
+        parts += (_chunk(row, index, CHUNK, WIDTH),)
     return parts
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit
 def residual_norm_kernel(
     branch,  # [R, W], or None
     branch_bias,  # [W], added to branch, or None
@@ -39,73 +41,55 @@ def residual_norm_kernel(
     out_scale,
     out_stream,  # [R, W], out, with branch: stream + branch + branch_bias (may be stream's memory)
     out,  # [R, W], out: LN of it
-    rows,
-    rows_per_program,
     eps,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HELD: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Programs take runs of ``rows_per_program`` rows, ROWS at a time, and of a row CHUNKS of CHUNK columns.
-
-    With a warp a row, whose chunk is 4 columns a thread, nothing goes through shared memory.
-    """
-    if HELD:
-        w = _parameter(weight, CHUNK, CHUNKS, WIDTH)
-        b = _parameter(bias, CHUNK, CHUNKS, WIDTH)
-        if branch_bias is not None:
-            added = _parameter(branch_bias, CHUNK, CHUNKS, WIDTH)
+    """A row a program, in CHUNKS of CHUNK columns: of 4 columns a thread, what the stream's loads and stores take at
+    once, so that no chunk changes its layout on the way from the bfloat16 branch."""
+    if EARLY:
+        w = _chunks(weight, CHUNK, CHUNKS, WIDTH)
+        b = _chunks(bias, CHUNK, CHUNKS, WIDTH)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
+    start = tl.program_id(0).to(tl.int64) * WIDTH
+    total = tl.zeros([CHUNK], tl.float32)
+    # All loads before the first store, which might be of the same memory for all that the compiler knows.
+    old = _chunks(stream + start, CHUNK, CHUNKS, WIDTH)
+    if branch is not None:
+        added = _chunks(branch + start, CHUNK, CHUNKS, WIDTH)
+    parts: "Any" = ()  # noqa: UP037
+    for index in tl.static_range(CHUNKS):
+        x = old[index]
+        if branch is not None:
+            x += added[index]
+            if branch_bias is not None:
+                x += _chunk(branch_bias, index, CHUNK, WIDTH)
+            cols = index * CHUNK + tl.arange(0, CHUNK)
+            x = x.to(out_stream.dtype.element_ty)
+            tl.store(out_stream + start + cols, x, mask=cols < WIDTH)
+            x = x.to(tl.float32)
+        parts += (x,)
+        total += x
+    mu = tl.sum(total, 0) / WIDTH
+    squares = tl.zeros([CHUNK], tl.float32)
+    for index in tl.static_range(CHUNKS):
+        centred = tl.where(index * CHUNK + tl.arange(0, CHUNK) < WIDTH, parts[index] - mu, 0.0)
+        squares += centred * centred
+    rs = 1.0 / tl.sqrt(tl.sum(squares, 0) / WIDTH + eps)
     factor = 1.0
     if out_scale is not None:
         factor = 1.0 / tl.load(out_scale)
-    begin = tl.program_id(0) * rows_per_program
-    end = tl.minimum(begin + rows_per_program, rows)
-    for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        base = row.to(tl.int64) * WIDTH
-        parts = ()
-        others = ()
-        for index in tl.static_range(CHUNKS):
-            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
-            inside = (cols < WIDTH) & (row < end)
-            parts += (tl.load(stream + base + cols, mask=inside, other=0.0).to(tl.float32),)
-            if branch is not None:
-                others += (tl.load(branch + base + cols, mask=inside, other=0.0).to(tl.float32),)
-        if branch is not None:
-            sums = ()
-            for index in tl.static_range(CHUNKS):
-                cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
-                y = others[index]
-                if branch_bias is not None:
-                    y += added[index] if HELD else _chunk(branch_bias, index, CHUNK, WIDTH)
-                x = (parts[index] + y).to(out_stream.dtype.element_ty)
-                tl.store(out_stream + base + cols, x, mask=(cols < WIDTH) & (row < end))
-                sums += (x.to(tl.float32),)
-            parts = sums
-        total = parts[0]
-        for index in tl.static_range(1, CHUNKS):
-            total += parts[index]
-        mu = tl.sum(total, 1)[:, None] / WIDTH
-        squares = tl.zeros([ROWS, CHUNK], tl.float32)
-        for index in tl.static_range(CHUNKS):
-            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
-            centred = tl.where(cols < WIDTH, parts[index] - mu, 0.0)
-            squares += centred * centred
-        rs = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / WIDTH + eps)
-        for index in tl.static_range(CHUNKS):
-            cols = index * CHUNK + tl.arange(0, CHUNK)[None, :]
-            w_C = w[index] if HELD else _chunk(weight, index, CHUNK, WIDTH)
-            b_C = b[index] if HELD else _chunk(bias, index, CHUNK, WIDTH)
-            normed = (parts[index] - mu) * rs * w_C + b_C
-            if out_scale is not None:
-                normed *= factor
-            tl.store(out + base + cols, normed.to(out.dtype.element_ty), mask=(cols < WIDTH) & (row < end))
+    for index in tl.static_range(CHUNKS):
+        cols = index * CHUNK + tl.arange(0, CHUNK)
+        w_C = w[index] if EARLY else _chunk(weight, index, CHUNK, WIDTH)
+        b_C = b[index] if EARLY else _chunk(bias, index, CHUNK, WIDTH)
+        normed = (parts[index] - mu) * rs * w_C + b_C
+        tl.store(out + start + cols, (normed * factor).to(out.dtype.element_ty), mask=cols < WIDTH)
 
 
 @triton.jit(do_not_specialize=["per_program"])

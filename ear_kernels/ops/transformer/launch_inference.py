@@ -18,13 +18,11 @@ from ear_kernels.runtime.launching import (
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Rows at a time, columns of a chunk, most programs, warps, whether a program holds the parameters."""
+    """Columns of a chunk, warps, whether the norm's parameters are loaded first."""
 
-    rows: int
     chunk: int
-    programs: int
     warps: int
-    held: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def may_depend(tensor: Tensor, dependent: bool) -> bool:
 
 def norm_config(rows: int, width: int) -> NormConfig:
     """Of 12 to 18 launches on an H200 within 3 % of the fastest at 640 to 81,920 rows of 768, 1,024 and 1,280."""
-    return NormConfig(1, min(512, max(8, next_power_of_two(width))), rows, 4)
+    chunk = min(512, max(8, next_power_of_two(width)))
+    return NormConfig(chunk, max(1, chunk // 128)) if width <= 4096 else NormConfig(1024, 8)
 
 
 def gelu_config(count: int) -> GeluConfig:
@@ -86,12 +85,11 @@ def residual_norm(
     if not rows:
         return
     config = norm_config(rows, width)
-    per_program = config.rows * ceil_div(rows, config.rows * config.programs)
     dependent = may_depend(stream, dependent)
     launch(
-        kernels.residual_norm_kernel, (ceil_div(rows, per_program),),
-        branch, branch_bias, stream, weight, bias, out_scale, out_stream, out, rows, per_program, eps, on=stream,
-        WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk), ROWS=config.rows, HELD=config.held,
+        kernels.residual_norm_kernel, (rows,),
+        branch, branch_bias, stream, weight, bias, out_scale, out_stream, out, eps, on=stream,
+        WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk), EARLY=config.early,
         DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
     )  # fmt: skip
 
