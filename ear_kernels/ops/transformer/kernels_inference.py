@@ -7,6 +7,8 @@ before it in the stream has ended, and reads nothing but parameters until that h
 Every load is cast to float32 at once (see ``ops/generator/kernels_adaln.py``).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -14,7 +16,22 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ear_kernels.ops.transformer.kernels import _normal
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit
+def _chunk(row, index, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """A chunk of a row, or of a parameter, zero outside."""
+    cols = index * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(row + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _chunks(row, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    parts: "Any" = ()  # noqa: UP037 (Triton would look up a name)
+    for index in tl.static_range(CHUNKS):
+        parts += (_chunk(row, index, CHUNK, WIDTH),)
+    return parts
+
+
+@triton.jit
 def residual_norm_kernel(
     branch,  # [R, W], or None
     branch_bias,  # [W], added to branch, or None
@@ -24,52 +41,58 @@ def residual_norm_kernel(
     out_scale,
     out_stream,  # [R, W], out, with branch: stream + branch + branch_bias (may be stream's memory)
     out,  # [R, W], out: LN of it
-    rows,
-    rows_per_program,
     eps,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Programs take runs of ``rows_per_program`` rows, ROWS at a time."""
-    cols = tl.arange(0, BLOCK)[None, :]
-    live = cols < WIDTH
-    w_W = tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
-    b_W = tl.load(bias + cols, mask=live, other=0.0).to(tl.float32)
-    if branch_bias is not None:
-        bb_W = tl.load(branch_bias + cols, mask=live, other=0.0).to(tl.float32)
+    """A row a program, in CHUNKS of CHUNK columns: of 4 columns a thread, what the stream's loads and stores take at
+    once, so that no chunk changes its layout on the way from the bfloat16 branch."""
+    if EARLY:
+        w = _chunks(weight, CHUNK, CHUNKS, WIDTH)
+        b = _chunks(bias, CHUNK, CHUNKS, WIDTH)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
+    start = tl.program_id(0).to(tl.int64) * WIDTH
+    total = tl.zeros([CHUNK], tl.float32)
+    # All loads before the first store, which might be of the same memory for all that the compiler knows.
+    old = _chunks(stream + start, CHUNK, CHUNKS, WIDTH)
+    if branch is not None:
+        added = _chunks(branch + start, CHUNK, CHUNKS, WIDTH)
+    parts: "Any" = ()  # noqa: UP037
+    for index in tl.static_range(CHUNKS):
+        x = old[index]
+        if branch is not None:
+            x += added[index]
+            if branch_bias is not None:
+                x += _chunk(branch_bias, index, CHUNK, WIDTH)
+            cols = index * CHUNK + tl.arange(0, CHUNK)
+            x = x.to(out_stream.dtype.element_ty)
+            tl.store(out_stream + start + cols, x, mask=cols < WIDTH)
+            x = x.to(tl.float32)
+        parts += (x,)
+        total += x
+    mu = tl.sum(total, 0) / WIDTH
+    squares = tl.zeros([CHUNK], tl.float32)
+    for index in tl.static_range(CHUNKS):
+        centred = tl.where(index * CHUNK + tl.arange(0, CHUNK) < WIDTH, parts[index] - mu, 0.0)
+        squares += centred * centred
+    rs = 1.0 / tl.sqrt(tl.sum(squares, 0) / WIDTH + eps)
     factor = 1.0
     if out_scale is not None:
         factor = 1.0 / tl.load(out_scale)
-    begin = tl.program_id(0) * rows_per_program
-    end = tl.minimum(begin + rows_per_program, rows)
-    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)[:, None]
-        place = row.to(tl.int64) * WIDTH + cols
-        inside = live & (row < end)
-        x = tl.load(stream + place, mask=inside, other=0.0).to(tl.float32)
-        if branch is not None:
-            y = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
-            if branch_bias is not None:
-                y += bb_W
-            x = (x + y).to(out_stream.dtype.element_ty)
-            tl.store(out_stream + place, x, mask=inside)
-            x = x.to(tl.float32)
-        mu = tl.sum(x, 1) / WIDTH
-        centred = tl.where(live, x - mu[:, None], 0.0)
-        rs = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-        normed = centred * rs[:, None] * w_W + b_W
-        if out_scale is not None:
-            normed *= factor
-        tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+    for index in tl.static_range(CHUNKS):
+        cols = index * CHUNK + tl.arange(0, CHUNK)
+        w_C = w[index] if EARLY else _chunk(weight, index, CHUNK, WIDTH)
+        b_C = b[index] if EARLY else _chunk(bias, index, CHUNK, WIDTH)
+        normed = (parts[index] - mu) * rs * w_C + b_C
+        tl.store(out + start + cols, (normed * factor).to(out.dtype.element_ty), mask=cols < WIDTH)
 
 
-@triton.jit(do_not_specialize=["count", "per_program"])
+@triton.jit(do_not_specialize=["per_program"])
 def gelu_kernel(
     pre,  # [N]
     out_scale,
