@@ -26,6 +26,8 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "energy_loss",
         "gated_silu_ffn",
         "gelu_mlp",
+        "linear_gelu",
+        "linear_inference",
         "mlp_generator",
         "project",
         "qkv_heads",
