@@ -1,10 +1,9 @@
-"""Linears for inference: both kernels, their choice, e4m3, and the addition to the residual stream, against float64."""
+"""Linears for inference: both kernels, their choice, e4m3, and the addition to the stream, against float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ear_kernels.ops.transformer import functional_linear
 from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference, linear_residual
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE, DTYPES
@@ -25,11 +24,8 @@ def problem(rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor
     if dtype != E4M3:
         return x.to(dtype), weight.to(dtype), bias.to(dtype)
     scales = [torch.full((1,), value, device=DEVICE) for value in (0.02, 0.01)]
-    return (
-        *((t / s).clamp(-448, 448).to(E4M3) for t, s in zip((x, weight), scales, strict=True)),
-        bias.bfloat16(),
-        *scales,
-    )
+    narrow = [(t / s).clamp(-448, 448).to(E4M3) for t, s in zip((x, weight), scales, strict=True)]
+    return *narrow, bias.bfloat16(), *scales
 
 
 def exact(x, weight, bias, scale_x=None, scale_weight=None, *, gelu: bool) -> torch.Tensor:
@@ -55,7 +51,7 @@ def eager(x, weight, bias, scale_x=None, scale_weight=None, *, gelu: bool) -> to
     "tile", [(64, 64, 64, 3, 4), (128, 128, 64, 2, 4, 2), (128, 64, 64, 2, 4, 1, 1, True)], ids=str
 )
 def test_kernels(tile, shape, gelu, dtype) -> None:
-    """The last tile is the persistent kernel's, which on the interpreter's four processors has many tiles a program."""
+    """The last tile is the persistent kernel's, of which a program has many on the interpreter's four processors."""
     from ear_kernels.ops.transformer.launch_linear import LinearConfig, Scales, launch_linear
 
     rows, k, n = shape
@@ -170,4 +166,3 @@ def test_kernels_refuse_what_they_cannot_describe(monkeypatch) -> None:
         linear_gelu(x, weight)
     with pytest.raises(NotImplementedError, match=r"dtype torch.float32 \(the kernels take"):
         linear_gelu(x.float(), weight.float())
-    assert functional_linear.linear_inference.__doc__

@@ -1,7 +1,7 @@
 """Linears of a transformer block for inference, with what follows them: shapes, dtypes, checks, errors.
 
-None of them has a backward; calls that would need one are refused. Operands are floating-point tensors of one dtype, or
-both e4m3 (``torch.float8_e4m3fn``) with their scales.
+None of them has a backward; calls that would need one are refused. Operands are floating-point tensors of one dtype,
+or both e4m3 (``torch.float8_e4m3fn``) with their scales.
 """
 
 import torch
@@ -34,22 +34,23 @@ def linear_gelu(
         x: ``[R, K]``.
         weight: ``[N, K]``, of the dtype of ``x``.
         bias: ``[N]`` or None.
-        scales: of ``x`` and of ``weight``, float32 ``[1]`` on their device, where those are e4m3: the numbers meant are
-            the e4m3 ones times the scale.
+        scales: of ``x`` and of ``weight``, float32 ``[1]`` on their device, where those are e4m3: the numbers meant
+            are the e4m3 ones times the scale.
         out_scale: float32 ``[1]``, for a result in e4m3, which it was divided by. Results beyond 448 times it become
             that.
         dtype: of the result: that of ``x``, or with e4m3 operands bfloat16 (if None), float16, float32 or e4m3.
         out: ``[R, N]`` in that dtype, contiguous; written and returned.
         dependent: the kernel may start while the one before it in the stream runs (programmatic dependent launch,
-            Hopper only); it waits for that one's end before it reads ``x`` or writes, and brings the weight into the L2
-            cache meanwhile. Not for a call whose stream waits for an event since the last kernel.
+            where a kernel of this package is launched on Hopper). Meanwhile it reads the parameters: weight, bias and
+            the weight's scale must not be written by that kernel. It waits for its end before it reads ``x`` or
+            writes. Not for a call whose stream waits for an event since the last kernel.
 
     Returns:
         ``[R, N]``.
 
     Raises:
-        ValueError: shapes, devices, scales or an ``out`` that do not fit; a gradient would be needed. TypeError: dtypes
-            that do not fit.
+        ValueError: shapes, devices, scales or an ``out`` that do not fit; a gradient would be needed.
+        TypeError: dtypes that do not fit.
     """
     return _linear("linear_gelu", x, weight, bias, scales, out_scale, dtype, out, dependent)
 
@@ -122,10 +123,11 @@ def _linear(
             raise ValueError(
                 f"out has shape {tuple(out.shape)} and strides {out.stride()}; it must be {list(shape)}, contiguous"
             )
-    if not torch.compiler.is_compiling() and applies(name, x, _refusal(x, weight, out, shape[1])):
+    if not torch.compiler.is_compiling() and applies(name, x, _refusal(x, weight, out, dtype)):
         from ear_kernels.ops.transformer import launch_linear
 
-        given = launch_linear.Scales(*(scales or (None, None)), out_scale)
+        scale_x, scale_weight = scales or (None, None)
+        given = launch_linear.Scales(scale_x, scale_weight, out_scale)
         out = x.new_empty(shape, dtype=dtype) if out is None else out
         return launch_linear.linear(x, weight, bias, out, given, name == "linear_gelu", dependent)
     result = _reference(x, weight, bias, scales, out_scale, dtype, name == "linear_gelu")
@@ -152,14 +154,15 @@ def _reference(
     return result.to(dtype)
 
 
-def _refusal(x: Tensor, weight: Tensor, out: Tensor | None, width: int) -> str | None:
+def _refusal(x: Tensor, weight: Tensor, out: Tensor | None, dtype: torch.dtype) -> str | None:
     """Why the kernels, and the static table before them, do not take a call."""
     if x.dtype not in (torch.float16, torch.bfloat16, E4M3):
         return f"dtype {x.dtype} (the kernels take float16, bfloat16 and e4m3)"
     if x.dtype == E4M3 and not is_on_hopper(x):
         return "e4m3 on a device that is not of compute capability 9"
     matrices = (x, weight) if out is None else (x, weight, out)
-    if x.shape[1] == 0 or not is_describable(*matrices) or width % 16:
+    row_of_out = weight.shape[0] * min(dtype.itemsize, x.element_size())
+    if x.shape[1] == 0 or row_of_out % 16 or (x.shape[0] and not is_describable(*matrices)):
         return "matrices of which not every row starts at a multiple of 16 bytes"
     return None
 
@@ -195,19 +198,16 @@ def _check_scales(
     """The result's dtype."""
     narrow = x.dtype == E4M3
     if narrow != (scales is not None):
-        raise ValueError(
-            f"x has dtype {x.dtype} and scales are {'' if scales else 'not '}given; e4m3 alone has scales"
-        )
+        given = "given" if scales else "not given"
+        raise ValueError(f"x has dtype {x.dtype} and scales are {given}; e4m3 alone has scales")
     dtype = dtype or (torch.bfloat16 if narrow else x.dtype)
     if dtype not in ((torch.bfloat16, torch.float16, torch.float32, E4M3) if narrow else (x.dtype,)):
         raise TypeError(f"dtype is {dtype} for operands in {x.dtype}; a result in another dtype needs e4m3 operands")
     if (dtype == E4M3) != (out_scale is not None):
-        raise ValueError(
-            f"dtype is {dtype} and out_scale {'' if out_scale is not None else 'not '}given; e4m3 needs it"
-        )
-    for name, scale in zip(
-        ("scales[0]", "scales[1]", "out_scale"), (*(scales or (None, None)), out_scale), strict=True
-    ):
+        given = "given" if out_scale is not None else "not given"
+        raise ValueError(f"dtype is {dtype} and out_scale {given}; e4m3 alone has one")
+    scale_x, scale_weight = scales or (None, None)
+    for name, scale in {"scales[0]": scale_x, "scales[1]": scale_weight, "out_scale": out_scale}.items():
         if scale is not None:
             check_floating(name, scale)
             check_device(name, scale, x, "x")

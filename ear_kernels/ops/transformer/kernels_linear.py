@@ -98,8 +98,8 @@ def linear_few_rows_kernel(
 ):
     """``f(scale_x scale_weight x @ weight^T + bias)``, f the GELU or nothing; a program a tile (axes: rows, columns).
 
-    A chain of latencies: whatever can be is done before the wait for the kernel before. With PARTS > 1, axis 2, a part
-    of ``out`` has the product over a part of K alone; their sum is left to the kernel after this one.
+    A chain of latencies: whatever can be is done before the wait for the kernel before. With PARTS > 1, axis 2, a
+    part of ``out`` has the product over a part of K alone; their sum is left to the kernel after this one.
     """
     m = tl.program_id(0) * BM
     n = tl.program_id(1) * BN
@@ -171,15 +171,13 @@ def linear_many_rows_kernel(
         m = (first_m + (tile % per_group) % size_m) * BM
         n = ((tile % per_group) // size_m) * BN
         bias_N = None
-        if EARLY:
-            if bias is not None:
-                cols = n + tl.arange(0, BN)
-                bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
+        if EARLY and bias is not None:
+            cols = n + tl.arange(0, BN)
+            bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
         acc = tl.zeros([BM, BN], tl.float32)
         for step in range(steps):
             acc = tl.dot(x_desc.load([m, step * BK]), weight_desc.load([n, step * BK]).T, acc)
-        if not EARLY:
-            if bias is not None:
-                cols = n + tl.arange(0, BN)
-                bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
+        if not EARLY and bias is not None:
+            cols = n + tl.arange(0, BN)
+            bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
         _store(_finish(acc, bias_N, scale, out_inverse, GELU), m, n, 0, out_desc, BM, BN, SPLIT, 1)

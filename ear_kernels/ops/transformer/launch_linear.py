@@ -1,4 +1,4 @@
-"""Launches of the linears for inference, and the static table that chooses between them and cuBLAS. Imports Triton."""
+"""Launches of the linears for inference, and the table that chooses between them and cuBLAS. Imports Triton."""
 
 from __future__ import annotations
 
