@@ -29,6 +29,8 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "gelu",
         "gelu_mlp",
         "inference_attention",
+        "linear_gelu",
+        "linear_inference",
         "mlp_generator",
         "project",
         "qkv_heads",
