@@ -5,7 +5,9 @@ from ear_kernels.ops.generator.functional import (
     adaln_modulate,
     gated_silu_ffn,
     generator_blocks,
+    generator_chain,
     generator_few_rows,
+    generator_modulations,
 )
 from ear_kernels.ops.transformer.functional import (
     dropout_add_layer_norm,
@@ -25,7 +27,9 @@ __all__ = [
     "gated_silu_ffn",
     "gelu_mlp",
     "generator_blocks",
+    "generator_chain",
     "generator_few_rows",
+    "generator_modulations",
     "norm_gelu_mlp",
     "norm_self_attention",
     "project",

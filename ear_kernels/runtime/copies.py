@@ -137,11 +137,16 @@ def _none() -> None:
     return None
 
 
-def low(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """``parameter.to(dtype)``, or the copy of it in a scope that has one."""
+def held(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copy of ``parameter`` in a scope that has one, else itself."""
     if not torch.compiler.is_compiling():
         for copies in reversed(_scopes.get()):
             copy = copies.current(parameter, dtype)
             if copy is not None:
                 return copy
-    return parameter.to(dtype)
+    return parameter
+
+
+def low(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """``parameter.to(dtype)``, or the copy of it in a scope that has one."""
+    return held(parameter, dtype).to(dtype)
