@@ -182,12 +182,17 @@ def generator_run(size: tuple[int, int], rows: int) -> Run:
 
 
 def few() -> Iterator[Sweep]:
-    changes: list[dict[str, int]] = [{"ahead": 0}, {"ahead": 32}, {"bn": 8}, {"bn": 16}, {"bk": 128}, {"bk": 256}]
-    changes += [{"stages": 4}, {"stages": 6}, {"bn_mod": 32}, {"bn_mod": 64}, {"stages_mod": 4}, {"parts": 1}]
+    chains: list[dict[str, int]] = [{"bn": 8}, {"bn": 16}, {"bk": 128}, {"bk": 256}, {"bk": 512}, {"stages": 2}]
+    chains += [{"stages": 4}, {"stages": 6}, {"parts": 8}]
+    products: list[dict[str, int]] = [{"bn": 16}, {"bn": 32}, {"bn": 64}, {"bk": 128}, {"bk": 256}, {"stages": 4}]
     for (name, size), rows in product(FEW_SIZES.items(), (4, 64)):
-        base = launch_few_rows.config_for(rows, size[1])
-        configs = dict.fromkeys(replace(base, **change) for change in changes)
-        choices = choosing(launch_few_rows, "config_for", configs)
+        choices: dict[str, Choice] = {}
+        for function, base, changes in (
+            ("chain_config", launch_few_rows.chain_config(rows, size[1]), chains),
+            ("modulation_config", launch_few_rows.modulation_config(rows), products),
+        ):
+            configs = dict.fromkeys(replace(base, **change) for change in changes)
+            choices |= choosing(launch_few_rows, function, configs)
         yield Sweep(f"{name}, {rows} rows", ".", generator_run(size, rows), choices, in_graph=True)
 
 

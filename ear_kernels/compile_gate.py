@@ -189,11 +189,16 @@ def _generator(
 
 
 @torch.no_grad()
-def _few_rows(rows: int, width: int, weights: torch.dtype, compute: torch.dtype) -> None:
+def _few_rows(rows: int, width: int, weights: torch.dtype, compute: torch.dtype, halves: bool = False) -> None:
+    """The generator without gradients, ``halves``: the modulations first."""
     with torch.device("meta"):
         model = FusedMLPGenerator(768, width, 16, depth=2).to(weights)
+    z, noise = tensor(rows, 768, dtype=weights), tensor(rows, 64, dtype=weights)
     with torch.autocast("cpu", compute if compute in HALVES else None, enabled=weights != compute):
-        model(tensor(rows, 768, dtype=weights), tensor(rows, 64, dtype=weights))
+        if halves:
+            model.chain(z, model.modulations(noise, 0.7))
+        else:
+            model(z, noise)
 
 
 def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -222,7 +227,7 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"generator, noise pool, {dtype}", partial(_generator, 4096, 1024, dtype, True, samples=2, pool=512)
     yield "generator, noise pool, 1536", partial(_generator, 4096, 1536, torch.bfloat16, True, samples=2, pool=512)
     yield "generator, temperature", partial(_generator, 4096, 1024, torch.bfloat16, False, temperature=0.9)
-    for rows in (16, 64):
+    for rows in (16, 32, 64):
         for width in (1024, 1536):
             for weights, compute in (
                 (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32),
@@ -230,6 +235,10 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             ):  # fmt: skip
                 what = f"generator, {rows} x {width}, {weights} in {compute}"
                 yield what, partial(_few_rows, rows, width, weights, compute)
+    for rows in (600, 4096):
+        for weights, compute in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+            what = f"generator in halves, {rows} rows, {weights} in {compute}"
+            yield what, partial(_few_rows, rows, 1024, weights, compute, True)
 
 
 # The transformer block and the optimiser.

@@ -6,7 +6,9 @@ from ear_kernels.ops.generator.functional import (
     adaln_modulate,
     gated_silu_ffn,
     generator_blocks,
+    generator_chain,
     generator_few_rows,
+    generator_modulations,
 )
 from ear_kernels.ops.transformer.functional import (
     dropout_add_layer_norm,
@@ -26,6 +28,7 @@ from ear_kernels.ops.transformer.functional_inference import (
     quantise_e4m3,
     residual_norm,
 )
+from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference, linear_residual
 
 __all__ = [
     "Block",
@@ -40,9 +43,14 @@ __all__ = [
     "gelu",
     "gelu_mlp",
     "generator_blocks",
+    "generator_chain",
     "generator_few_rows",
+    "generator_modulations",
     "guided_norm",
     "linear_e4m3",
+    "linear_gelu",
+    "linear_inference",
+    "linear_residual",
     "norm_gelu_mlp",
     "norm_self_attention",
     "predicted_rows",

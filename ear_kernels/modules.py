@@ -173,6 +173,22 @@ class FusedMLPGenerator(nn.Module):
             parameters += [module.weight, module.bias]  # type: ignore[list-item]
         return parameters
 
+    def input_parameters(self) -> list[Tensor]:
+        """Parameters of the input linears in the order of ``functional.generator_modulations``."""
+        return [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]
+
+    @torch.no_grad()
+    def modulations(self, noise: Tensor, temperature: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """``[R, (3 * depth + 2) * W]`` of ``noise [R, noise_dim]``; see ``functional.generator_modulations``."""
+        return functional.generator_modulations(
+            noise, self.input_parameters(), self.block_parameters(), temperature=temperature, out=out
+        )
+
+    @torch.no_grad()
+    def chain(self, z: Tensor, modulations: Tensor) -> Tensor:
+        """Tokens ``[R, D]`` from hidden states ``[R, C]`` and modulations; see ``functional.generator_chain``."""
+        return functional.generator_chain(z, modulations, self.input_parameters(), self.block_parameters())
+
     def forward(
         self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0, *, noise_pool: int | None = None
     ) -> Tensor:
@@ -220,9 +236,8 @@ class FusedMLPGenerator(nn.Module):
         vectors = noise.reshape(-1, samples, self.noise_dim)
         if noise_pool is None:
             few = functional.generator_few_rows(
-                tokens, vectors.reshape(-1, self.noise_dim),
-                [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias],
-                self.block_parameters(), samples=samples, temperature=float(factor),
+                tokens, vectors.reshape(-1, self.noise_dim), self.input_parameters(), self.block_parameters(),
+                samples=samples, temperature=float(factor),
             )  # fmt: skip
             if few is not None:
                 return few.view(*noise.shape[:-1], self.output_dim)

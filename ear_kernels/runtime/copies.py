@@ -153,6 +153,12 @@ def _kept(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None
 
 
+def held(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copy of ``parameter`` in a scope that has one, else itself."""
+    kept = None if torch.compiler.is_compiling() else _kept(parameter, dtype)
+    return parameter if kept is None else kept
+
+
 def low(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """``parameter.to(dtype)``, or the copy of it in a scope that has one."""
     kept = None if torch.compiler.is_compiling() else _kept(parameter, dtype)

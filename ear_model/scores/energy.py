@@ -1,8 +1,10 @@
 """The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
 
+import torch
 from torch import Tensor, nn
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
+from ear_kernels.runtime.checks import compute_dtype
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 
@@ -63,3 +65,39 @@ class EnergyScore(nn.Module):
         if null_hidden_RC is not None:
             hidden_RC = guidance * hidden_RC + (1 - guidance) * null_hidden_RC
         return self.generator(hidden_RC, noise_RE, temperature).float()
+
+    def prepare(self, noise_RE: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+        """What can be computed of the noise before hidden states are known: the generator's modulations.
+
+        They are ``[R, (3 depth + 2) W]`` in the autocast dtype, or in that of the parameters; ``out`` is memory for
+        them.
+        """
+        return self.generator.modulations(noise_RE, temperature, out)
+
+    def prepared_bytes(self, rows: int) -> int:
+        """Bytes of what :meth:`prepare` returns for this many rows, here and under this autocast."""
+        weight = self.generator.noise_embed.weight
+        columns = (3 * len(self.generator.res_blocks) + 2) * self.generator.width
+        return rows * columns * compute_dtype(weight).itemsize
+
+    @torch.no_grad()
+    def sample_prepared(
+        self,
+        hidden_RC: Tensor,
+        null_hidden_RC: Tensor | None,
+        guidance: float | Tensor,
+        prepared_R: Tensor,
+    ) -> Tensor:
+        """:meth:`sample` with what :meth:`prepare` returned for its rows; nothing waits for the device.
+
+        Args:
+            hidden_RC, null_hidden_RC: as in :meth:`sample`.
+            guidance: a number, or a tensor of one on the device, whose value a CUDA graph reads at replay.
+            prepared_R: rows of what :meth:`prepare` returned, any distance apart.
+        """
+        if null_hidden_RC is not None:
+            if isinstance(guidance, Tensor):
+                guidance = guidance.float()
+            # null + g (hidden - null), in float32 whatever they are in.
+            hidden_RC = torch.lerp(null_hidden_RC.float(), hidden_RC.float(), guidance)
+        return self.generator.chain(hidden_RC, prepared_R).float()

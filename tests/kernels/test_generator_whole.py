@@ -223,55 +223,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.ear_kernels.generator_blocks_bwd, args, test_utils=checks)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("rows", "samples", "width"), [(1, 1, 32), (5, 3, 96), (40, 1, 80), (129, 1, 32), (0, 1, 32)]
-)
-def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
-    """Sampling: no gradients, temperature, weights read in place; above the limit the general path."""
-    generator = make(width, 2, 1).eval().to(dtype)
-    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
-    noise = torch.rand(rows, samples, 16, device=DEVICE, dtype=dtype) - 0.5
-    with torch.no_grad():
-        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-        ours = generator(z, noise, 0.7)
-        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
-        eager = generator(z, noise, 0.7)
-        exact = copy.deepcopy(generator).double()(z.double(), noise.double(), 0.7)
-    assert_close_to_eager("out", ours, eager, exact, ulps=2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "parts"), [(3, 4), (16, 2), (40, 1)])
-def test_few_rows_in_parts_and_other_tiles(monkeypatch, rows, parts, dtype) -> None:
-    """K steps cut into parts; more layers than two, so that a modulation is computed ahead of its layer."""
-    config = launch_few_rows.FewConfig(16 if rows <= 16 else 64, 16, 64, 2, 32, 64, 2, parts=parts)
-    monkeypatch.setattr(launch_few_rows, "TABLE", ((64, launch_few_rows.MOST_WIDTH, config, config),))
-    generator = make(96, 4, 2).eval().to(dtype)
-    z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
-    noise = torch.rand(rows, 16, device=DEVICE, dtype=dtype) - 0.5
-    with torch.no_grad():
-        monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-        ours = generator(z, noise)
-        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
-        eager = generator(z, noise)
-        exact = copy.deepcopy(generator).double()(z.double(), noise.double())
-    assert_close_to_eager("out", ours, eager, exact, ulps=4)
-
-
-def test_few_rows_read_the_weights_at_every_call(monkeypatch) -> None:
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    generator = make(32, 1, 0).eval()
-    z, noise = torch.randn(3, 24, device=DEVICE), torch.rand(3, 16, device=DEVICE)
-    with torch.no_grad():
-        before = generator(z, noise)
-        generator.res_blocks[0].adaLN_modulation[1].weight.mul_(2)
-        after = generator(z, noise)
-        assert not torch.allclose(before, after)
-        monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
-        torch.testing.assert_close(after, generator(z, noise), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("pool", [None, 8])
 def test_backward_runs_again_if_asked_to(monkeypatch, pool) -> None:
     """With retain_graph backward leaves what was saved alone; without, it overwrites it and says so."""

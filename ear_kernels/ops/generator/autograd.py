@@ -10,6 +10,7 @@ from torch import Tensor
 from ear_kernels.ops.generator import launch, launch_adaln, launch_few_rows, launch_ffn, launch_inference
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, is_norm_parameter
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.copies import held as held_copy
 from ear_kernels.runtime.copies import low_all
 
 LIBRARY = torch.library.Library("ear_kernels", "FRAGMENT")
@@ -294,11 +295,53 @@ def generator_blocks(hidden: Tensor, conditioning: Tensor, parameters: list[Tens
         return GeneratorBlocks.apply(hidden, conditioning, *others, save, *parameters)
 
 
-# -------------------------------------------------------------------------------------------- few rows, no gradients
+# ------------------------------------------------------------------------------------------------ without gradients
 
 
 def _few_rows_fake(z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], *others: Any) -> Tensor:
     return z.new_empty((noise.shape[0], parameters[-2].shape[0]), dtype=others[-1])
+
+
+def _weights(
+    parameters: list[Tensor], dtype: torch.dtype, choose: Callable[[Tensor, torch.dtype], Tensor]
+) -> list[Tensor]:
+    """``choose(parameter, dtype)`` of all of a generator's parameters but the norms'."""
+    count = len(parameters)
+    return [
+        parameter if is_norm_parameter(position, count) else choose(parameter, dtype)
+        for position, parameter in enumerate(parameters)
+    ]
+
+
+def held(inputs: list[Tensor], parameters: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights, or the copies of them in ``dtype`` that a scope holds."""
+    return [held_copy(each, dtype) for each in inputs], _weights(parameters, dtype, held_copy)
+
+
+def _cast(inputs: list[Tensor], parameters: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return [each.to(dtype) for each in inputs], _weights(parameters, dtype, lambda each, to: each.to(to))
+
+
+def _modulations(
+    noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
+) -> None:
+    if launch_few_rows.fits(noise.shape[0], inputs, parameters, out.dtype, noise):
+        launch_few_rows.modulations(noise, inputs, parameters, temperature, out)
+    elif noise.shape[0]:
+        inputs, parameters = _cast(inputs, parameters, out.dtype)
+        launch_inference.modulations(noise.to(out.dtype), inputs, parameters, temperature, out)
+
+
+def _chain(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float) -> Tensor:
+    dtype = modulations.dtype
+    if launch_few_rows.fits(z.shape[0], inputs, parameters, dtype, z):
+        return launch_few_rows.chain(z, modulations, inputs, parameters, 1, eps)
+    inputs, parameters = _cast(inputs, parameters, dtype)
+    return launch_inference.chain(z.to(dtype), modulations, inputs, parameters, eps)
+
+
+def _chain_fake(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float) -> Tensor:
+    return modulations.new_empty((z.shape[0], parameters[-2].shape[0]))
 
 
 _few_rows = _register(
@@ -307,9 +350,34 @@ _few_rows = _register(
     launch_few_rows.few_rows,
     _few_rows_fake,
 )
+_generator_modulations = _register(
+    "generator_modulations(Tensor noise, Tensor[] inputs, Tensor[] parameters, float temperature, Tensor(a!) out) "
+    "-> ()",
+    _modulations,
+    lambda *arguments: None,
+)
+_generator_chain = _register(
+    "generator_chain(Tensor z, Tensor modulations, Tensor[] inputs, Tensor[] parameters, float eps) -> Tensor",
+    _chain,
+    _chain_fake,
+)
 
 
 def few_rows(z: Tensor, *others: Any) -> Tensor:
     """See :func:`launch_few_rows.few_rows`, whose arguments these are."""
     with _without_autocast(z):
         return _few_rows(z, *others)
+
+
+def modulations(
+    noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
+) -> None:
+    """See :func:`ear_kernels.functional.generator_modulations`."""
+    with _without_autocast(noise):
+        _generator_modulations(noise, *held(inputs, parameters, out.dtype), temperature, out)
+
+
+def chain(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float) -> Tensor:
+    """See :func:`ear_kernels.functional.generator_chain`."""
+    with _without_autocast(z):
+        return _generator_chain(z, modulations, *held(inputs, parameters, modulations.dtype), eps)

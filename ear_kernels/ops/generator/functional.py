@@ -233,6 +233,113 @@ def generator_few_rows(
     # Without autocast, eager arithmetic refuses inputs of another dtype.
     if not compute_dtype(z) == compute_dtype(noise) == dtype:
         return None
-    if not launch_few_rows.fits(noise.shape[0], z, noise, inputs, parameters, dtype):
+    inputs, parameters = autograd.held(inputs, parameters, dtype)
+    if not launch_few_rows.fits(noise.shape[0], inputs, parameters, dtype, z, noise):
         return None
     return autograd.few_rows(z, noise, inputs, parameters, samples, temperature, eps, dtype)
+
+
+def _check_generator(
+    name: str, rows: Tensor, which: int, inputs: list[Tensor], parameters: list[Tensor], *others: Tensor
+) -> None:
+    """Of an operation without gradients: ``rows``, those of the linear ``inputs[which]``, and all parameters."""
+    check_floating(name, rows)
+    block, final = reference.BLOCK_PARAMETERS, reference.FINAL_PARAMETERS
+    if len(inputs) != 4 or len(parameters) < block + final or len(parameters) % block != final:
+        raise ValueError(
+            f"{len(inputs)} inputs and {len(parameters)} parameters were given; there must be 4, and {block} a block "
+            f"and {final} more"
+        )
+    if rows.ndim != 2 or rows.shape[1] != inputs[which].shape[-1]:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}; it must be [R, {inputs[which].shape[-1]}]")
+    for tensor in (*inputs, *parameters):
+        check_device("a parameter", tensor, rows, name)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *inputs, *parameters, *others)):
+        raise ValueError("gradients are wanted of an operation that has none; call it under torch.no_grad()")
+
+
+def generator_modulations(
+    noise: Tensor,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    temperature: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What the MLP generator computes of the noise alone: the modulations of all its layers, as one product.
+
+    With :func:`generator_chain` it is the generator without gradients: a sampler that knows all its noise calls this
+    once, before its loop.
+
+    Args:
+        noise: ``[R, noise_dim]``.
+        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``.
+        parameters: as in :func:`generator_blocks`.
+        temperature: multiplies the shifts of the residual blocks, not the final layer's.
+        out: memory for the result, of its shape, dtype and device, with dense rows.
+
+    Returns:
+        ``[R, (3 * blocks + 2) * W]``: shift, scale and gate of every block, then shift and scale of the final layer,
+        ``[R, W]`` each; in the autocast dtype, or in the parameters' dtype without autocast. For more than a few rows
+        the weights of all modulations are copied beside each other for the call.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or gradients that are wanted.
+        TypeError: integer tensors.
+    """
+    _check_generator("noise", noise, 0, inputs, parameters)
+    dtype, columns = compute_dtype(*inputs), reference.modulation_columns(parameters)
+    if out is None:
+        out = noise.new_empty((noise.shape[0], columns), dtype=dtype)
+    elif out.shape != (noise.shape[0], columns) or out.dtype != dtype or out.stride(-1) != 1:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}, strides {out.stride()} and {out.dtype}; it must be "
+            f"[{noise.shape[0]}, {columns}] with dense rows in {dtype}"
+        )
+    check_device("out", out, noise, "noise")
+    if applies("mlp_generator", noise, kernel_refusal(out, noise, *inputs, *parameters)):
+        from ear_kernels.ops.generator import autograd
+
+        autograd.modulations(noise, inputs, parameters, temperature, out)
+    else:
+        reference.generator_modulations(noise.to(dtype), inputs, parameters, temperature, out)
+    return out
+
+
+def generator_chain(
+    z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], *, eps: float = 1e-6
+) -> Tensor:
+    """The MLP generator with modulations that are there already, without gradients.
+
+    Args:
+        z: ``[R, C]``, one row a token.
+        modulations: ``[R, (3 * blocks + 2) * W]`` of :func:`generator_modulations` under the same autocast, row for
+            row. Rows may lie any distance apart (a slice of a larger tensor along its first dimension, with or
+            without a step; expanded); the columns of a row lie beside each other. Rows in another order are gathered
+            by the caller.
+        inputs, parameters: as in :func:`generator_modulations`. Weights in the dtype of ``modulations`` are read
+            where they lie, so that a CUDA graph sees them as they are at replay. Of float32 ones under autocast so
+            are those of at most 64 rows; for more rows they are cast at every call, unless a scope of
+            :class:`ear_kernels.runtime.copies.LowCopies` has copies.
+        eps: of every norm.
+
+    Returns:
+        ``[R, D]`` in the dtype of ``modulations``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or gradients that are wanted.
+        TypeError: integer tensors.
+    """
+    _check_generator("z", z, 2, inputs, parameters, modulations)
+    dtype, wanted = compute_dtype(*inputs), (z.shape[0], reference.modulation_columns(parameters))
+    check_device("modulations", modulations, z, "z")
+    if modulations.shape != wanted or modulations.dtype != dtype or modulations.stride(-1) != 1:
+        raise ValueError(
+            f"modulations has shape {tuple(modulations.shape)}, strides {modulations.stride()} and "
+            f"{modulations.dtype}; it must be {list(wanted)} with dense rows in {dtype}"
+        )
+    if applies("mlp_generator", z, kernel_refusal(z, modulations, *inputs, *parameters)):
+        from ear_kernels.ops.generator import autograd
+
+        return autograd.chain(z, modulations, inputs, parameters, eps)
+    return reference.generator_chain(z.to(dtype), modulations, inputs, parameters, eps)

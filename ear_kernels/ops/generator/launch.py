@@ -108,6 +108,12 @@ class ResidualStream:
         self._unadded = (ffn, gate)
         return ffn
 
+    def block(self, block: Block, shift: Tensor, scale: Tensor, gate: Tensor, temperature: float, u: Tensor) -> None:
+        """A whole block of which nothing is saved; ``u``, which may be ``shift``, is overwritten."""
+        self.normalise(shift, scale, (block.norm_weight, block.norm_bias), temperature, u, False)
+        _, active = ffn_ops.silu_linear(u, block.weight_in, block.bias_in, False, self._dependent)
+        self.add(active, block, gate, False)
+
 
 def forward(
     hidden: Tensor,

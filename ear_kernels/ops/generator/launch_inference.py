@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ear_kernels.ops.generator import launch_ffn as ffn_ops
 from ear_kernels.ops.generator.launch import ResidualStream, output_weights
-from ear_kernels.ops.generator.reference import split_parameters
+from ear_kernels.ops.generator.reference import modulation_linears, scale_shifts, split_parameters
 from ear_kernels.runtime.gemm import linear
 from ear_kernels.runtime.launching import is_on_hopper
 
@@ -96,6 +96,35 @@ class _Modulations:
             self._caller.wait_stream(self.chain)
 
 
+def modulations(
+    noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
+) -> None:
+    """``noise [R, noise_dim]`` -> ``out [R, (3 * blocks + 2) W]`` (dense rows), whose dtype all tensors have.
+
+    A copy of all weights beside each other makes the layers one product.
+    """
+    embedded = linear(noise, *inputs[:2])
+    weights, biases = zip(*modulation_linears(parameters), strict=True)
+    linear(ffn_ops.silu(embedded, embedded), torch.cat(weights), torch.cat(biases), out)
+    scale_shifts(out, embedded.shape[1], temperature)
+
+
+def chain(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float) -> Tensor:
+    """``z [R, C]``, ``modulations [R, (3 * blocks + 2) W]`` (dense rows) -> ``[R, D]``; all tensors of one dtype."""
+    blocks, final = split_parameters(parameters)
+    dependent = plan_for(len(z), z).dependent
+    stream = ResidualStream(linear(z, *inputs[2:]), None, 1, eps, dependent)
+    width = stream.hidden.shape[1]
+    u = torch.empty_like(stream.hidden)
+    parts = modulations.split(width, 1)
+    for layer, block in enumerate(blocks):
+        shift, scale, gate = parts[3 * layer : 3 * layer + 3]
+        stream.block(block, shift, scale, gate, 1.0, u)
+    shift, scale = parts[-2:]
+    stream.normalise(shift, scale, (), 1.0, u, False)
+    return linear(u, final.weight_out, final.bias_out)
+
+
 def forward(
     hidden: Tensor,
     conditioning: Tensor,
@@ -125,10 +154,8 @@ def forward(
             mod = modulations.of_layer(layer)
             # The norm's output overwrites the shift.
             u, scale, gate = mod.split(width, 1)
-            stream.normalise(u, scale, (block.norm_weight, block.norm_bias), temperature, u, False)
-            _, active = ffn_ops.silu_linear(u, block.weight_in, block.bias_in, False, plan.dependent)
-            stream.add(active, block, gate, False)
-            del mod, u, scale, gate, active
+            stream.block(block, u, scale, gate, temperature, u)
+            del mod, u, scale, gate
         mod = modulations.of_layer(len(blocks))
         if wide is not None and combined is not None:
             stream.normalise(None, mod, (), 1.0, wide[:, :width], False)
