@@ -110,7 +110,7 @@ class Engine:
             self._graphs[key] = graph
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether reading a module's weights is what calling it does: no hooks, no parametrisation, no wrapper."""
     for child in module.modules():
         hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
@@ -189,7 +189,7 @@ class Engines:
         on_gpu = labels_B.is_cuda and len(labels_B) > 0 and torch.version.hip is None
         kernels = TRITON_IS_INSTALLED and requested_backend() != "eager"
         watched = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() if on_gpu else True
-        return on_gpu and kernels and not watched and is_plain(model.backbone) and is_plain(model.score)
+        return on_gpu and kernels and not watched and is_plain(model)
 
     def release(self) -> None:
         """Free the memory of all engines; the next call makes them anew."""

@@ -26,7 +26,10 @@ from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import guidance_scale, random_orders
 from ear_model.sampling.decoding import SamplingModel
-from ear_model.sampling.weights import Weights
+from ear_model.sampling.weights import DEPENDENT, Weights
+
+MOST_PREPARED = 2**27
+"""Bytes that are kept of what can be computed of all noise before the first step: 12 images of EAR-B."""
 
 
 class IncrementalDecoding:
@@ -54,7 +57,7 @@ class IncrementalDecoding:
         length = self.prefix + tokens
         self.tokens_BLD, self.orders_BL = new(batch, tokens, config.token_dim), new(batch, tokens, dtype=torch.int64)
         self.noise_BLE: Tensor | None = None
-        self.temperature = 1.0
+        self.prepared_RM: Tensor | None = None
         self.classes_GC, self.scales = new(self.sequences, width), new(tokens + 1)
         self.start_GSC, self.stream_GSC = new(self.sequences, length, width), new(self.sequences, length, width)
         self.qkv_GS3 = new(self.sequences, length, 3 * width, dtype=dtype)
@@ -89,8 +92,13 @@ class IncrementalDecoding:
         self.noise_BLE.copy_(noise_BLE)
 
     def prepare(self, temperature: float) -> None:
-        """What is computed of the noise before the first step."""
-        self.temperature = temperature
+        """What is computed of the noise before the first step, if that is not too much to keep."""
+        score, rows = self.model.score, self.batch * self.config.num_tokens
+        assert self.noise_BLE is not None
+        self.temperature: float | None = temperature
+        if score.prepared_bytes(rows) <= MOST_PREPARED:
+            self.temperature = None
+            self.prepared_RM = score.prepare(self.noise_BLE.flatten(0, 1), temperature, self.prepared_RM)
 
     def begin(self) -> None:
         """All tokens masked: the first block's inputs, and their queries, keys and values."""
@@ -110,8 +118,13 @@ class IncrementalDecoding:
         tokens, score = self.config.num_tokens, self.model.score
         drawn_k = tokens - self.left + self.places_L[:count]
         assert self.noise_BLE is not None
-        noise_RE = self.noise_BLE[:, drawn_k].flatten(0, 1)
-        sampled_RD = score.sample(hidden_RC, None, 1.0, self.temperature, noise_RE)
+        if self.temperature is None:
+            assert self.prepared_RM is not None
+            drawn_RM = self.prepared_RM.view(self.batch, tokens, -1)[:, drawn_k].flatten(0, 1)
+            sampled_RD = score.sample_prepared(hidden_RC, None, 1.0, drawn_RM)
+        else:
+            noise_RE = self.noise_BLE[:, drawn_k].flatten(0, 1)
+            sampled_RD = score.sample(hidden_RC, None, 1.0, self.temperature, noise_RE)
         first, embed = self.weights.blocks[0], self.weights.embed
         norm = first.norm1.weight, first.norm1.bias, first.norm1.eps
         normed_RC = write_tokens(
@@ -129,7 +142,7 @@ class IncrementalDecoding:
             else:
                 _, normed = block.norm1(stream, branch, bias, **block.qkv.takes)
                 qkv = block.qkv(normed)
-            projected = block.proj(attention(qkv, block.heads, **block.proj.takes), bias=False)
+            projected = block.proj(attention(qkv, block.heads, dependent=DEPENDENT, **block.proj.takes), bias=False)
             # The first block's input stays as it is: the next step starts from it.
             options = {"out_stream": self.stream_GSC, **block.fc1.takes}
             stream, normed = block.norm2(stream, projected, block.proj.own_bias, **options)
@@ -142,7 +155,7 @@ class IncrementalDecoding:
             stream, self.orders_BL, self.left, count, norm.weight, norm.bias, eps=norm.eps, dtype=self.dtype
         )
         query = last.qkv(normed, rows=slice(width)).view(self.sequences, -1, width)
-        mixed = attention_rows(query, kv, last.heads).view(-1, width)
+        mixed = attention_rows(query, kv, last.heads, dependent=DEPENDENT).view(-1, width)
         _, normed = last.norm2(rows_RC, last.proj(mixed, bias=False), last.proj.own_bias, dtype=self.dtype)
         scales, norm = self.scales if self.guided else None, self.weights.norm
         after = norm.weight, norm.bias, scales, self.left, count

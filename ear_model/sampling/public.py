@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ear_model.config import ModelConfig, SamplingConfig
-from ear_model.draws import Draws
+from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.masking import unmasking_schedule
 from ear_model.sampling.engine import Engines
+from ear_model.scores import EnergyScore
 
 NAMES = (
     *("sample_tokens", "sample_orders", "unpatchify", "class_emb", "fake_latent", "z_proj", "mask_token"),
@@ -53,32 +54,22 @@ class _Backbone:
     def null_class(self, batch: int) -> Tensor:
         return self._model.fake_latent.expand(batch, -1)
 
-    def modules(self) -> Any:
-        return self._model.decoder_blocks.modules()
 
+class _Score(EnergyScore):
+    """Our energy score over the parameters of a public one."""
 
-class _Score:
-    """What the engine calls of a score."""
+    def __init__(self, scoreloss: Any, config: ModelConfig) -> None:
+        with torch.device("meta"):
+            super().__init__(config)
+        own = dict(scoreloss.net.named_parameters())
+        for path, module in self.generator.named_modules():
+            for name in module._parameters:
+                module._parameters[name] = own[f"{path}.{name}" if path else name]
+        self.eval()
 
-    def __init__(self, scoreloss: Any) -> None:
-        self._scoreloss = scoreloss
-
-    def parameters(self) -> Any:
-        return self._scoreloss.net.parameters()
-
-    def modules(self) -> Any:
-        return self._scoreloss.net.modules()
-
-    def draw_noise(self, *shape: int, like: Tensor, draws: Draws) -> Tensor:
-        rows = math.prod(shape), int(self._scoreloss.noise_channels)
+    def draw_noise(self, *shape: int, like: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
+        rows = math.prod(shape), self.generator.noise_dim
         return (torch.rand(rows, dtype=like.dtype, device=like.device) - 0.5).view(*shape, -1)
-
-    def sample(
-        self, hidden_RC: Tensor, null_hidden_RC: Tensor | None, guidance: Any, temperature: float, noise_RE: Tensor
-    ) -> Tensor:
-        if null_hidden_RC is not None:
-            hidden_RC = guidance * hidden_RC + (1 - guidance) * null_hidden_RC
-        return self._scoreloss.net(hidden_RC, noise_RE, temperature).float()
 
 
 class PublicModel:
@@ -86,17 +77,23 @@ class PublicModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.backbone, self.score, self.tokenizer = _Backbone(model), _Score(model.scoreloss), self
+        self.backbone, self.tokenizer, net = _Backbone(model), self, model.scoreloss.net
         position, first = model.decoder_pos_embed_learned, model.decoder_blocks[0]
         tokens, classes = position.shape[1] - int(model.buffer_size), model.class_emb.num_embeddings
         self.config = ModelConfig(
             image_size=math.isqrt(tokens), channels=model.z_proj.in_features, num_classes=classes,
             width=position.shape[2], depth=len(model.decoder_blocks), num_heads=first.attn.num_heads,
             class_tokens=int(model.buffer_size), noise_dim=int(model.scoreloss.noise_channels),
+            generator_width=net.input_proj.out_features, generator_depth=len(net.res_blocks),
         )  # fmt: skip
+        self.score = _Score(model.scoreloss, self.config)
 
     def parameters(self) -> Any:
         return self._model.parameters()
+
+    def modules(self) -> Any:
+        """Those whose weights are read."""
+        return self._model.modules()
 
     def sample(self, *arguments: Any, **options: Any) -> Tensor:
         return self._model.sample_tokens(*arguments, **options)

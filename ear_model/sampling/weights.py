@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import LowCopies
-from ear_kernels.functional import gelu, linear_e4m3, quantise_e4m3, residual_norm
+from ear_kernels.functional import linear_gelu, linear_inference, quantise_e4m3, residual_norm
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
+
+DEPENDENT = True
+"""Kernels are launched while the one before still runs, and wait for its end: a step is a chain of small kernels."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Norm:
         self, stream: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """(stream + branch + its bias, the norm of that)."""
-        return residual_norm(branch, branch_bias, stream, self.weight, self.bias, eps=self.eps, **options)
+        options |= {"eps": self.eps, "dependent": DEPENDENT}
+        return residual_norm(branch, branch_bias, stream, self.weight, self.bias, **options)
 
     def largest(self) -> Tensor:
         """A bound of what any row's elements are at most: a normed row's length is sqrt(W) at most."""
@@ -67,15 +70,22 @@ class Linear:
             return {"dtype": self.weight.dtype}
         return {"dtype": E4M3, "scale": self.e4m3.scale_in}
 
-    def __call__(self, x: Tensor, *, bias: bool = True, rows: slice = slice(None)) -> Tensor:
-        """``x W^T``, plus the bias; with ``rows`` those of the weight."""
+    def __call__(
+        self, x: Tensor, *, bias: bool = True, rows: slice = slice(None), gelu: dict[str, Any] | None = None
+    ) -> Tensor:
+        """``x W^T``, plus the bias; with ``rows`` those of the weight.
+
+        With ``gelu``, what the next linear :attr:`takes`, GELU of that, in that dtype.
+        """
+        weight, options = self.weight, dict(gelu or {})
+        if "scale" in options:
+            options["out_scale"] = options.pop("scale")
+        if x.dtype == E4M3 and self.e4m3 is not None:
+            weight = self.e4m3.weight
+            options = {"dtype": self.bias.dtype, "scales": (self.e4m3.scale_in, self.e4m3.scale), **options}
+        function = linear_inference if gelu is None else linear_gelu
         added = self.bias[rows] if bias else None
-        if x.dtype != E4M3 or self.e4m3 is None:
-            return F.linear(x, self.weight[rows], added)
-        kept = self.e4m3
-        out = linear_e4m3(
-            x.flatten(0, -2), kept.scale_in, kept.weight[rows], kept.scale, added, dtype=self.bias.dtype
-        )
+        out = function(x.flatten(0, -2), weight[rows], added, dependent=DEPENDENT, **options)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -94,8 +104,8 @@ class Block:
 
     def mlp(self, normed: Tensor) -> Tensor:
         """The MLP without its last bias."""
-        takes = self.fc2.takes if normed.dtype == E4M3 else {}
-        return self.fc2(gelu(self.fc1(normed), **takes), bias=False)
+        takes = self.fc2.takes if normed.dtype == E4M3 else {"dtype": normed.dtype}
+        return self.fc2(self.fc1(normed, gelu=takes), bias=False)
 
 
 class Weights:
