@@ -8,7 +8,7 @@ and loading into a model are seen; parameters that have moved make the graphs an
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
 from ear_model.sampling.decoding import Progress, SamplingModel, decode_tokens, steps_of
+from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.incremental import IncrementalDecoding
 from ear_model.sampling.weights import Weights
 
@@ -46,68 +47,101 @@ def compute_dtype(precision: str, parameter: Tensor) -> torch.dtype:
     return parameter.dtype
 
 
+class Graphs:
+    """CUDA graphs by name, in one pool of memory: one runs at a time.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def capture(self, works: dict[Any, Callable[[], Any]], before: Callable[[], Any] = lambda: None) -> None:
+        """Capture what is not there yet, after a run of each: kernels are compiled and loaded, which a capture does
+        not allow. ``before`` makes sense of such a run."""
+        missing = {name: work for name, work in works.items() if name not in self._graphs}
+        if not missing:
+            return
+        stream, current = self._stream, torch.cuda.current_stream(self._stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for work in missing.values():
+                before()
+                work()
+        current.wait_stream(stream)
+        for name, work in missing.items():
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+            self._graphs[name] = graph
+
+    def __call__(self, name: Any, work: Callable[[], Any] | None = None) -> None:
+        """Replay a graph; capture ``work`` first if it is not there."""
+        if work is not None:
+            self.capture({name: work})
+        self._graphs[name].replay()
+
+
 class Engine:
     """The graphs of one batch size, with or without guidance, over some weights.
 
     Args:
         model: on a GPU, in eval mode.
         weights: of the model.
+        table: of those weights.
         batch: B.
         guided: whether there is guidance.
     """
 
-    def __init__(self, model: SamplingModel, weights: Weights, batch: int, *, guided: bool) -> None:
+    def __init__(self, model: SamplingModel, weights: Weights, table: FirstStep, batch: int, *, guided: bool) -> None:
         self.decoding = IncrementalDecoding(model, weights, batch, guided=guided)
-        self.weights = weights
-        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self.decoding.left.device)
+        self.weights, self.table = weights, table
+        device = self.decoding.left.device
+        self._places_G = torch.zeros(self.decoding.sequences, dtype=torch.int64, device=device)
+        self._graphs = Graphs(device)
 
     def __call__(
         self, labels_B: Tensor, sampling: SamplingConfig, draws: Draws, progress: Progress | None = None
     ) -> Tensor:
         """Tokens ``[B, L, D]`` in float32, as :func:`decode_tokens` gives them within rounding."""
         decoding = self.decoding
-        model, config = decoding.model, decoding.config
+        model, tokens = decoding.model, decoding.config.num_tokens
 
         def images() -> Tensor:
             return model.tokenizer.decode(decoding.tokens_BLD)
 
-        steps = steps_of(config.num_tokens, sampling.steps, images, None)
-        counts = [step.left - step.keep for step in steps]
+        counts = [step.left - step.keep for step in steps_of(tokens, sampling.steps, images, None)]
+        if self.weights.refresh():
+            self.table.clear()
         decoding.fill(labels_B, sampling, draws, counts)
-        device = decoding.left.device.type
-        autocast = torch.autocast(device, decoding.dtype, enabled=decoding.dtype.itemsize == 2, cache_enabled=False)
-        self.weights.refresh()
+        dtype = decoding.dtype
+        autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
         with self.weights.scope(), autocast:
             decoding.prepare(sampling.temperature)
-            works: dict[Any, Callable[[], None]] = {"begin": decoding.begin}
-            for count in sorted(set(counts), reverse=True):
-                works[count, decoding.temperature] = functools.partial(decoding.step, count)
-            self._capture({key: work for key, work in works.items() if key not in self._graphs})
-            self._graphs["begin"].replay()
-            for step in steps_of(config.num_tokens, sampling.steps, images, progress):
-                self._graphs[step.left - step.keep, decoding.temperature].replay()
+            temperature = decoding.temperature
+            places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
+            if places is not None:
+                self._places_G.copy_(torch.tensor(places))
+            first = ("first step", counts[0], temperature) if places is not None else (counts[0], temperature)
+            self._graphs.capture(self._works(counts, first, temperature), before=decoding.begin)
+            self._graphs("begin")
+            for step in steps_of(tokens, sampling.steps, images, progress):
+                self._graphs((step.left - step.keep, temperature) if step.number else first)
         return decoding.tokens_BLD.clone()
 
-    def _capture(self, works: dict[Any, Callable[[], None]]) -> None:
-        """A graph for each of these, after a run without one: kernels are compiled and loaded, which a capture
-        does not allow."""
-        if not works:
-            return
-        stream, current = self._stream, torch.cuda.current_stream(self._stream.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for work in works.values():
-                # With all tokens masked any step can be made.
-                self.decoding.begin()
-                work()
-        current.wait_stream(stream)
-        for key, work in works.items():
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                work()
-            self._graphs[key] = graph
+    def _works(self, counts: Sequence[int], first: tuple, temperature: float | None) -> dict[Any, Callable]:
+        """What the graphs of a schedule do."""
+        decoding = self.decoding
+
+        works: dict[Any, Callable] = {"begin": decoding.begin}
+        if len(first) == 3:
+            works[first] = functools.partial(decoding.first_step, counts[0], self.table.hidden_TLC, self._places_G)
+            counts = counts[1:]
+        works |= {(count, temperature): functools.partial(decoding.step, count) for count in sorted(set(counts))}
+        return works
 
 
 def is_plain(module: Any) -> bool:
@@ -135,7 +169,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, Engine] = OrderedDict()
-        self._weights: dict[tuple, Weights] = {}
+        self._weights: dict[tuple, tuple[Weights, FirstStep]] = {}
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,18 +232,19 @@ class Engines:
             self._weights.clear()
 
     def _engine(self, model: SamplingModel, batch: int, guided: bool, numbers: tuple[torch.dtype, bool]) -> Engine:
-        weights = self._weights.get(numbers)
-        if weights is None or not weights.fits(model):
+        found = self._weights.get(numbers)
+        if found is None or not found[0].fits(model):
             # Graphs read the parameters and copies where they lie.
-            self._weights.pop(numbers, None)
             for key in [key for key in self._kept if key[2] == numbers]:
                 del self._kept[key]
-            weights = self._weights[numbers] = Weights(model, numbers[0], fp8=numbers[1])
+            weights = Weights(model, numbers[0], fp8=numbers[1])
+            graphs = Graphs(next(model.parameters()).device)
+            found = self._weights[numbers] = weights, FirstStep(model, weights, graphs)
         key = batch, guided, numbers
         engine = self._kept.pop(key, None)
         if engine is None:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
-            engine = Engine(model, weights, batch, guided=guided)
+            engine = Engine(model, *found, batch, guided=guided)
         self._kept[key] = engine
         return engine

@@ -114,7 +114,23 @@ class IncrementalDecoding:
 
     def step(self, count: int) -> None:
         """Predict ``count`` tokens of every image."""
-        rows_GK, hidden_RC = self._hidden(count)
+        self._finish(count, *self.hidden(count))
+
+    def first_step(self, count: int, hidden_TLC: Tensor, places_G: Tensor) -> None:
+        """:meth:`step` while all tokens are masked, from hidden states of the classes at these places of a table."""
+        length, tokens = self.prefix + self.config.num_tokens, self.config.num_tokens
+        positions_Bk = self.orders_BL[:, tokens - count :]
+        positions_Gk = positions_Bk.repeat(2, 1) if self.guided else positions_Bk
+        starts_G1 = torch.arange(0, self.sequences * length, length, device=positions_Gk.device).unsqueeze(1)
+        hidden_RC = hidden_TLC.flatten(0, 1)[(places_G.unsqueeze(1) * tokens + positions_Gk).flatten()]
+        if self.guided:
+            scale = self.scales[tokens - count]
+            own_RC, null_RC = hidden_RC.chunk(2)
+            hidden_RC = scale * own_RC + (1 - scale) * null_RC
+        self._finish(count, (positions_Gk + starts_G1 + self.prefix).flatten(), hidden_RC)
+
+    def _finish(self, count: int, rows_GK: Tensor, hidden_RC: Tensor) -> None:
+        """Sample tokens from guided hidden states, and write them where the next step reads them."""
         tokens, score = self.config.num_tokens, self.model.score
         drawn_k = tokens - self.left + self.places_L[:count]
         assert self.noise_BLE is not None
@@ -132,7 +148,7 @@ class IncrementalDecoding:
         )
         write_rows(first.qkv(normed_RC), self.qkv_GS3, rows_GK, self.left, count)
 
-    def _hidden(self, count: int) -> tuple[Tensor, Tensor]:
+    def hidden(self, count: int) -> tuple[Tensor, Tensor]:
         """The rows of the ``G S`` that are predicted, and their hidden states ``[B k, C]``, guided."""
         width, blocks = self.config.width, self.weights.blocks
         stream, branch, bias = self.start_GSC, None, None

@@ -14,6 +14,7 @@ from ear_model.errors import RunError
 from ear_model.model.masking import unmasking_schedule
 from ear_model.sampling.decoding import decode_tokens
 from ear_model.sampling.engine import Engines, is_plain
+from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.images import sample_images
 from ear_model.sampling.incremental import IncrementalDecoding
 from ear_model.sampling.weights import Weights
@@ -59,6 +60,39 @@ def test_kept_values_change_no_token(depth, steps, guidance):
     for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
         expected = decode_tokens(model, LABELS, setting, draws())
         torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@torch.no_grad()
+def test_the_first_step_from_a_table(guidance, monkeypatch):
+    model, setting = wide_model(), SamplingConfig(4, guidance, temperature=0.7)
+    weights = Weights(model, torch.float32)
+    weights.refresh()
+    runs = []
+    bytes_of_a_class = 4 * model.config.num_tokens * model.config.width
+    monkeypatch.setattr("ear_model.sampling.first_step.MOST_BYTES", 5 * bytes_of_a_class)
+    table = FirstStep(model, weights, lambda name, work: runs.append(name) or work())
+    assert table.capacity == 5
+    decoding = IncrementalDecoding(model, weights, 3, guided=guidance != 1)
+    counts = [left - keep for left, keep in unmasking_schedule(16, 4)]
+    for labels in (LABELS, torch.tensor([9, 9, 1]), torch.tensor([7, 3, 9]), LABELS):
+        expected = decode_tokens(model, labels, setting, ImageDraws(8, range(3)))
+        decoding.fill(labels, setting, ImageDraws(8, range(3)), counts)
+        decoding.prepare(0.7)
+        places = table.places(labels.tolist() + [NULL] * (decoding.sequences - 3))
+        decoding.begin()
+        decoding.first_step(counts[0], table.hidden_TLC, torch.tensor(places))
+        for count in counts[1:]:
+            decoding.step(count)
+        torch.testing.assert_close(decoding.tokens_BLD, expected, rtol=1e-4, atol=1e-5)
+    before = len(runs)
+    assert table.places([9, 0, 9]) == [table.places([9])[0], table.places([0])[0], table.places([9])[0]]
+    assert len(runs) == before
+    assert table.places(range(6)) is None
+    table.clear()
+    table.places([0])
+    assert runs[-1] == ("first", 2)
+    assert len(runs) == before + 1
 
 
 def test_an_image_depends_on_seed_and_index_alone(tiny_model):
@@ -178,10 +212,11 @@ def test_a_gpu_gives_the_images_of_a_cpu(monkeypatch, guidance):
     for _ in range(2):
         found = images_of(model, guidance=guidance, precision="fp32")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(replays) == 14
+    # The first call computes the table of the first step.
+    assert len(replays) == 15
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
     torch.testing.assert_close(images_of(model, guidance=guidance, precision="fp32"), found, rtol=1e-4, atol=1e-5)
-    assert len(replays) == 14
+    assert len(replays) == 15
 
 
 @pytest.mark.gpu
