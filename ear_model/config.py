@@ -13,7 +13,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
 # Fields that stored configurations may lack, by class: added later, with the value for what was done before.
-_ADDED_FIELDS: dict[str, dict[str, Any]] = {"ModelConfig": {"masking": "truncated_normal", "position_init": "normal"}}
+_ADDED_FIELDS: dict[str, dict[str, Any]] = {
+    "ModelConfig": {"masking": "truncated_normal", "position_init": "normal"},
+    "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random"},
+}
 
 Config = TypeVar("Config")
 
@@ -134,12 +137,27 @@ class SamplingConfig:
     """How the guidance scale grows over the steps."""
     temperature: float = 0.7
     """Factor on the generator's noise shift; below 1 trades diversity for accuracy."""
+    guidance_from: float = 0.0
+    """Share of known tokens from which guidance is applied; before it the null class is not computed."""
+    guidance_to: float = 1.0
+    """Share of known tokens up to which guidance is applied."""
+    order: Literal["random", "halton"] = "random"
+    """Order of the tokens: uniformly random, or one that keeps tokens of a step apart (docs/sampling.md)."""
+
+    def guides(self, left: int, num_tokens: int) -> bool:
+        """Whether there is guidance in a step that begins with ``left`` of the tokens masked."""
+        return self.guidance != 1 and self.guidance_from <= 1 - left / num_tokens < self.guidance_to
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int):
             raise ValueError(f"steps is {self.steps}; it must be an integer")
         check_range(self, "at least 1", "steps")
-        check_range(self, "at least 0 and finite", "guidance", "temperature")
+        check_range(self, "at least 0 and finite", "guidance", "temperature", "guidance_from")
+        check_range(self, "positive and finite", "guidance_to")
+        if self.guidance_from >= self.guidance_to:
+            raise ValueError(
+                f"guidance_from is {self.guidance_from}; it must be below guidance_to, {self.guidance_to}"
+            )
         _check_choices(self)
 
 

@@ -128,6 +128,9 @@ class EAR(nn.Module):
         guidance: float = 1.0,
         temperature: float = 1.0,
         guidance_schedule: Literal["linear", "constant"] = "linear",
+        guidance_from: float = 0.0,
+        guidance_to: float = 1.0,
+        order: Literal["random", "halton"] = "random",
         generator: torch.Generator | None = None,
         draws: Draws | None = None,
         precision: Precision = "auto",
@@ -144,6 +147,8 @@ class EAR(nn.Module):
             guidance: guidance scale g; 1 is none.
             temperature: factor on the shift of the generator's residual blocks.
             guidance_schedule: "linear" (g grows as tokens become known) or "constant".
+            guidance_from, guidance_to: guidance is applied while the share of known tokens is in this interval.
+            order: of the tokens, "random" as in the paper or "halton" (docs/sampling.md, "Approximations").
             generator: a torch.Generator of the labels' device, which all images are drawn from in turn.
             draws: in its place where orders and noise come from, such as :class:`ear_model.draws.ImageDraws`. With
                 neither of the two every image has draws of its own, of a seed that torch's CPU generator gives.
@@ -155,7 +160,8 @@ class EAR(nn.Module):
             ValueError: options or labels out of range. TypeError: labels that are no int64 tensor. RunError: a model
             that samples values that are not finite.
         """
-        sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature)
+        interval = guidance_from, guidance_to
+        sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature, *interval, order)
         self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
         if generator is not None and draws is not None:
             raise ValueError("generator and draws were both given; give one of them")

@@ -16,6 +16,47 @@ def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draw
     return draws.orders(batch, num_tokens, device)
 
 
+def halton_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
+    """An order per image in which neighbours in time are apart in space, int64 ``[batch, num_tokens]``.
+
+    The places of a square grid as a Halton sequence of bases 2 and 3 meets them (Besnier et al. 2025,
+    arXiv:2503.17076), moved round the grid by a random distance for each image and, in half of the images, with
+    rows and columns exchanged. Tokens are predicted from the end, as in a random order.
+    """
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"{num_tokens} tokens are no square grid; a Halton order needs one")
+    met: dict[int, None] = {}
+    number = 1
+    while len(met) < num_tokens:
+        row, column = (int(radical_inverse(number, base) * side) for base in (2, 3))
+        met[row * side + column] = None
+        number += 1
+    places = torch.tensor(list(met), device=device).flip(0)
+    drawn = draws.rand(batch, 3, device=device)
+    rows, columns = (
+        ((part + (own * side).long().unsqueeze(1)) % side)
+        for part, own in zip((places // side, places % side), drawn[:, :2].unbind(1), strict=True)
+    )
+    exchanged = (drawn[:, 2:] < 0.5).expand_as(rows)
+    return torch.where(exchanged, columns * side + rows, rows * side + columns)
+
+
+def radical_inverse(number: int, base: int) -> float:
+    """The digits of a number in a base, mirrored at the point: in [0, 1)."""
+    value, place = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        place /= base
+        value += digit * place
+    return value
+
+
+def draw_orders(order: str, batch: int, num_tokens: int, device: torch.device, draws: Draws) -> Tensor:
+    """Orders of a kind: "random" or "halton"."""
+    return {"random": random_orders, "halton": halton_orders}[order](batch, num_tokens, device, draws)
+
+
 def mask_ratio(uniform: float, minimum: float) -> float:
     """The quantile ``uniform`` in [0, 1) of a normal of mean 1, std 0.25 truncated to [minimum, 1]."""
     normal = NormalDist(1.0, MASK_RATIO_STD)

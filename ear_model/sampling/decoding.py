@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import Draws
-from ear_model.model.masking import guidance_scale, random_orders, unmasking_schedule
+from ear_model.model.masking import draw_orders, guidance_scale, unmasking_schedule
 
 
 class SamplingModel(Protocol):
@@ -66,13 +66,11 @@ def decode_tokens(
     """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
     batch, num_tokens = labels_B.shape[0], model.config.num_tokens
     device = labels_B.device
-    guided = sampling.guidance != 1
     tokens_BLD = torch.zeros(batch, num_tokens, model.config.token_dim, device=device)
-    orders_BL = random_orders(batch, num_tokens, device, draws)
+    orders_BL = draw_orders(sampling.order, batch, num_tokens, device, draws)
     ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first
     classes = model.backbone.embed_classes(labels_B)
-    if guided:
-        classes = torch.cat([classes, model.backbone.null_class(batch)])
+    both = torch.cat([classes, model.backbone.null_class(batch)])
 
     def images() -> Tensor:
         return model.tokenizer.decode(tokens_BLD)
@@ -81,8 +79,8 @@ def decode_tokens(
         left, keep = step.left, step.keep
         masked_BL = ranks_BL < left
         predicted_Bk = orders_BL[:, keep:left]
-        if guided:
-            hidden = model.backbone(tokens_BLD.repeat(2, 1, 1), masked_BL.repeat(2, 1), classes)
+        if sampling.guides(left, num_tokens):
+            hidden = model.backbone(tokens_BLD.repeat(2, 1, 1), masked_BL.repeat(2, 1), both)
             hidden_RC, null_hidden_RC = (_gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2))
         else:
             hidden = model.backbone(tokens_BLD, masked_BL, classes)

@@ -8,7 +8,7 @@ and loading into a model are seen; parameters that have moved make the graphs an
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -113,7 +113,8 @@ class Engine:
         def images() -> Tensor:
             return model.tokenizer.decode(decoding.tokens_BLD)
 
-        counts = [step.left - step.keep for step in steps_of(tokens, sampling.steps, images, None)]
+        steps = list(steps_of(tokens, sampling.steps, images, None))
+        counts = [step.left - step.keep for step in steps]
         if self.weights.refresh():
             self.table.clear()
         decoding.fill(labels_B, sampling, draws, counts)
@@ -121,27 +122,29 @@ class Engine:
         autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
         with self.weights.scope(), autocast:
             decoding.prepare(sampling.temperature)
-            temperature = decoding.temperature
             places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
             if places is not None:
                 self._places_G.copy_(torch.tensor(places))
-            first = ("first step", counts[0], temperature) if places is not None else (counts[0], temperature)
-            self._graphs.capture(self._works(counts, first, temperature), before=decoding.begin)
+            names = [
+                ("step", count, sampling.guides(step.left, tokens), decoding.temperature)
+                for step, count in zip(steps, counts, strict=True)
+            ]
+            if places is not None:
+                names[0] = ("first step", *names[0][1:])
+            works: dict[Any, Callable] = {"begin": decoding.begin}
+            works |= {name: self._work(*name[:3]) for name in dict.fromkeys(names)}
+            self._graphs.capture(works, before=decoding.begin)
             self._graphs("begin")
-            for step in steps_of(tokens, sampling.steps, images, progress):
-                self._graphs((step.left - step.keep, temperature) if step.number else first)
+            for _, name in zip(steps_of(tokens, sampling.steps, images, progress), names, strict=True):
+                self._graphs(name)
         return decoding.tokens_BLD.clone()
 
-    def _works(self, counts: Sequence[int], first: tuple, temperature: float | None) -> dict[Any, Callable]:
-        """What the graphs of a schedule do."""
-        decoding = self.decoding
-
-        works: dict[Any, Callable] = {"begin": decoding.begin}
-        if len(first) == 3:
-            works[first] = functools.partial(decoding.first_step, counts[0], self.table.hidden_TLC, self._places_G)
-            counts = counts[1:]
-        works |= {(count, temperature): functools.partial(decoding.step, count) for count in sorted(set(counts))}
-        return works
+    def _work(self, kind: str, count: int, guided: bool) -> Callable[[], None]:
+        """What a graph does."""
+        if kind == "step":
+            return functools.partial(self.decoding.step, count, guided)
+        table = self.table.hidden_TLC, self._places_G
+        return functools.partial(self.decoding.first_step, count, *table, guided)
 
 
 def is_plain(module: Any) -> bool:

@@ -24,7 +24,7 @@ from ear_kernels.functional import (
 )
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
-from ear_model.model.masking import guidance_scale, random_orders
+from ear_model.model.masking import draw_orders, guidance_scale
 from ear_model.sampling.decoding import SamplingModel
 from ear_model.sampling.weights import DEPENDENT, Weights
 
@@ -82,7 +82,7 @@ class IncrementalDecoding:
             guidance_scale(sampling.guidance, sampling.guidance_schedule, tokens, keep) for keep in range(tokens + 1)
         ]
         self.scales.copy_(torch.tensor(scales))
-        self.orders_BL.copy_(random_orders(self.batch, tokens, labels_B.device, draws))
+        self.orders_BL.copy_(draw_orders(sampling.order, self.batch, tokens, labels_B.device, draws))
         # An image's own numbers are the same however a draw is divided.
         parts = [tokens] if isinstance(draws, ImageDraws) else counts
         like, draw = self.start_GSC, self.model.score.draw_noise
@@ -112,11 +112,11 @@ class IncrementalDecoding:
         self.tokens_BLD.zero_()
         self.left.fill_(self.config.num_tokens)
 
-    def step(self, count: int) -> None:
-        """Predict ``count`` tokens of every image."""
-        self._finish(count, *self.hidden(count))
+    def step(self, count: int, guided: bool = True) -> None:
+        """Predict ``count`` tokens of every image; where there is guidance, it can be left out."""
+        self._finish(count, *self.hidden(count, guided and self.guided))
 
-    def first_step(self, count: int, hidden_TLC: Tensor, places_G: Tensor) -> None:
+    def first_step(self, count: int, hidden_TLC: Tensor, places_G: Tensor, guided: bool = True) -> None:
         """:meth:`step` while all tokens are masked, from hidden states of the classes at these places of a table."""
         length, tokens = self.prefix + self.config.num_tokens, self.config.num_tokens
         positions_Bk = self.orders_BL[:, tokens - count :]
@@ -124,7 +124,7 @@ class IncrementalDecoding:
         starts_G1 = torch.arange(0, self.sequences * length, length, device=positions_Gk.device).unsqueeze(1)
         hidden_RC = hidden_TLC.flatten(0, 1)[(places_G.unsqueeze(1) * tokens + positions_Gk).flatten()]
         if self.guided:
-            scale = self.scales[tokens - count]
+            scale = self.scales[tokens - count] if guided else 1.0
             own_RC, null_RC = hidden_RC.chunk(2)
             hidden_RC = scale * own_RC + (1 - scale) * null_RC
         self._finish(count, (positions_Gk + starts_G1 + self.prefix).flatten(), hidden_RC)
@@ -148,19 +148,22 @@ class IncrementalDecoding:
         )
         write_rows(first.qkv(normed_RC), self.qkv_GS3, rows_GK, self.left, count)
 
-    def hidden(self, count: int) -> tuple[Tensor, Tensor]:
-        """The rows of the ``G S`` that are predicted, and their hidden states ``[B k, C]``, guided."""
+    def hidden(self, count: int, guided: bool = False) -> tuple[Tensor, Tensor]:
+        """The rows of the ``G S`` that are predicted, and their hidden states ``[B k, C]``, guided or not."""
         width, blocks = self.config.width, self.weights.blocks
-        stream, branch, bias = self.start_GSC, None, None
+        sequences = self.sequences if guided else self.batch
+        # Without guidance the classes' sequences alone: they come first.
+        start_GSC, stream_GSC, qkv_GS3 = (x[:sequences] for x in (self.start_GSC, self.stream_GSC, self.qkv_GS3))
+        stream, branch, bias = start_GSC, None, None
         for number, block in enumerate(blocks[:-1]):
             if number == 0:
-                qkv = self.qkv_GS3
+                qkv = qkv_GS3
             else:
                 _, normed = block.norm1(stream, branch, bias, **block.qkv.takes)
                 qkv = block.qkv(normed)
             projected = block.proj(attention(qkv, block.heads, dependent=DEPENDENT, **block.proj.takes), bias=False)
             # The first block's input stays as it is: the next step starts from it.
-            options = {"out_stream": self.stream_GSC, **block.fc1.takes}
+            options = {"out_stream": stream_GSC, **block.fc1.takes}
             stream, normed = block.norm2(stream, projected, block.proj.own_bias, **options)
             branch, bias = block.mlp(normed), block.fc2.own_bias
         last = blocks[-1]
@@ -170,9 +173,13 @@ class IncrementalDecoding:
         rows_GK, rows_RC, normed = predicted_rows(
             stream, self.orders_BL, self.left, count, norm.weight, norm.bias, eps=norm.eps, dtype=self.dtype
         )
-        query = last.qkv(normed, rows=slice(width)).view(self.sequences, -1, width)
+        query = last.qkv(normed, rows=slice(width)).view(sequences, -1, width)
         mixed = attention_rows(query, kv, last.heads, dependent=DEPENDENT).view(-1, width)
         _, normed = last.norm2(rows_RC, last.proj(mixed, bias=False), last.proj.own_bias, dtype=self.dtype)
-        scales, norm = self.scales if self.guided else None, self.weights.norm
+        scales, norm = self.scales if guided else None, self.weights.norm
         after = norm.weight, norm.bias, scales, self.left, count
-        return rows_GK, guided_norm(last.mlp(normed), last.fc2.own_bias, rows_RC, *after, eps=norm.eps)
+        hidden_RC = guided_norm(last.mlp(normed), last.fc2.own_bias, rows_RC, *after, eps=norm.eps)
+        if sequences < self.sequences:
+            # The tokens are written for the null class, too.
+            rows_GK = torch.cat([rows_GK, rows_GK + sequences * stream_GSC.shape[1]])
+        return rows_GK, hidden_RC

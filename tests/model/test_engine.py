@@ -45,8 +45,10 @@ def incremental(model: EAR, setting: SamplingConfig, draws: Draws) -> torch.Tens
     decoding.fill(LABELS, setting, draws, counts)
     decoding.prepare(setting.temperature)
     decoding.begin()
+    left = model.config.num_tokens
     for count in counts:
-        decoding.step(count)
+        decoding.step(count, setting.guides(left, model.config.num_tokens))
+        left -= count
     return decoding.tokens_BLD
 
 
@@ -60,6 +62,18 @@ def test_kept_values_change_no_token(depth, steps, guidance):
     for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
         expected = decode_tokens(model, LABELS, setting, draws())
         torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [(0.3, 1.0), (0.0, 0.6), (0.2, 0.7)])
+@torch.no_grad()
+def test_guidance_on_an_interval_and_another_order(interval, monkeypatch):
+    model, setting = wide_model(), SamplingConfig(6, 3.0, "linear", 0.7, *interval, "halton")
+    sizes = []
+    forward = model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda t, m, c: sizes.append(len(t)) or forward(t, m, c))
+    expected = decode_tokens(model, LABELS, setting, ImageDraws(4, range(3)))
+    assert set(sizes) == {3, 6}
+    torch.testing.assert_close(incremental(model, setting, ImageDraws(4, range(3))), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -294,7 +308,8 @@ def test_hooks_are_called_and_engines_released(monkeypatch):
 def test_other_batches_steps_and_temperatures_between():
     model = wide_model().cuda()
     expected = images_of(model)
-    for options in ({"steps": 1}, {"temperature": 0.3}, {"guidance": 1.0}, {"batch_size": 2}, {"steps": 40}):
+    others = ({"steps": 1}, {"temperature": 0.3}, {"guidance": 1.0}, {"batch_size": 2}, {"steps": 40})
+    for options in (*others, {"guidance_from": 0.5}, {"order": "halton"}):
         images_of(model, **options)
     for count in range(1, 6):
         images_of(model, torch.arange(count))

@@ -98,3 +98,24 @@ def test_guidance_grows_linearly_or_not_at_all():
     assert masking.guidance_scale(3.0, "constant", 16, 14) == 3.0
     assert masking.guidance_scale(3.0, "linear", 16, 14) == pytest.approx(1 + 2 * 2 / 16)
     assert masking.guidance_scale(3.0, "linear", 16, 0) == 3.0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 64, 256])
+def test_halton_orders_are_permutations_that_spread(num_tokens):
+    orders = masking.halton_orders(200, num_tokens, torch.device("cpu"))
+    assert torch.equal(orders.sort(-1).values, torch.arange(num_tokens).expand(200, -1))
+    if num_tokens < 64:
+        return
+    side = int(num_tokens**0.5)
+    last = orders[:, -num_tokens // 16 :]  # predicted first
+    distance = torch.stack([last // side, last % side], -1).double()
+    nearest = (torch.cdist(distance, distance) + 1e9 * torch.eye(last.shape[1])).amin(-1).mean()
+    random = masking.random_orders(200, num_tokens, torch.device("cpu"))[:, -num_tokens // 16 :]
+    apart = torch.stack([random // side, random % side], -1).double()
+    assert nearest > 1.1 * (torch.cdist(apart, apart) + 1e9 * torch.eye(last.shape[1])).amin(-1).mean()
+    assert len(orders.unique(dim=0)) > min(100, num_tokens)
+
+
+def test_halton_orders_need_a_square():
+    with pytest.raises(ValueError, match="12 tokens are no square grid"):
+        masking.halton_orders(1, 12, torch.device("cpu"))
