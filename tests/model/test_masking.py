@@ -97,7 +97,12 @@ def test_cosine_masks_are_what_decoding_has_left():
 def test_guidance_grows_linearly_or_not_at_all():
     assert masking.guidance_scale(3.0, "constant", 16, 14) == 3.0
     assert masking.guidance_scale(3.0, "linear", 16, 14) == pytest.approx(1 + 2 * 2 / 16)
-    assert masking.guidance_scale(3.0, "linear", 16, 0) == 3.0
+    # The public code's count of masked tokens never falls below 1.
+    assert (
+        masking.guidance_scale(3.0, "linear", 16, 0)
+        == masking.guidance_scale(3.0, "linear", 16, 1)
+        == 1 + 2 * 15 / 16
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 64, 256])
