@@ -59,13 +59,19 @@ def gelu_config(count: int) -> GeluConfig:
     return GeluConfig(1024, 8448, 4)
 
 
-ROWS = AttentionConfig(16, 64, 3, 2)
-"""Of few queries: within 1 % of the fastest of 9 launches on an H200 (3 queries, 2 to 128 sequences of 320)."""
-
-
 def attention_config(dim: int, heads: int, queries: int) -> AttentionConfig:
-    """For this many heads of all sequences together."""
-    return ROWS if queries <= 16 else AttentionConfig(64, 64, 2, 4)
+    """For this many heads of all sequences together.
+
+    On an H200, 320 keys: of few queries within 1 % of the fastest of 6 to 9 launches (3 queries, 2 to 128 sequences);
+    of all of heads of 64 features within 3 % and of 80 within 2 % of the fastest of 30 to 40 (2, 16, 128 sequences).
+    """
+    if queries <= 16:
+        return AttentionConfig(16, 64, 3, 2)
+    if dim > 64:
+        return AttentionConfig(64, 32, 3, 2)
+    if heads > 768:
+        return AttentionConfig(64, 64, 3, 2)
+    return AttentionConfig(64, 64, 3 if heads <= 66 else 2, 4)
 
 
 def residual_norm(
@@ -116,7 +122,7 @@ def attention(query: Tensor, kv: Tensor, heads: int, out: Tensor, out_scale: Ten
         return
     dim, keys = width // heads, kv.shape[1]
     config = attention_config(dim, groups * heads, queries)
-    kernel = kernels_attention.attention_rows_kernel if config == ROWS else kernels_attention.attention_kernel
+    kernel = kernels_attention.attention_kernel if config.warps <= 2 else kernels_attention.attention_carried_kernel
     dependent = may_depend(query, dependent)
     launch(
         kernel, (ceil_div(queries, config.queries), groups * heads),
