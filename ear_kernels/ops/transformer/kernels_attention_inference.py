@@ -150,9 +150,12 @@ def attention_carried_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """For WGMMA, four warps, and heads of at most 64 features: a tile's probabilities are carried into the next turn of
-    the loop and meet their values there. What a loop carries Triton puts into shared memory, and not transposed; those
-    of the last tile come as right operand, transposed, which does the same."""
+    """For WGMMA, four warps, and heads of at most 64 features.
+
+    A tile's probabilities are carried into the next turn of the loop and meet their values there: what a loop carries
+    Triton puts into shared memory, and not transposed. Those of the last tile come transposed, as right operand, which
+    does the same.
+    """
     if DEPENDENT:
         gdc_wait()
     base_q, stride_q, base_k, base_v, stride, offset = _head(query, kv, queries, keys, heads, DIM, PACKED)
