@@ -152,9 +152,9 @@ def attention_carried_kernel(
 ):
     """For WGMMA, four warps, and heads of at most 64 features.
 
-    A tile's probabilities are carried into the next turn of the loop and meet their values there: what a loop carries
-    Triton puts into shared memory, and not transposed. Those of the last tile come transposed, as right operand, which
-    does the same.
+    A tile's probabilities are carried into the next turn of the loop and meet their values there: what a loop
+    carries Triton puts into shared memory, and not transposed. Those of the last tile come transposed, as right
+    operand, which does the same.
     """
     if DEPENDENT:
         gdc_wait()
