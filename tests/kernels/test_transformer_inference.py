@@ -21,11 +21,18 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE)
 
 
-def close(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, scale: float | None = None):
-    """The error rule; e4m3, of which eager may be the rounded exact value, with its own unit in the last place."""
+def close(
+    name: str,
+    ours: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    scale: float | None = None,
+    slack: float = 0.0,
+) -> None:
+    """The error rule; of e4m3 that every number is rounded to a neighbour, but for ``slack``, and saturated."""
     if ours.dtype == E4M3:
-        ours, eager, exact = ours.float() * scale, eager.float() * scale, exact.double()
-        assert ((ours - exact).abs() <= exact.abs() / 14 + scale * 2**-9).all(), name
+        ours, eager, exact = ours.float() * scale, eager.float() * scale, exact.clamp(-448 * scale, 448 * scale)
+        assert ((ours - exact).abs() <= exact.abs() / 15 + scale * 2**-9 + slack).all(), name
     assert_close_to_eager(name, ours, eager, exact, ulps=2)
 
 
@@ -103,9 +110,9 @@ def check_attention(groups, length, heads, dim, dtype, output=None, spread=1.0) 
     parts = qkv[..., :width], qkv[..., width:]
     eager, exact = eager_attention(*parts, heads), exact_attention(*parts, heads)
     ours = attention(qkv, heads, scale=scale, dtype=output)
-    # Against PyTorch's rounding to e4m3 of exact numbers.
-    eager = eager if scale is None else reference.e4m3(exact.float(), scale, E4M3)
-    close("attention", ours, eager, exact, None if scale is None else 0.004)
+    slack = 2 * (eager - exact).abs().max().item() if exact.numel() else 0.0
+    eager = eager if scale is None else reference.e4m3(eager.float(), scale, E4M3)
+    close("attention", ours, eager, exact, None if scale is None else 0.004, slack)
 
 
 def check_rows(groups, length, queries, heads, dim, dtype) -> None:
@@ -219,8 +226,8 @@ def test_linear_e4m3(rows, inner, columns, dtype) -> None:
         exact = reference.linear_e4m3(x, scale_x.double(), weight, scale_w.double(), wide, torch.float64)
         assert ours.shape == (rows, columns)
         assert ours.dtype == dtype
-        # The tensor cores add up with 13 bits after the largest term's.
-        unit = torch.finfo(dtype).eps + (2**-11 if DEVICE == "cuda" else 2**-20)
+        # The tensor cores cut sums off at 13 bits after the largest term's, every 32 terms.
+        unit = torch.finfo(dtype).eps + (2**-13 * (2 + inner / 32) if DEVICE == "cuda" else 2**-20)
         assert ((ours - exact).abs() <= unit * (exact.abs() + (inner**0.5 + 4))).all()
 
 

@@ -2,8 +2,9 @@
 
 Tensors are on one device; contiguous ones are not copied. A CUDA graph may capture all of them. ``dependent=True``
 (see :func:`ear_kernels.runtime.launching.dependent_launch`) is for calls that follow other kernels of a graph: the
-parameters and nothing else is read before the kernel before has ended. It changes no result, and GPUs before compute
-capability 9 ignore it. torch.compile is not supported.
+parameters and nothing else is read before the kernel before has ended. It changes no result, GPUs before compute
+capability 9 ignore it, and after and before a product of cuBLAS, which takes no part, it gains nothing.
+torch.compile is not supported.
 """
 
 import torch

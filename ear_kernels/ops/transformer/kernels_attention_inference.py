@@ -67,7 +67,7 @@ def _softmax(logits, cols, keys, top, norm, scale_log2, EVEN_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
-def attention_rows_kernel(
+def attention_kernel(
     query,  # [G, M, W], or PACKED [G, N, 3W]: query, key, value
     kv,  # [G, N, 2W]: key, value; PACKED the same as query
     out_scale,  # [1] float32, or None: out is e4m3, of values divided by it
@@ -86,9 +86,8 @@ def attention_rows_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """For few queries: probabilities stay in registers, for mma.sync, so BM is below 64 or there are two warps."""
+    """Probabilities stay in registers, for mma.sync: BM is below 64 or there are two warps at most."""
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     SPLIT: tl.constexpr = DIM > BLOCK_D
     REST: tl.constexpr = DIM - BLOCK_D
@@ -118,6 +117,9 @@ def attention_rows_kernel(
         if SPLIT:
             v_E = _tile(base_v + BLOCK_D, cols, cols_E, stride, keys, REST, EVEN_N, BLOCK_E)
             acc_E = tl.dot(p, v_E, acc_E * shrink[:, None])
+    if DEPENDENT:
+        # Not before: programs that only wait would take places from this kernel's.
+        gdc_launch_dependents()
     factor = 1.0 / norm
     if out_scale is not None:
         factor /= tl.load(out_scale)
@@ -129,7 +131,7 @@ def attention_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
-def attention_kernel(
+def attention_carried_kernel(
     query,  # [G, M, W], or PACKED [G, N, 3W]: query, key, value
     kv,  # [G, N, 2W]: key, value; PACKED the same as query
     out_scale,  # [1] float32, or None: out is e4m3, of values divided by it
@@ -148,27 +150,21 @@ def attention_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """For WGMMA, four warps and more: a tile's probabilities are carried into the next turn of the loop and meet
-    their values there. What a loop carries Triton puts into shared memory, and not transposed; those of the last tile
-    come as right operand, transposed, which does the same."""
+    """For WGMMA, four warps, and heads of at most 64 features.
+
+    A tile's probabilities are carried into the next turn of the loop and meet their values there: what a loop
+    carries Triton puts into shared memory, and not transposed. Those of the last tile come transposed, as right
+    operand, which does the same.
+    """
     if DEPENDENT:
         gdc_wait()
-    SPLIT: tl.constexpr = DIM > BLOCK_D
-    REST: tl.constexpr = DIM - BLOCK_D
-    FIRST: tl.constexpr = BLOCK_D if SPLIT else DIM
     base_q, stride_q, base_k, base_v, stride, offset = _head(query, kv, queries, keys, heads, DIM, PACKED)
     cols_d = tl.arange(0, BLOCK_D)
-    cols_E = tl.arange(0, BLOCK_E)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BN)
-    q = _tile(base_q, rows, cols_d, stride_q, queries, FIRST, EVEN_M, BLOCK_D)
-    k = _tile(base_k, cols, cols_d, stride, keys, FIRST, EVEN_N, BLOCK_D)
+    q = _tile(base_q, rows, cols_d, stride_q, queries, DIM, EVEN_M, BLOCK_D)
+    k = _tile(base_k, cols, cols_d, stride, keys, DIM, EVEN_N, BLOCK_D)
     logits = tl.dot(q, k.T)
-    if SPLIT:
-        q_E = _tile(base_q + BLOCK_D, rows, cols_E, stride_q, queries, REST, EVEN_M, BLOCK_E)
-        k_E = _tile(base_k + BLOCK_D, cols, cols_E, stride, keys, REST, EVEN_N, BLOCK_E)
-        logits = tl.dot(q_E, k_E.T, logits)
-        acc_E = tl.zeros([BM, BLOCK_E], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
@@ -176,35 +172,21 @@ def attention_kernel(
     p = exact.to(q.dtype)
     for first in tl.range(BN, keys, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
-        k = _tile(base_k, cols, cols_d, stride, keys, FIRST, EVEN_N, BLOCK_D)
+        k = _tile(base_k, cols, cols_d, stride, keys, DIM, EVEN_N, BLOCK_D)
         logits = tl.dot(q, k.T)
-        if SPLIT:
-            k_E = _tile(base_k + BLOCK_D, cols, cols_E, stride, keys, REST, EVEN_N, BLOCK_E)
-            logits = tl.dot(q_E, k_E.T, logits)
         # Of the tile before, which is full.
-        v = _tile(base_v, cols - BN, cols_d, stride, keys, FIRST, True, BLOCK_D)
+        v = _tile(base_v, cols - BN, cols_d, stride, keys, DIM, True, BLOCK_D)
         acc = tl.dot(p, v, acc)
-        if SPLIT:
-            v_E = _tile(base_v + BLOCK_D, cols - BN, cols_E, stride, keys, REST, True, BLOCK_E)
-            acc_E = tl.dot(p, v_E, acc_E)
         exact, shrink, top, norm = _softmax(logits, cols, keys, top, norm, scale_log2, EVEN_N)
         acc *= shrink[:, None]
-        if SPLIT:
-            acc_E *= shrink[:, None]
         p = exact.to(q.dtype)
     if DEPENDENT:
-        # Not before: programs that only wait would take places from this kernel's.
         gdc_launch_dependents()
     cols = (tl.cdiv(keys, BN) - 1) * BN + tl.arange(0, BN)
-    v = _tile(base_v, cols, cols_d, stride, keys, FIRST, EVEN_N, BLOCK_D)
+    v = _tile(base_v, cols, cols_d, stride, keys, DIM, EVEN_N, BLOCK_D)
     acc += tl.dot(v.T, p.T).T
     factor = 1.0 / norm
     if out_scale is not None:
         factor /= tl.load(out_scale)
     place = out + offset + rows[:, None].to(tl.int64) * (heads * DIM) + cols_d[None, :]
-    _put(place, acc * factor[:, None], rows, cols_d, queries, FIRST, EVEN_M, BLOCK_D)
-    if SPLIT:
-        v_E = _tile(base_v + BLOCK_D, cols, cols_E, stride, keys, REST, EVEN_N, BLOCK_E)
-        acc_E += tl.dot(v_E.T, p.T).T
-        place = out + offset + BLOCK_D + rows[:, None].to(tl.int64) * (heads * DIM) + cols_E[None, :]
-        _put(place, acc_E * factor[:, None], rows, cols_E, queries, REST, EVEN_M, BLOCK_E)
+    _put(place, acc * factor[:, None], rows, cols_d, queries, DIM, EVEN_M, BLOCK_D)

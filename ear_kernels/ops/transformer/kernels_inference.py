@@ -45,14 +45,12 @@ def residual_norm_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """A row a program, in CHUNKS of CHUNK columns: of 4 columns a thread, what the stream's loads and stores take at
     once, so that no chunk changes its layout on the way from the bfloat16 branch."""
-    if EARLY:
-        w = _chunks(weight, CHUNK, CHUNKS, WIDTH)
-        b = _chunks(bias, CHUNK, CHUNKS, WIDTH)
+    w = _chunks(weight, CHUNK, CHUNKS, WIDTH)
+    b = _chunks(bias, CHUNK, CHUNKS, WIDTH)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -86,9 +84,7 @@ def residual_norm_kernel(
         factor = 1.0 / tl.load(out_scale)
     for index in tl.static_range(CHUNKS):
         cols = index * CHUNK + tl.arange(0, CHUNK)
-        w_C = w[index] if EARLY else _chunk(weight, index, CHUNK, WIDTH)
-        b_C = b[index] if EARLY else _chunk(bias, index, CHUNK, WIDTH)
-        normed = (parts[index] - mu) * rs * w_C + b_C
+        normed = (parts[index] - mu) * rs * w[index] + b[index]
         tl.store(out + start + cols, (normed * factor).to(out.dtype.element_ty), mask=cols < WIDTH)
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ear_kernels.ops.transformer import kernels_attention_inference as kernels_attention
@@ -18,11 +19,10 @@ from ear_kernels.runtime.launching import (
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Columns of a chunk, warps, whether the norm's parameters are loaded first."""
+    """Columns of a chunk, warps."""
 
     chunk: int
     warps: int
-    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,33 @@ def may_depend(tensor: Tensor, dependent: bool) -> bool:
 
 
 def norm_config(rows: int, width: int) -> NormConfig:
-    """Of 12 to 18 launches on an H200 within 3 % of the fastest at 640 to 81,920 rows of 768, 1,024 and 1,280."""
-    chunk = min(512, max(8, next_power_of_two(width)))
-    return NormConfig(chunk, max(1, chunk // 128)) if width <= 4096 else NormConfig(1024, 8)
+    """Within 3 % of the fastest of 12 to 26 launches on an H200 at 640 to 81,920 rows of 768, 1,024 and 1,280."""
+    if width > 4096:
+        return NormConfig(1024, 8)
+    widest = 1024 if rows <= 2048 and width <= 1024 else 512
+    chunk = min(widest, max(8, next_power_of_two(width)))
+    return NormConfig(chunk, max(1, chunk // 128))
 
 
-def gelu_config(count: int) -> GeluConfig:
-    return GeluConfig(1024, 8448, 4)
-
-
-ROWS = AttentionConfig(16, 64, 3, 2)
-"""Of few queries: within 1 % of the fastest of 9 launches on an H200 (3 queries, 2 to 128 sequences of 320)."""
+def gelu_config(count: int, dtype: torch.dtype) -> GeluConfig:
+    """The fastest of 16 launches on an H200 at 5,120 to 81,920 rows of 3,072 (within 5 % at 5,120), and at 640 the
+    fastest that may depend."""
+    return GeluConfig(2048, 8448 if dtype == torch.float8_e4m3fn else count, 8 if count <= 2**22 else 4)
 
 
 def attention_config(dim: int, heads: int, queries: int) -> AttentionConfig:
-    """For this many heads of all sequences together."""
-    return ROWS if queries <= 16 else AttentionConfig(64, 64, 2, 4)
+    """For this many heads of all sequences together.
+
+    On an H200, 320 keys: of few queries within 1 % of the fastest of 6 to 9 launches (3 queries, 2 to 128 sequences);
+    of all of heads of 64 features within 3 % and of 80 within 2 % of the fastest of 30 to 40 (2, 16, 128 sequences).
+    """
+    if queries <= 16:
+        return AttentionConfig(16, 64, 3, 2)
+    if dim > 64:
+        return AttentionConfig(64, 32, 3, 2)
+    if heads > 768:
+        return AttentionConfig(64, 64, 3, 2)
+    return AttentionConfig(64, 64, 3 if heads <= 66 else 2, 4)
 
 
 def residual_norm(
@@ -89,7 +100,7 @@ def residual_norm(
     launch(
         kernels.residual_norm_kernel, (rows,),
         branch, branch_bias, stream, weight, bias, out_scale, out_stream, out, eps, on=stream,
-        WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk), EARLY=config.early,
+        WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk),
         DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
     )  # fmt: skip
 
@@ -99,7 +110,7 @@ def gelu(pre: Tensor, out: Tensor, out_scale: Tensor | None, dependent: bool) ->
     count = pre.numel()
     if not count:
         return
-    config = gelu_config(count)
+    config = gelu_config(count, out.dtype)
     per_program = ceil_div(count, config.block * config.programs)
     dependent = may_depend(pre, dependent)
     launch(
@@ -116,7 +127,7 @@ def attention(query: Tensor, kv: Tensor, heads: int, out: Tensor, out_scale: Ten
         return
     dim, keys = width // heads, kv.shape[1]
     config = attention_config(dim, groups * heads, queries)
-    kernel = kernels_attention.attention_rows_kernel if config == ROWS else kernels_attention.attention_kernel
+    kernel = kernels_attention.attention_kernel if config.warps <= 2 else kernels_attention.attention_carried_kernel
     dependent = may_depend(query, dependent)
     launch(
         kernel, (ceil_div(queries, config.queries), groups * heads),
