@@ -270,6 +270,21 @@ def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: flo
         backward(functional.transformer_block(residual, block, options))
 
 
+@torch.no_grad()
+def _linears(rows: int, inner: int, dtype: torch.dtype, bias: bool, dependent: bool) -> None:
+    """Inference's linears; of e4m3 with results in bfloat16 and in e4m3."""
+    x, weight, scale = tensor(rows, 768, dtype=dtype), tensor(inner, 768, dtype=dtype), tensor(1)
+    wide = dtype if dtype in HALVES else torch.bfloat16
+    given: dict[str, Any] = {"bias": tensor(inner, dtype=wide) if bias else None, "dependent": dependent}
+    operations: Any = functional
+    for operation in (operations.linear_gelu, operations.linear_inference):
+        if dtype in HALVES:
+            operation(x, weight, **given)
+        else:
+            operation(x, weight, scales=(scale, scale), **given)
+            operation(x, weight, scales=(scale, scale), out_scale=scale, dtype=dtype, **given)
+
+
 def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     # EAR-B, EAR-L, EAR-H at full tiles of the attention and at others, and small and odd.
     for width, heads, length in ((768, 12, 320), (1024, 16, 321), (1280, 16, 320), (1280, 16, 77), (60, 3, 5)):
@@ -280,6 +295,12 @@ def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{what}, plain", partial(_block, width, heads, length, torch.bfloat16, 0.0, False, True)
     yield f"{what}, without gradients", partial(_block, 768, 12, 320, torch.bfloat16, 0.1, True, False)
     yield "block, 2048", partial(_block, 2048, 32, 320, torch.bfloat16, 0.1, True, True)
+    # Every tile of the table; one of them with each switch.
+    for rows, inner in ((16, 3072), (320, 3072), (640, 3072), (1281, 2304), (1280, 3072), (5120, 3072)):
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            yield f"linears, {rows} x {inner}, {dtype}", partial(_linears, rows, inner, dtype, True, True)
+    yield "linears, plain", partial(_linears, 640, 3072, torch.float16, False, False)
+    yield "linears, many rows, plain", partial(_linears, 5120, 3072, torch.float16, False, False)
 
 
 @torch.no_grad()

@@ -128,8 +128,7 @@ def _linear(
 
         scale_x, scale_weight = scales or (None, None)
         given = launch_linear.Scales(scale_x, scale_weight, out_scale)
-        out = x.new_empty(shape, dtype=dtype) if out is None else out
-        return launch_linear.linear(x, weight, bias, out, given, name == "linear_gelu", dependent)
+        return launch_linear.linear(x, weight, bias, out, dtype, given, name == "linear_gelu", dependent)
     result = _reference(x, weight, bias, scales, out_scale, dtype, name == "linear_gelu")
     return result if out is None else out.copy_(result)
 

@@ -63,11 +63,9 @@ def _finish(acc, bias_N, scale, out_inverse, GELU: tl.constexpr):
 
 
 @triton.jit
-def _store(acc, m, n, part, out_desc, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr):
+def _store(acc, m, n, out_desc, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
     """In SPLIT = 1 or 2 pieces, which take less shared memory."""
-    if PARTS > 1:
-        out_desc.store([part, m, n], tl.reshape(acc.to(out_desc.dtype), [1, BM, BN]))
-    elif SPLIT == 1:
+    if SPLIT == 1:
         out_desc.store([m, n], acc.to(out_desc.dtype))
     else:
         left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
@@ -84,7 +82,7 @@ def linear_few_rows_kernel(
     scale_x,  # [1] float32, or None: not e4m3
     scale_weight,  # [1] float32, with scale_x
     scale_out,  # [1] float32, or None: the result is not e4m3
-    out_desc,  # [R, N], out; with PARTS > 1 [PARTS, R, N]
+    out_desc,  # [R, N], out
     N,
     K,
     BM: tl.constexpr,
@@ -92,22 +90,18 @@ def linear_few_rows_kernel(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     GELU: tl.constexpr,
-    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     LINE: tl.constexpr,
 ):
     """``f(scale_x scale_weight x @ weight^T + bias)``, f the GELU or nothing; a program a tile (axes: rows, columns).
 
-    A chain of latencies: whatever can be is done before the wait for the kernel before. With PARTS > 1, axis 2, a
-    part of ``out`` has the product over a part of K alone; their sum is left to the kernel after this one.
+    A chain of latencies: whatever can be is done before the wait for the kernel before.
     """
     m = tl.program_id(0) * BM
     n = tl.program_id(1) * BN
-    part = tl.program_id(2)
     if weight is not None:
-        program = (part * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * tl.num_programs(1) * PARTS
-        _prefetch(weight, N * K, program, programs, LINE)
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        _prefetch(weight, N * K, program, tl.num_programs(0) * tl.num_programs(1), LINE)
     bias_N = None
     if bias is not None:
         cols = n + tl.arange(0, BN)
@@ -124,10 +118,9 @@ def linear_few_rows_kernel(
     if scale_out is not None:
         out_inverse = 1.0 / tl.load(scale_out)
     acc = tl.zeros([BM, BN], tl.float32)
-    span = tl.cdiv(tl.cdiv(K, BK), PARTS) * BK
-    for k in range(part * span, tl.minimum((part + 1) * span, K), BK):
+    for k in range(0, K, BK):
         acc = tl.dot(x_desc.load([m, k]), weight_desc.load([n, k]).T, acc)
-    _store(_finish(acc, bias_N, scale, out_inverse, GELU), m, n, part, out_desc, BM, BN, SPLIT, PARTS)
+    _store(_finish(acc, bias_N, scale, out_inverse, GELU), m, n, out_desc, BM, BN, SPLIT)
 
 
 @triton.jit
@@ -146,10 +139,8 @@ def linear_many_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
-    FLATTEN: tl.constexpr,
     GELU: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """As :func:`linear_few_rows_kernel`, but persistent: program p takes tiles p, p + programs, ..."""
     if DEPENDENT:
@@ -165,19 +156,16 @@ def linear_many_rows_kernel(
     tiles_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
     per_group = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         first_m = (tile // per_group) * GROUP_M
         size_m = tl.minimum(tiles_m - first_m, GROUP_M)
         m = (first_m + (tile % per_group) % size_m) * BM
         n = ((tile % per_group) // size_m) * BN
-        bias_N = None
-        if EARLY and bias is not None:
-            cols = n + tl.arange(0, BN)
-            bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
         acc = tl.zeros([BM, BN], tl.float32)
         for step in range(steps):
             acc = tl.dot(x_desc.load([m, step * BK]), weight_desc.load([n, step * BK]).T, acc)
-        if not EARLY and bias is not None:
+        bias_N = None
+        if bias is not None:
             cols = n + tl.arange(0, BN)
             bias_N = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
-        _store(_finish(acc, bias_N, scale, out_inverse, GELU), m, n, 0, out_desc, BM, BN, SPLIT, 1)
+        _store(_finish(acc, bias_N, scale, out_inverse, GELU), m, n, out_desc, BM, BN, SPLIT)
