@@ -38,7 +38,9 @@ def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *block))
     stream = x.to(torch.promote_types(dtype, x.dtype)).contiguous()
     drawn = Options(options.heads, options.attention_dropout, dropouts, options.eps, dtype, save)
-    return TransformerBlock.apply(stream, drawn, *block)
+    # The kernels read vectors that are dense in memory; any matrix will do for a product.
+    dense = (each.contiguous() if each is not None and each.ndim == 1 else each for each in block)
+    return TransformerBlock.apply(stream, drawn, *dense)
 
 
 def _check(x: Tensor, block: Block, options: BlockOptions) -> None:
