@@ -14,18 +14,19 @@ from torch.nn.modules.module import _has_any_global_hook
 from ear_kernels.functional import Block, BlockOptions, transformer_block
 from ear_kernels.runtime.autograd import is_watched
 
-# The class of each submodule.
-LEAVES: dict[str, type[nn.Module]] = {
-    "norm1": nn.LayerNorm,
-    "norm2": nn.LayerNorm,
-    **dict.fromkeys(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), nn.Linear),
-    **dict.fromkeys(("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"), nn.Dropout),
-    "mlp.act": nn.GELU,
-    **dict.fromkeys(("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm", "ls1", "ls2"), nn.Identity),
-    **dict.fromkeys(("drop_path1", "drop_path2"), nn.Identity),
+# By submodule, "" the block itself: whose forward it is, and the classes of what that calls.
+IDENTITIES = dict.fromkeys(("q_norm", "k_norm", "norm", "ls1", "ls2", "drop_path1", "drop_path2"), nn.Identity)
+CALLED: dict[str, tuple[str, dict[str, type[nn.Module]]]] = {
+    "": ("Block.forward", {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}),
+    "attn": (
+        "Attention.forward",
+        {"qkv": nn.Linear, "proj": nn.Linear, "attn_drop": nn.Dropout, "proj_drop": nn.Dropout},
+    ),
+    "mlp": (
+        "Mlp.forward",
+        {"fc1": nn.Linear, "fc2": nn.Linear, "act": nn.GELU, "drop1": nn.Dropout, "drop2": nn.Dropout},
+    ),
 }
-NOT_IN_EVERY_TIMM = frozenset({"attn.norm", "mlp.norm", "ls1", "ls2"})
-FORWARDS = {"": "Block.forward", "attn": "Attention.forward", "mlp": "Mlp.forward"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,22 +53,22 @@ def is_only_forward(module: nn.Module) -> bool:
 
 
 def _leaves(block: nn.Module) -> dict[str, Any] | None:
-    """The submodules of :data:`LEAVES` if calling them is what their classes say and there is no other, or None."""
+    """The submodules of :data:`CALLED` if calling them is what their classes say and there is no other, or None."""
     leaves: dict[str, Any] = {}
-    for prefix, forward in FORWARDS.items():
-        owner = block._modules.get(prefix) if prefix else block
-        if owner is None or not _runs_timms(owner, forward):
-            return None
-        if owner is not block and not is_only_forward(owner):
+    for part, (forward, classes) in CALLED.items():
+        owner = block._modules.get(part) if part else block
+        if owner is None or not _runs_timms(owner, forward) or (part and not is_only_forward(owner)):
             return None
         for name, leaf in owner._modules.items():
-            path = f"{prefix}.{name}" if prefix else name
-            if leaf is None or path in FORWARDS:
+            if leaf is None or name in CALLED:
                 continue
-            if type(leaf) is not LEAVES.get(path) or not is_only_forward(leaf):
+            wanted = classes.get(name) or IDENTITIES.get(name)
+            if type(leaf) is not wanted or not is_only_forward(leaf):
                 return None
-            leaves[path] = leaf
-    return leaves if LEAVES.keys() - leaves.keys() <= NOT_IN_EVERY_TIMM else None
+            leaves[name] = leaf
+        if not classes.keys() <= leaves.keys():
+            return None
+    return leaves
 
 
 def _work_together(x: Tensor, block: Block) -> bool:
@@ -88,16 +89,18 @@ def _work_together(x: Tensor, block: Block) -> bool:
 def _options(attention: Any, leaves: dict[str, Any]) -> BlockOptions | None:
     """Numbers of a block of these leaves; None if the operation has none like them."""
 
-    def rate(path: str) -> float:
-        return leaves[path].p if leaves[path].training else 0.0
+    def rate(name: str) -> float:
+        return leaves[name].p if leaves[name].training else 0.0
 
     # timm's fused attention asks whether it is itself training, the other one calls its dropout.
-    dropped = leaves["attn.attn_drop"].p if attention.training and attention.fused_attn else rate("attn.attn_drop")
-    dropouts = rate("attn.proj_drop"), rate("mlp.drop1"), rate("mlp.drop2")
-    heads, rows = attention.num_heads, leaves["attn.qkv"].weight.shape[0]
+    dropped = (
+        leaves["attn_drop"].p if attention.training and getattr(attention, "fused_attn", False) else rate("attn_drop")
+    )
+    dropouts = rate("proj_drop"), rate("drop1"), rate("drop2")
+    heads, rows = attention.num_heads, leaves["qkv"].weight.shape[0]
     norms = leaves["norm1"], leaves["norm2"]
     fits = (
-        leaves["mlp.act"].approximate == "none"
+        leaves["act"].approximate == "none"
         and max(dropped, *dropouts) < 1
         and rows % (3 * heads) == 0
         and attention.scale == (rows // (3 * heads)) ** -0.5
@@ -114,7 +117,7 @@ def _read(self: Any, x: Tensor) -> tuple[Block, BlockOptions] | None:
     options = None if leaves is None else _options(self.attn, leaves)
     if leaves is None or options is None:
         return None
-    modules = (leaves[path] for path in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
+    modules = (leaves[name] for name in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2"))
     block = Block(*(tensor for module in modules for tensor in (module.weight, module.bias)))
     return (block, options) if _work_together(x, block) else None
 

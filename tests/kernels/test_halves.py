@@ -1,5 +1,7 @@
 """A block's halves with their norms: outputs and gradients against float64 and eager, and what they keep."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +197,21 @@ def test_launches_are_recorded_on_meta_tensors(half) -> None:
     expected |= {"dropout_add_layer_norm_fwd", "dropout_add_layer_norm_bwd", "column_sums"}
     assert {name.removesuffix("_kernel") for name in names} == expected
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("half", ["norm", "attention", "mlp"])
+def test_strided_memory_is_read_as_it_lies(monkeypatch, half) -> None:
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    norm, attention, mlp = mixed_tensors()
+    function = {"norm": dropout_add_layer_norm, "mlp": norm_gelu_mlp}.get(half)
+    if function is None:
+        function = functools.partial(norm_self_attention, heads=3)
+    rest = {"norm": [], "attention": attention, "mlp": mlp}[half]
+    strided = [tensor.new_zeros(*tensor.shape, 2)[..., 0].copy_(tensor) for tensor in norm]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    with torch.autocast(DEVICE, LOW):
+        found, expected = function(*strided, *rest), function(*norm, *rest)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_bad_input_is_named() -> None:

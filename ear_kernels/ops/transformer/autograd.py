@@ -47,9 +47,11 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd, _ = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        branch, residual, sums = launch.add_norm_backward(
-            grad_out, grad_x, x, weight, mean, rstd, ctx.dropout, ctx.dtype
+        partials = launch.norm_partials(x, 3)
+        branch, residual = launch.add_norm_backward(
+            grad_out, grad_x, x, weight, mean, rstd, ctx.dropout, ctx.dtype, partials
         )
+        sums = column_sums(partials)
         parameters = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
         return branch, cast_to(ctx.bias_dtype, sums[2]), residual, *parameters, None, None, None
 

@@ -15,6 +15,7 @@ from ear_kernels.ops.transformer.autograd import cast_to, dtype_of, mlp_backward
 from ear_kernels.ops.transformer.launch import Dropout
 from ear_kernels.ops.transformer.reference import Block
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
 from ear_kernels.runtime.copies import low_all
 from ear_kernels.runtime.gemm import linear, weight_gradient
 
@@ -87,14 +88,16 @@ class TransformerBlock(torch.autograd.Function):
         rows1, rows2 = (n if ctx.is_overwritten else torch.empty_like(n) for n in (normed1, normed2))
         grad = grad_out.reshape(normed1.shape).contiguous()
 
+        # Partial sums of what both norms and the last addition sum up: added up by one launch at the end.
+        partials = launch.norm_partials(normed1, 6)
+
         branch: Any
-        branch, fc2_bias = launch.dropout_add_backward(grad, after[2], options.dtype)
+        branch = launch.dropout_add_backward(grad, after[2], options.dtype, partials[:, 0])
         mlp_dtypes = [dtypes.fc1_weight, dtypes.fc1_bias, dtypes.fc2_weight, None]
         grad_pre, (fc1_bias, fc2, _) = mlp_backward(branch, pre, fc2_weight, after[1], mlp_dtypes)
         grad_normed = torch.mm(grad_pre, fc1_weight)
-        branch, grad, sums2 = launch.add_norm_backward(
-            grad_normed, grad, normed2, norm2_weight, None, rstd2, after[0], options.dtype, (norm2_bias, rows2)
-        )
+        norm2 = norm2_weight, None, rstd2, after[0], options.dtype, partials[:, 1:4], (norm2_bias, rows2)
+        branch, grad = launch.add_norm_backward(grad_normed, grad, normed2, *norm2)
         fc1 = weight_gradient(grad_pre, rows2, dtypes.fc1_weight)
         del grad_pre, pre
 
@@ -105,13 +108,13 @@ class TransformerBlock(torch.autograd.Function):
         )
         grad_qkv = grad_qkv.flatten(0, 1)
         grad_normed = torch.mm(grad_qkv, qkv_weight)
-        _, grad, sums1 = launch.add_norm_backward(
-            grad_normed, grad, normed1, norm1_weight, None, rstd1, NONE, None, (norm1_bias, rows1)
-        )
+        norm1 = norm1_weight, None, rstd1, NONE, None, partials[:, 4:], (norm1_bias, rows1)
+        _, grad = launch.add_norm_backward(grad_normed, grad, normed1, *norm1)
         qkv_grad = weight_gradient(grad_qkv, rows1, dtypes.qkv_weight)
+        fc2_bias, *sums2, proj_bias, weight1, bias1 = column_sums(partials).unbind()
         gradients = [
-            sums1[0].to(dtypes.norm1_weight), sums1[1].to(dtypes.norm1_bias),
-            qkv_grad, cast_to(dtypes.qkv_bias, qkv_bias), proj, cast_to(dtypes.proj_bias, sums2[2]),
+            weight1.to(dtypes.norm1_weight), bias1.to(dtypes.norm1_bias),
+            qkv_grad, cast_to(dtypes.qkv_bias, qkv_bias), proj, cast_to(dtypes.proj_bias, proj_bias),
             sums2[0].to(dtypes.norm2_weight), sums2[1].to(dtypes.norm2_bias),
             fc1, fc1_bias, fc2, cast_to(dtypes.fc2_bias, fc2_bias),
         ]  # fmt: skip

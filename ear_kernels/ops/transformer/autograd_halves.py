@@ -13,6 +13,7 @@ from torch import Tensor
 from ear_kernels.ops.transformer import autograd, launch
 from ear_kernels.ops.transformer.launch import Dropout
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
+from ear_kernels.runtime.column_sums import column_sums
 from ear_kernels.runtime.gemm import weight_gradient
 
 # What the norm before a half takes: branch, its bias, residual, weight, bias; dropout, eps.
@@ -46,9 +47,11 @@ def _norm_backward(
     branch_dtype, bias_dtype, stream_dtype, *dtypes = ctx.norm_dtypes
     if grad_x is None:
         grad_x = torch.zeros_like(normed, dtype=stream_dtype)
-    branch, residual, sums = launch.add_norm_backward(
-        grad_out, grad_x, normed, weight, None, rstd, ctx.norm_dropout, branch_dtype, (bias, recomputed)
+    partials = launch.norm_partials(normed, 3)
+    branch, residual = launch.add_norm_backward(
+        grad_out, grad_x, normed, weight, None, rstd, ctx.norm_dropout, branch_dtype, partials, (bias, recomputed)
     )
+    sums = column_sums(partials)
     parameters = [sums[0].to(dtypes[0]), sums[1].to(dtypes[1])]
     return [branch, autograd.cast_to(bias_dtype, sums[2]), residual, *parameters], recomputed
 

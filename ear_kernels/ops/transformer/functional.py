@@ -54,7 +54,7 @@ def dropout_add_layer_norm(
         from ear_kernels.ops.transformer.autograd import Dropout, DropoutAddLayerNorm
 
         options = Dropout.of(dropout, seed, residual.device), eps, dtype or compute_dtype(branch)
-        x, out = DropoutAddLayerNorm.apply(*_rows(branch, branch_bias, residual), weight, bias, *options)
+        x, out = DropoutAddLayerNorm.apply(*_norm_inputs(branch, branch_bias, residual, weight, bias), *options)
         return x.view(residual.shape), out.view(residual.shape)
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
@@ -206,7 +206,7 @@ def norm_self_attention(
     if dtype is not None and residual.shape[-1] > 1 and _kernels_take("self_attention", residual, *tensors):
         from ear_kernels.ops.transformer.autograd_halves import Dropout, NormSelfAttention
 
-        norm = *_rows(branch, branch_bias, residual), norm_weight, norm_bias
+        norm = _norm_inputs(branch, branch_bias, residual, norm_weight, norm_bias)
         options = Dropout.of(dropout, seed, residual.device), eps
         attention = weight, bias, heads, attention_dropout, residual.shape[:2]
         x, out = NormSelfAttention.apply(*norm, *options, *attention, dtype)
@@ -257,7 +257,7 @@ def norm_gelu_mlp(
         from ear_kernels.ops.transformer.autograd_halves import Dropout, NormGeluMLP
 
         first, second = (Dropout.of(dropout, seed, residual.device) for seed in seeds)
-        norm = *_rows(branch, branch_bias, residual), norm_weight, norm_bias
+        norm = _norm_inputs(branch, branch_bias, residual, norm_weight, norm_bias)
         x, out = NormGeluMLP.apply(*norm, first, eps, *linears, second, compute_dtype(branch, *linears))
         return x.view(residual.shape), out.view(*residual.shape[:-1], weight_out.shape[0])
     x, normed = dropout_add_layer_norm(
@@ -266,11 +266,15 @@ def norm_gelu_mlp(
     return x, gelu_mlp(normed, weight_in, bias_in, weight_out, bias_out, dropout=dropout, seed=seeds[1])
 
 
-def _rows(branch: Tensor, branch_bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Branch, its bias and the stream as rows, the stream in the promoted dtype."""
+def _norm_inputs(
+    branch: Tensor, branch_bias: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Branch, its bias, the stream in the promoted dtype, and the norm's parameters: rows, dense in memory."""
     width = residual.shape[-1]
     stream = residual.to(torch.promote_types(branch.dtype, residual.dtype))
-    return branch.reshape(-1, width), branch_bias, stream.reshape(-1, width)
+    branch, stream = (tensor.reshape(-1, width).contiguous() for tensor in (branch, stream))
+    branch_bias = None if branch_bias is None else branch_bias.contiguous()
+    return branch, branch_bias, stream, weight.contiguous(), bias.contiguous()
 
 
 def _attention_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> torch.dtype | None:

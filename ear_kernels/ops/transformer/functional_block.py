@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ear_kernels.ops.transformer import functional, reference
 from ear_kernels.ops.transformer.reference import Block, BlockOptions
+from ear_kernels.runtime.checks import check_device, check_floating
 
 
 def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
@@ -37,18 +38,23 @@ def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *block))
     stream = x.to(torch.promote_types(dtype, x.dtype)).contiguous()
     drawn = Options(options.heads, options.attention_dropout, dropouts, options.eps, dtype, save)
-    return TransformerBlock.apply(stream, drawn, *block)
+    # The kernels read vectors that are dense in memory; any matrix will do for a product.
+    dense = (each.contiguous() if each is not None and each.ndim == 1 else each for each in block)
+    return TransformerBlock.apply(stream, drawn, *dense)
 
 
 def _check(x: Tensor, block: Block, options: BlockOptions) -> None:
     functional._check_qkv(x, block.qkv_weight, block.qkv_bias, options.heads)
     for rate in (options.attention_dropout, *options.dropouts):
         functional._check_dropout(rate)
-    width, inner = x.shape[2], block.qkv_weight.shape[0] // 3
-    p = block
-    norms = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "proj_bias", "fc2_bias")
-    shapes: dict[str, tuple[Tensor | None, tuple[int | str, ...]]]
-    shapes = {name: (getattr(p, name), (width,)) for name in norms}
-    shapes |= {"proj_weight": (p.proj_weight, (width, inner)), "fc1_weight": (p.fc1_weight, ("V", width))}
-    shapes |= {"fc1_bias": (p.fc1_bias, ("V",)), "fc2_weight": (p.fc2_weight, (width, "V"))}
-    functional._check_parameters(x, "x", shapes)
+    width, rows, inner = x.shape[2], block.qkv_weight.shape[0] // 3, tuple(block.fc1_weight.shape[:1])
+    vector = (width,)
+    shapes = {"proj_weight": (width, rows), "fc1_weight": (*inner, width), "fc1_bias": inner}
+    shapes |= {"fc2_weight": (width, *inner), "qkv_weight": (3 * rows, width), "qkv_bias": (3 * rows,)}
+    for name, tensor in zip(Block._fields, block, strict=True):
+        if tensor is not None:
+            check_floating(name, tensor)
+            check_device(name, tensor, x, "x")
+            wanted = shapes.get(name, vector)
+            if tensor.shape != wanted:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {list(wanted)}")

@@ -94,7 +94,7 @@ def dropout_add_layer_norm_fwd_kernel(
     tl.store(out + place, (centred_W * rs * w_W + b_W).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "stride_partials"])
 def dropout_add_layer_norm_bwd_kernel(
     grad_out,  # [R, W]: gradient of LN(x)
     grad_x,  # [R, W]: gradient that reaches x past the norm; None for 0
@@ -107,9 +107,10 @@ def dropout_add_layer_norm_bwd_kernel(
     grad_residual,  # [R, W], out (may be grad_x's memory)
     grad_branch,  # [R, W], out, or None: the norm alone
     recomputed,  # [R, W], out without mean: LN(x), for the weight gradient of what reads it (may be x's memory)
-    partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias; [programs, 2, W] without it
+    partials,  # [programs, 3, W] float32, out: sums for weight, bias and branch_bias; without branch [programs, 2, W]
     rows,
     rows_per_program,
+    stride_partials,
     threshold,
     scale,
     WIDTH: tl.constexpr,
@@ -154,8 +155,7 @@ def dropout_add_layer_norm_bwd_kernel(
                 dx_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
             sum_branch_W += dx_W
             tl.store(grad_branch + place, dx_W.to(grad_branch.dtype.element_ty), mask=live)
-    sums: tl.constexpr = 2 if grad_branch is None else 3
-    base = partials + program.to(tl.int64) * (sums * WIDTH) + cols
+    base = partials + program.to(tl.int64) * stride_partials + cols
     tl.store(base, sum_weight_W, mask=live)
     tl.store(base + WIDTH, sum_bias_W, mask=live)
     if grad_branch is not None:
@@ -185,7 +185,7 @@ def dropout_add_fwd_kernel(
     tl.store(x + place, (x_W + y_W).to(x.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "stride_partials"])
 def dropout_add_bwd_kernel(
     grad,  # [R, W]: gradient of the sum
     seed,  # [1] int64, or None: no dropout
@@ -193,6 +193,7 @@ def dropout_add_bwd_kernel(
     partials,  # [programs, W] float32, out: sums for branch_bias
     rows,
     rows_per_program,
+    stride_partials,
     threshold,
     scale,
     WIDTH: tl.constexpr,
@@ -213,7 +214,7 @@ def dropout_add_bwd_kernel(
             g_W *= _kept(drawn_from, tl.cast(index, tl.int32) * (BLOCK // 8), threshold, scale, BLOCK)
         sum_W += g_W
         tl.store(grad_branch + place, g_W.to(grad_branch.dtype.element_ty), mask=live)
-    tl.store(partials + program.to(tl.int64) * WIDTH + cols, sum_W, mask=live)
+    tl.store(partials + program.to(tl.int64) * stride_partials + cols, sum_W, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])

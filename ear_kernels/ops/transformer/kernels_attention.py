@@ -168,7 +168,7 @@ def attention_bwd_query_kernel(
     draws,  # [2, B H, L] int32, or None
     grad_qkv,  # [B, L, 3W], out: the query's third
     delta,  # [B H, L] float32, out: sum over the features of out * grad_out
-    partials,  # [B blocks, W] float32, out: column sums of the query's gradient over a block
+    partials,  # [B blocks, 3W] float32, out: its first third, column sums of the query's gradient over a block
     length,
     heads,
     scale_log2,
@@ -240,10 +240,10 @@ def attention_bwd_query_kernel(
         acc_E *= scale_log2 * 0.6931471805599453
         place_E = grad_qkv + (start + rows[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]
         _store(place_E, acc_E, rows, cols_E, length, REST, EVEN, FULL)
-        sums_E = partials + block * width + offset + BLOCK_D + cols_E
+        sums_E = partials + block * stride + offset + BLOCK_D + cols_E
         _store_sums(sums_E, tl.sum(acc_E, 0), cols_E, REST, EVEN, FULL)
     _store(place, result, rows, cols_d, length, DIM, EVEN, FULL)
-    _store_sums(partials + block * width + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
+    _store_sums(partials + block * stride + offset + cols_d, total_D, cols_d, DIM, EVEN, FULL)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -254,7 +254,7 @@ def attention_bwd_key_kernel(
     delta,  # [B H, L] float32
     draws,  # [2, B H, L] int32, or None
     grad_qkv,  # [B, L, 3W], out: the thirds of key and value
-    partials,  # [B blocks, 2W] float32, out: column sums of their gradients over a block
+    partials,  # [B blocks, 3W] float32, out: the other two, column sums of their gradients over a block
     length,
     heads,
     scale_log2,
@@ -332,7 +332,7 @@ def attention_bwd_key_kernel(
     block = tl.cast(tl.program_id(1) // heads, tl.int64) * tl.num_programs(0) + tl.program_id(0)
     sum_k = tl.sum(grad_k, 0 if SPLIT else 1)
     sum_v = tl.sum(grad_v, 0 if SPLIT else 1)
-    sums = partials + block * (2 * width) + offset + cols_d
+    sums = partials + block * stride + width + offset + cols_d
     place = grad_qkv + (start + keys[:, None]) * stride + offset + cols_d[None, :]
     result_k = grad_k if SPLIT else grad_k.T
     result_v = grad_v if SPLIT else grad_v.T
@@ -345,7 +345,7 @@ def attention_bwd_key_kernel(
         if not EVEN:
             grad_k_E = tl.where(inside[:, None], grad_k_E, 0.0)
             grad_v_E = tl.where(inside[:, None], grad_v_E, 0.0)
-        sums_E = partials + block * (2 * width) + offset + BLOCK_D + cols_E
+        sums_E = partials + block * stride + width + offset + BLOCK_D + cols_E
         _store_sums(sums_E, tl.sum(grad_k_E, 0), cols_E, REST, EVEN, FULL)
         _store_sums(sums_E + width, tl.sum(grad_v_E, 0), cols_E, REST, EVEN, FULL)
         place_E = grad_qkv + (start + keys[:, None]) * stride + offset + BLOCK_D + cols_E[None, :]

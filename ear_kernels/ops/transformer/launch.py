@@ -88,6 +88,15 @@ def add_norm(
     return residual if added is None else added, out, mean, rstd
 
 
+def norm_partials(x: Tensor, sums: int) -> Tensor:
+    """float32 ``[programs, sums, W]`` for what the backward of norm or addition over ``x [R, W]`` sums up."""
+    rows, width = x.shape
+    if rows == 0:
+        return x.new_zeros((1, sums, width), dtype=torch.float32)
+    programs, _ = row_grid(rows, norm_backward_config(width).programs)
+    return x.new_empty((programs, sums, width), dtype=torch.float32)
+
+
 def add_norm_backward(
     grad_out: Tensor,
     grad_x: Tensor | None,
@@ -97,32 +106,32 @@ def add_norm_backward(
     rstd: Tensor,
     dropout: Dropout,
     dtype: torch.dtype | None,
+    partials: Tensor,
     recompute: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of branch (in ``dtype``) and residual; ``[3, W]`` float32: of weight, bias and branch_bias.
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of branch (in ``dtype``; None, as that is, without a branch) and residual.
 
-    Where ``dtype`` is None there was no branch: its gradients are None and left out. Without a mean ``x`` is
+    What sums up to the gradients of weight, bias and branch_bias is written to ``partials [programs, 3, W]`` (without
+    a branch ``[programs, 2, W]``) of :func:`norm_partials`, or a part of them. Without a mean ``x`` is
     ``(x - mean) rstd`` and ``recompute`` is (bias, out): out, which may be the memory of ``x``, gets LN(x).
     """
     rows, width = x.shape
     bias, recomputed = recompute if recompute is not None else (None, None)
     grad_branch = None if dtype is None else x.new_empty((rows, width), dtype=dtype)
-    parts = 2 if dtype is None else 3
     # Alike in dtype to the stream, of which x may be no more than its normed rows.
     grad_residual = x.new_empty((rows, width)) if grad_x is None or recompute is None else torch.empty_like(grad_x)
     if rows == 0:
-        return grad_branch, grad_residual, x.new_zeros((parts, width), dtype=torch.float32)
+        return grad_branch, grad_residual
     config = norm_backward_config(width)
     programs, rows_per_program = row_grid(rows, config.programs)
-    partials = x.new_empty((programs, parts, width), dtype=torch.float32)
     grad_x = None if grad_x is None else grad_x.contiguous()
     launch(
         kernels.dropout_add_layer_norm_bwd_kernel, (programs,), grad_out.contiguous(), grad_x, x, weight, bias,
         mean, rstd, dropout.seed, grad_residual, grad_branch, recomputed, partials, rows, rows_per_program,
-        dropout.threshold, dropout.scale, on=x,
+        partials.stride(0), dropout.threshold, dropout.scale, on=x,
         WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return grad_branch, grad_residual, column_sums(partials)
+    return grad_branch, grad_residual
 
 
 def dropout_add_(x: Tensor, branch: Tensor, branch_bias: Tensor | None, dropout: Dropout) -> None:
@@ -136,21 +145,19 @@ def dropout_add_(x: Tensor, branch: Tensor, branch_bias: Tensor | None, dropout:
         )  # fmt: skip
 
 
-def dropout_add_backward(grad: Tensor, dropout: Dropout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gradients of the branch (in ``dtype``) and of its bias (float32) for contiguous ``grad [R, W]``."""
+def dropout_add_backward(grad: Tensor, dropout: Dropout, dtype: torch.dtype, partials: Tensor) -> Tensor:
+    """Gradient of the branch (in ``dtype``) for contiguous ``grad [R, W]``; that of its bias as partial sums."""
     rows, width = grad.shape
     grad_branch = torch.empty_like(grad, dtype=dtype)
-    if rows == 0:
-        return grad_branch, grad.new_zeros(width, dtype=torch.float32)
-    config = norm_backward_config(width)
-    programs, rows_per_program = row_grid(rows, config.programs)
-    partials = grad.new_empty((programs, width), dtype=torch.float32)
-    launch(
-        kernels.dropout_add_bwd_kernel, (programs,), grad, dropout.seed, grad_branch, partials,
-        rows, rows_per_program, dropout.threshold, dropout.scale, on=grad,
-        WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
-    )  # fmt: skip
-    return grad_branch, column_sums(partials)
+    if rows:
+        config = norm_backward_config(width)
+        programs, rows_per_program = row_grid(rows, config.programs)
+        launch(
+            kernels.dropout_add_bwd_kernel, (programs,), grad, dropout.seed, grad_branch, partials,
+            rows, rows_per_program, partials.stride(0), dropout.threshold, dropout.scale, on=grad,
+            WIDTH=width, BLOCK=max(8, next_power_of_two(width)), STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return grad_branch
 
 
 def gelu_dropout(pre: Tensor, dropout: Dropout) -> Tensor:

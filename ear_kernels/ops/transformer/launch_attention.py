@@ -67,14 +67,15 @@ def attention_backward(
     scalars, options = _scalars_and_options(width // heads, length, heads, dropout)
     blocks_m, blocks_n = ceil_div(length, QUERIES), ceil_div(length, options["BN"])
     delta = torch.empty_like(lse)
-    sums_query = lse.new_empty((batch * blocks_m, width))
-    sums_rest = lse.new_empty((batch * blocks_n, 2 * width))
+    # Rows that only one of the kernels writes, where their blocks differ, count as zeros.
+    new = lse.new_empty if blocks_m == blocks_n else lse.new_zeros
+    partials = new((batch * max(blocks_m, blocks_n), triple))
     launch(
         kernels.attention_bwd_query_kernel, (blocks_m, batch * heads),
-        qkv, out, grad_out, lse, draws, grad, delta, sums_query, *scalars, on=qkv, **options,
+        qkv, out, grad_out, lse, draws, grad, delta, partials, *scalars, on=qkv, **options,
     )  # fmt: skip
     launch(
         kernels.attention_bwd_key_kernel, (blocks_n, batch * heads),
-        qkv, grad_out, lse, delta, draws, grad, sums_rest, *scalars, on=qkv, **options,
+        qkv, grad_out, lse, delta, draws, grad, partials, *scalars, on=qkv, **options,
     )  # fmt: skip
-    return grad, torch.cat((column_sums(sums_query), column_sums(sums_rest)))
+    return grad, column_sums(partials)
