@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     """A run of random weights that takes long enough for a step to be seen."""
     path = tmp_path_factory.mktemp("serve") / "run"
     path.mkdir()
-    config = replace(DIGITS, depth=2)
+    config = replace(DIGITS, depth=8, patch_size=1)
     model = randomise(EAR(config))
     save_config(path, replace(tiny_run(), model=config))
     checkpoint.save_checkpoint(path, 1, model, dict(model.named_parameters()), {})
@@ -97,9 +97,13 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+SEED = "#seed textarea, #seed input"
 WATCH = """
 window.shown = [];
+window.said = [];
 new MutationObserver(() => {
+  const text = document.querySelector('#status').innerText;
+  if (window.said.at(-1) !== text) window.said.push(text);
   const image = document.querySelector('#picture img');
   if (image && window.shown.at(-1) !== image.src) window.shown.push(image.src);
 }).observe(document.body, {subtree: true, childList: true, attributes: true});
@@ -129,6 +133,9 @@ class Page:
     def find(self, selector):
         return self.driver.find_element("css selector", selector)
 
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
     def type(self, selector, text):
         from selenium.webdriver.common.keys import Keys
 
@@ -146,13 +153,20 @@ class Page:
     def status(self):
         return self.find("#status").text
 
+    def said(self):
+        """What the status was, the oldest first."""
+        return self.driver.execute_script("return window.said")
+
+    def steps_done(self):
+        return int(self.status().split()[1])
+
     def draw(self):
         """Press the button; the final picture's bytes, and the addresses of all that were shown."""
-        self.driver.execute_script("window.shown = []")
+        self.driver.execute_script("window.shown = []; window.said = [arguments[0]]", self.status())
         self.find("#draw").click()
-        self.waiting.until(lambda driver: "images in" not in self.status())
-        self.waiting.until(lambda driver: "images in" in self.status())
-        self.waiting.until(lambda driver: "/seed" in self.find("#picture img").get_attribute("src"))
+        self.waiting.until(lambda driver: any("images in" in text for text in self.said()[1:]))
+        name = f"/seed{self.find(SEED).get_attribute('value')[:20]}.png"
+        self.waiting.until(lambda driver: self.find("#picture img").get_attribute("src").endswith(name))
         return self.bytes(self.find("#picture img").get_attribute("src")), self.driver.execute_script("return shown")
 
     def bytes(self, address):
@@ -160,13 +174,10 @@ class Page:
 
         return base64.b64decode(self.driver.execute_async_script(BYTES, address))
 
-    def download(self, selector):
-        before = set(self.driver.downloads.iterdir())
+    def download(self, selector, name):
         self.find(selector).click()
-        self.waiting.until(
-            lambda driver: [path for path in set(driver.downloads.iterdir()) - before if path.suffix != ".crdownload"]
-        )
-        (path,) = set(self.driver.downloads.iterdir()) - before
+        path = self.driver.downloads / name
+        self.waiting.until(lambda driver: path.exists())
         return path
 
 
@@ -184,65 +195,72 @@ def expected(run, classes, num, seed, steps):
 def test_a_user_draws_and_takes_the_images_along(run, server, browser):
     page = Page(browser, server)
     page.choose("3", "7")
-    page.type("#number input[type=number]", 6)
-    page.type("#steps input[type=number]", 64)
+    page.type("#number input[type=number]", 4)
+    page.type("#steps input[type=number]", 32)
     page.type("#every input[type=number]", 4)
     seed = 10**30 + 7  # no number of JavaScript's
-    page.type("#seed textarea, #seed input", seed)
+    page.type(SEED, seed)
     picture, shown = page.draw()
     assert len(set(shown)) >= 3, shown  # as they form
-    wanted = expected(run, [3, 7], 6, seed, 64)
+    wanted = expected(run, [3, 7], 4, seed, 32)
     assert picture == grid_png(wanted)
-    assert "6 images in" in page.status()
+    assert "4 images in" in page.status()
     assert "ms an image" in page.status()
     early = Image.open(io.BytesIO(page.bytes(shown[0])))
     assert early.size == Image.open(io.BytesIO(picture)).size
     assert early.convert("RGB").tobytes() != Image.open(io.BytesIO(picture)).tobytes()
 
-    grid = page.download("#grid")
-    assert grid.suffix == ".png"
-    assert grid.read_bytes() == picture
-    with zipfile.ZipFile(page.download("#zip")) as bundle:
-        names = ["00_3.png", "01_3.png", "02_3.png", "03_7.png", "04_7.png", "05_7.png"]
-        assert bundle.namelist() == names
-        last = Image.open(io.BytesIO(bundle.read("05_7.png")))
-        assert last.tobytes() == to_bytes(wanted)[5].permute(1, 2, 0).numpy().tobytes()
+    name = f"seed{str(seed)[:20]}"
+    assert page.download("#grid", f"{name}.png").read_bytes() == picture
+    with zipfile.ZipFile(page.download("#zip", f"{name}.zip")) as bundle:
+        assert bundle.namelist() == ["00_3.png", "01_3.png", "02_7.png", "03_7.png"]
+        last = Image.open(io.BytesIO(bundle.read("03_7.png")))
+        assert last.tobytes() == to_bytes(wanted)[3].permute(1, 2, 0).numpy().tobytes()
 
-    assert page.draw()[0] == picture
-    page.type("#seed textarea, #seed input", 8)
+    page.type(SEED, 8)
     assert page.draw()[0] != picture
+    page.type(SEED, seed)
+    assert page.draw()[0] == picture
     page.find("#anew input").click()
-    first = page.draw()[0]
-    assert page.find("#seed textarea, #seed input").get_attribute("value") != "8"
-    assert page.draw()[0] != first
+    assert page.draw()[0] != picture
+    assert page.find(SEED).get_attribute("value") not in ("8", str(seed))
 
 
-@pytest.mark.parametrize("seed", ["-1", "seven", "1.5", "", "9" * 2000])
-def test_a_bad_seed_is_a_message(server, browser, seed):
+@pytest.mark.parametrize(
+    ("seed", "named"), [("-1", "seed is -1; it must not be negative"), ("seven", "seed is 'seven'; it must be an")]
+)
+def test_a_bad_seed_is_a_message(server, browser, seed, named):
     page = Page(browser, server)
-    page.type("#seed textarea, #seed input", seed or " ")
+    page.type(SEED, seed)
     page.find("#draw").click()
-    page.waiting.until(lambda driver: driver.find_elements("css selector", ".toast-body"))
-    message = page.find(".toast-body").text
-    assert "seed is" in message
+    # It fades in.
+    page.waiting.until(lambda driver: any(toast.text for toast in page.all(".toast-body")))
+    assert named in page.find(".toast-body").text
     assert "Traceback" not in browser.page_source
     assert page.status() == ""
 
 
-def test_whoever_stops_or_leaves_makes_room(server, browser):
+@pytest.mark.parametrize("way", ["stop", "leave"])
+def test_whoever_stops_or_leaves_makes_room(server, browser, way):
     page = Page(browser, server)
-    for leave in (lambda: page.find("#stop").click(), lambda: browser.get("about:blank")):
-        page.type("#number input[type=number]", 64)
-        page.type("#steps input[type=number]", 256)
-        page.find("#draw").click()
-        page.waiting.until(lambda driver: page.status().startswith("step"))
-        leave()
+    page.type("#number input[type=number]", 64)
+    page.type("#steps input[type=number]", 64)
+    page.find("#draw").click()
+    page.waiting.until(lambda driver: page.status().startswith("step"))
+    began = time.monotonic()
+    page.waiting.until(lambda driver: page.status().startswith("step") and page.steps_done() >= 4)
+    left = (64 - page.steps_done()) * (time.monotonic() - began) / page.steps_done()
+    if way == "stop":
+        page.find("#stop").click()
+        page.waiting.until(lambda driver: page.status() == "Stopped.")
+    else:
+        browser.get("about:blank")
         page = Page(browser, server)
-        page.type("#number input[type=number]", 1)
-        page.type("#steps input[type=number]", 1)
-        began = time.monotonic()
-        page.draw()
-        assert time.monotonic() - began < 20
+    page.type("#number input[type=number]", 1)
+    page.type("#steps input[type=number]", 1)
+    began = time.monotonic()
+    page.draw()
+    assert time.monotonic() - began < left / 2
 
 
 def test_the_page_asks_no_other_host(server, browser):
