@@ -51,12 +51,12 @@ class Page:
                 with gradio.Column(scale=1, min_width=320):
                     inputs = self._inputs(setting)
                     with gradio.Row():
-                        button = gradio.Button("Draw", variant="primary", elem_id="draw")
-                        stop = gradio.Button("Stop", elem_id="stop")
+                        button = gradio.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                        stop = gradio.Button("Stop", elem_id="stop", min_width=100)
                 with gradio.Column(scale=2, min_width=320):
                     self.status = gradio.Markdown("", elem_id="status")
                     self.picture = gradio.Image(
-                        label="Images", format="png", type="filepath", interactive=False, elem_id="picture",
+                        show_label=False, format="png", type="filepath", interactive=False, elem_id="picture",
                         buttons=["fullscreen"],
                     )  # fmt: skip
                     with gradio.Row():
@@ -68,16 +68,26 @@ class Page:
                 self.draw,
                 inputs,
                 outputs,
-                show_progress="minimal",
-                show_progress_on=self.status,
+                show_progress="hidden",
+                # The sampler has them wait for one another, and says so.
+                concurrency_limit=16,
                 api_name="draw",
             )
-            stop.click(lambda: "Stopped.", None, self.status, cancels=[drawing], api_visibility="private")
+            stop.click(
+                lambda: "Stopped.",
+                None,
+                self.status,
+                cancels=[drawing],
+                show_progress="hidden",
+                api_visibility="private",
+            )
 
     def _inputs(self, setting: SamplingConfig) -> list[Any]:
         """The components in the order of :meth:`draw`'s arguments."""
         gradio = self.gradio
-        self.seed = gradio.Textbox("0", label="Seed", info="any integer from 0 on", max_lines=1, elem_id="seed")
+        self.seed = gradio.Textbox(
+            "0", label="Seed", info="any integer from 0 on", max_lines=1, elem_id="seed", render=False
+        )
         return [
             gradio.Dropdown(
                 [(name, index) for index, name in enumerate(self.names)],
@@ -88,12 +98,14 @@ class Page:
                 elem_id="classes",
             ),
             gradio.Slider(1, MAX_IMAGES, min(16, MAX_IMAGES), step=1, label="Number of images", elem_id="number"),
-            gradio.Slider(0, max(10, setting.guidance), setting.guidance, label="Guidance", info="1 is none"),
+            gradio.Slider(
+                0, max(10, setting.guidance), setting.guidance, label="Guidance", info="1 is none", step=0.1
+            ),
             gradio.Radio(["linear", "constant"], value=setting.guidance_schedule, label="Guidance schedule"),
-            gradio.Slider(0, max(2, setting.temperature), setting.temperature, label="Temperature"),
+            gradio.Slider(0, max(2, setting.temperature), setting.temperature, label="Temperature", step=0.05),
             gradio.Slider(1, max(256, setting.steps), setting.steps, step=1, label="Steps", elem_id="steps"),
             gradio.Slider(1, 64, 8, step=1, label="Show every ... steps", elem_id="every"),
-            self.seed,
+            self.seed.render(),
             gradio.Checkbox(label="A new seed each time", elem_id="anew"),
         ]
 

@@ -122,16 +122,25 @@ class Page:
     """What a user does and sees."""
 
     def __init__(self, driver, address):
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        self.driver, self.address = driver, address
-        self.waiting = WebDriverWait(driver, SECONDS, poll_frequency=0.1)
+        redrawn = [StaleElementReferenceException]
+        self.driver, self.waiting = driver, WebDriverWait(driver, SECONDS, 0.1, redrawn)
         driver.get(address)
-        self.waiting.until(lambda driver: driver.find_elements("css selector", "#draw"))
+        self.until(lambda: self.all("#draw"))
         driver.execute_script(WATCH)
 
     def find(self, selector):
         return self.driver.find_element("css selector", selector)
+
+    def until(self, condition):
+        from selenium.common.exceptions import TimeoutException
+
+        try:
+            self.waiting.until(lambda driver: condition())
+        except TimeoutException:
+            pytest.fail(f"not within {SECONDS} s; the status was {self.said()}")
 
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
@@ -164,9 +173,9 @@ class Page:
         """Press the button; the final picture's bytes, and the addresses of all that were shown."""
         self.driver.execute_script("window.shown = []; window.said = [arguments[0]]", self.status())
         self.find("#draw").click()
-        self.waiting.until(lambda driver: any("images in" in text for text in self.said()[1:]))
+        self.until(lambda: any("images in" in text for text in self.said()[1:]))
         name = f"/seed{self.find(SEED).get_attribute('value')[:20]}.png"
-        self.waiting.until(lambda driver: self.find("#picture img").get_attribute("src").endswith(name))
+        self.until(lambda: self.find("#picture img").get_attribute("src").endswith(name))
         return self.bytes(self.find("#picture img").get_attribute("src")), self.driver.execute_script("return shown")
 
     def bytes(self, address):
@@ -177,7 +186,7 @@ class Page:
     def download(self, selector, name):
         self.find(selector).click()
         path = self.driver.downloads / name
-        self.waiting.until(lambda driver: path.exists())
+        self.until(lambda: path.exists())
         return path
 
 
@@ -234,7 +243,7 @@ def test_a_bad_seed_is_a_message(server, browser, seed, named):
     page.type(SEED, seed)
     page.find("#draw").click()
     # It fades in.
-    page.waiting.until(lambda driver: any(toast.text for toast in page.all(".toast-body")))
+    page.until(lambda: any(toast.text for toast in page.all(".toast-body")))
     assert named in page.find(".toast-body").text
     assert "Traceback" not in browser.page_source
     assert page.status() == ""
@@ -246,13 +255,13 @@ def test_whoever_stops_or_leaves_makes_room(server, browser, way):
     page.type("#number input[type=number]", 64)
     page.type("#steps input[type=number]", 64)
     page.find("#draw").click()
-    page.waiting.until(lambda driver: page.status().startswith("step"))
+    page.until(lambda: page.status().startswith("step"))
     began = time.monotonic()
-    page.waiting.until(lambda driver: page.status().startswith("step") and page.steps_done() >= 4)
+    page.until(lambda: page.status().startswith("step") and page.steps_done() >= 4)
     left = (64 - page.steps_done()) * (time.monotonic() - began) / page.steps_done()
     if way == "stop":
         page.find("#stop").click()
-        page.waiting.until(lambda driver: page.status() == "Stopped.")
+        page.until(lambda: "Stopped." in page.status())
     else:
         browser.get("about:blank")
         page = Page(browser, server)
