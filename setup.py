@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 # What ear_model and its command need beside the kernels; ear_model/cli.py names the same modules.
 TRAIN = ["timm>=1.0", "safetensors>=0.4", "tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
 
+# The page of `ear serve`.
+SERVE = ["gradio>=6.31"]
+
 setup(
     name="ear-kernels",
     version="0.1.0",
@@ -24,13 +27,17 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "serve": SERVE,
         "eval": ["torch-fidelity>=0.3", "scikit-learn>=1.4"],
         "test": [
             *TRAIN,
+            *SERVE,
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout",
             "hypothesis>=6.100",
+            "ipython>=8",
+            "selenium>=4.20",
             "ruff",
             "mypy",
         ],

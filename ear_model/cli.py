@@ -12,12 +12,13 @@ from ear_model.processes import launched
 EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 
 # A module each in ear_model/commands, imported when called; what its ``run(arguments)`` raises, ``main`` reports.
-COMMANDS = ("train", "convert", "cache", "train-tokenizer", "sample", "evaluate", "glyphs", "train-judge")
+COMMANDS = ("train", "convert", "cache", "train-tokenizer", "sample", "evaluate", "glyphs", "train-judge", "serve")
 
 USAGE = """usage: ear COMMAND ...
 
   ear train digits --out RUN       train EAR on handwritten digits (a few minutes on a laptop)
   ear sample RUN --classes 3 7     sample a picture from a trained model
+  ear serve RUN                    sample on a local web page
   ear evaluate RUN                 score a trained model
   ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
   ear cache IMAGES --out CACHE     encode a tree of images for training

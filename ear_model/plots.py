@@ -1,12 +1,17 @@
 """Pictures: images as bytes and in a grid, and curves."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ear_model.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -17,8 +22,8 @@ def to_bytes(images: Tensor) -> Tensor:
     return levels.expand(-1, 3, -1, -1)
 
 
-def save_grid(images: Tensor, path: Path, columns: int, *, min_tile: int = 32) -> None:
-    """Write images ``[N, 1 or 3, H, W]`` in -1..1 as a PNG grid, small ones enlarged to whole pixels."""
+def grid_picture(images: Tensor, columns: int, *, min_tile: int = 32) -> "Image":
+    """Images ``[N, 1 or 3, H, W]`` in -1..1 in a grid, a PIL image; small ones enlarged to whole pixels."""
     from PIL import Image
 
     levels = to_bytes(images)
@@ -30,7 +35,19 @@ def save_grid(images: Tensor, path: Path, columns: int, *, min_tile: int = 32) -
         canvas[:, top : top + height, left : left + width] = levels[index]
     picture = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
     factor = max(1, min_tile // height)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def png_bytes(picture: "Image") -> bytes:
+    """A PIL image as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_grid(images: Tensor, path: Path, columns: int, *, min_tile: int = 32) -> None:
+    """Write :func:`grid_picture` as a PNG."""
+    picture = grid_picture(images, columns, min_tile=min_tile)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
