@@ -43,6 +43,12 @@ class Sample:
     """Below 1 trades diversity for accuracy. The run's own default if not given."""
     steps: int | None = None
     """Decoding steps. The run's own default if not given."""
+    guidance_from: float | None = None
+    """Share of known tokens from which guidance is applied; saves its work before (docs/sampling.md)."""
+    guidance_to: float | None = None
+    """Share of known tokens up to which guidance is applied."""
+    order: Literal["random", "halton"] | None = None
+    """Order of the tokens: random, or halton for few steps (docs/sampling.md)."""
     seed: int = 0
     """The same seed gives the same images: image i depends on it and on i alone."""
     out: Path | None = None
@@ -56,7 +62,7 @@ class Sample:
     batch_size: int | Literal["auto"] = "auto"
     """Images sampled at a time; auto is what keeps the device busy and fits its memory."""
     precision: str = "auto"
-    """What is computed in: auto (bf16 on a GPU, fp32 on a CPU), or one of them."""
+    """What is computed in: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, or fp8 (docs/sampling.md)."""
     tokenizer: str = ""
     """Weights that decode latents, in place of the run's own."""
     raw_weights: bool = False

@@ -33,7 +33,7 @@ class Serve:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
     precision: str = "auto"
-    """What is computed in: auto (bf16 on a GPU), fp32, bf16."""
+    """What is computed in: auto (bf16 on a GPU), fp32, bf16, or fp8 (docs/sampling.md)."""
 
 
 def run(arguments: list[str]) -> int:

@@ -84,9 +84,12 @@ def test_the_judge_classifies(files) -> None:
     assert features.shape == (2, 2)
 
 
-def test_directories_of_images_are_known_to_be_whole(files, capsys) -> None:
+def test_directories_of_images_are_known(files, capsys) -> None:
+    """Glyphs to be whole, samples to be drawn in another way: they are not mixed with others."""
     sample = ["sample", "digits", "--num", "3", "--classes", "3", "7", "--images-out", "samples", "--device", "cpu"]
-    assert cli.main(sample) == 0
-    assert "3 images, 0 of them new" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in sorted((files / "samples").rglob("*.*"))}
+    assert cli.main(sample) == 1
+    assert "samples holds another set of sampled images (batch_size is 64 there" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in sorted((files / "samples").rglob("*.*"))} == before
     assert cli.main(["glyphs", "--out", "glyphs", "--num-per-class", "1", "--classes", "2", "--size", "16"]) == 0
     assert "2 classes, 0 drawn now" in capsys.readouterr().out
