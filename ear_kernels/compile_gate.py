@@ -272,7 +272,7 @@ def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: flo
 
 @torch.no_grad()
 def _linears(rows: int, inner: int, dtype: torch.dtype, bias: bool, dependent: bool) -> None:
-    """Inference's linears; of e4m3 with results in bfloat16 and in e4m3."""
+    """Inference's linears, with results in 16 bit and in e4m3."""
     x, weight, scale = tensor(rows, 768, dtype=dtype), tensor(inner, 768, dtype=dtype), tensor(1)
     wide = dtype if dtype in HALVES else torch.bfloat16
     given: dict[str, Any] = {"bias": tensor(inner, dtype=wide) if bias else None, "dependent": dependent}
@@ -280,6 +280,7 @@ def _linears(rows: int, inner: int, dtype: torch.dtype, bias: bool, dependent: b
     for operation in (operations.linear_gelu, operations.linear_inference):
         if dtype in HALVES:
             operation(x, weight, **given)
+            operation(x, weight, out_scale=scale, dtype=torch.float8_e4m3fn, **given)
         else:
             operation(x, weight, scales=(scale, scale), **given)
             operation(x, weight, scales=(scale, scale), out_scale=scale, dtype=dtype, **given)

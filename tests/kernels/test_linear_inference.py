@@ -87,12 +87,14 @@ def test_the_table_and_dependent_launches(rows, width, name, dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_results_in_e4m3_are_rounded_and_end_at_the_largest(name) -> None:
-    x, weight, bias, *scales = problem(333, 256, 512, E4M3)
+def test_results_in_e4m3_are_rounded_and_end_at_the_largest(name, dtype) -> None:
+    x, weight, bias, *scales = problem(333, 256, 512, dtype)
+    operands = {"scales": tuple(scales)} if scales else {}
     for size in (1.0, 1e-3):
         out_scale = torch.full((1,), 0.1 * size, device=DEVICE)
-        out = FUNCTIONS[name](x, weight, bias, scales=tuple(scales), out_scale=out_scale, dtype=E4M3)
+        out = FUNCTIONS[name](x, weight, bias, **operands, out_scale=out_scale, dtype=E4M3)
         real = exact(x, weight, bias, *scales, gelu=name == "linear_gelu")
         wanted = (real / out_scale.double()).clamp(-448, 448)
         assert_close_to_eager("out", out.float(), wanted.to(E4M3).float(), wanted)
@@ -115,8 +117,12 @@ def test_public_functions(monkeypatch, rows, name, dtype) -> None:
 
 def test_e4m3_without_kernels_is_the_product_of_what_the_numbers_mean() -> None:
     x, weight, bias, *scales = problem(9, 33, 17, E4M3)
+    wanted = exact(x, weight, bias, *scales, gelu=True)
     out = linear_gelu(x, weight, bias, scales=tuple(scales), dtype=torch.float32)
-    torch.testing.assert_close(out.double(), exact(x, weight, bias, *scales, gelu=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    narrow = linear_gelu(x, weight, bias, scales=tuple(scales), out_scale=scales[0], dtype=E4M3)
+    limit = 448 * scales[0].double()
+    torch.testing.assert_close(narrow.double() * scales[0], wanted.clamp(-limit, limit), rtol=0.07, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)

@@ -38,7 +38,7 @@ def linear_gelu(
             are the e4m3 ones times the scale.
         out_scale: float32 ``[1]``, for a result in e4m3, which it was divided by. Results beyond 448 times it become
             that.
-        dtype: of the result: that of ``x``, or with e4m3 operands bfloat16 (if None), float16, float32 or e4m3.
+        dtype: of the result: that of ``x`` or e4m3; with e4m3 operands bfloat16 (if None), float16, float32 or e4m3.
         out: ``[R, N]`` in that dtype, contiguous; written and returned.
         dependent: the kernel may start while the one before it in the stream runs (programmatic dependent launch,
             where a kernel of this package is launched on Hopper). Meanwhile it reads the parameters: weight, bias and
@@ -157,7 +157,7 @@ def _refusal(x: Tensor, weight: Tensor, out: Tensor | None, dtype: torch.dtype) 
     """Why the kernels, and the static table before them, do not take a call."""
     if x.dtype not in (torch.float16, torch.bfloat16, E4M3):
         return f"dtype {x.dtype} (the kernels take float16, bfloat16 and e4m3)"
-    if x.dtype == E4M3 and not is_on_hopper(x):
+    if E4M3 in (x.dtype, dtype) and not is_on_hopper(x):
         return "e4m3 on a device that is not of compute capability 9"
     matrices = (x, weight) if out is None else (x, weight, out)
     row_of_out = weight.shape[0] * min(dtype.itemsize, x.element_size())
@@ -200,8 +200,8 @@ def _check_scales(
         given = "given" if scales else "not given"
         raise ValueError(f"x has dtype {x.dtype} and scales are {given}; e4m3 alone has scales")
     dtype = dtype or (torch.bfloat16 if narrow else x.dtype)
-    if dtype not in ((torch.bfloat16, torch.float16, torch.float32, E4M3) if narrow else (x.dtype,)):
-        raise TypeError(f"dtype is {dtype} for operands in {x.dtype}; a result in another dtype needs e4m3 operands")
+    if dtype not in ((torch.bfloat16, torch.float16, torch.float32, E4M3) if narrow else (x.dtype, E4M3)):
+        raise TypeError(f"dtype is {dtype} for operands in {x.dtype}; another dtype but e4m3 needs e4m3 operands")
     if (dtype == E4M3) != (out_scale is not None):
         given = "given" if out_scale is not None else "not given"
         raise ValueError(f"dtype is {dtype} and out_scale {given}; e4m3 alone has one")

@@ -158,7 +158,7 @@ def _kernels_are_faster(x: Tensor, n: int, bias: Tensor | None, dtype: torch.dty
     """Than cuBLAS at a linear without the GELU; also if cuBLAS has no such call."""
     rows, k = x.shape
     narrow = x.element_size() == 1
-    if narrow and not (dtype.itemsize == 2 and (bias is None or bias.dtype == dtype)):
+    if dtype.itemsize != 2 or (narrow and bias is not None and bias.dtype != dtype):
         return True
     return rows <= MOST_ROWS.get((k, n > k), (0, 0))[narrow]
 
