@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ear_model.errors import RunError
-from ear_model.processes import launched
+from ear_model.processes import end_process, launched
 
 # What the extra "train" installs; the kernels alone need none of it.
 EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except KeyboardInterrupt as interrupt:
         if not _another_process_reports(interrupt):
-            print("ear: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+            how = "`ear train --resume` goes on from the last checkpoint, other commands by the same options"
+            print(f"ear: interrupted; {how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, NotImplementedError, ImportError, RunError) as error:
         return _fail(error)
@@ -78,4 +79,4 @@ def _run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -171,6 +171,10 @@ class EAR(nn.Module):
             self.train(was_training)
         return self.tokenizer.decode(tokens_BLD)
 
+    def release(self) -> None:
+        """Free the buffers and graphs that sampling on a GPU keeps; the next call makes them anew."""
+        self._engines = Engines()
+
     def _check_labels(self, labels: Tensor, batch: int) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

@@ -10,18 +10,25 @@ from ear_model.files import write_atomically
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]``; a single channel is repeated."""
+    """Images in -1..1 as 8-bit RGB, uint8 ``[N, 3, H, W]`` where they are; a single channel is repeated."""
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images have {images.shape[1]} channels; a picture needs 1 or 3")
-    levels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.expand(-1, 3, -1, -1)
 
 
 def save_grid(images: Tensor, path: Path, columns: int, *, min_tile: int = 32) -> None:
-    """Write images ``[N, 1 or 3, H, W]`` in -1..1 as a PNG grid, small ones enlarged to whole pixels."""
+    """Write images as a PNG grid, small ones enlarged to whole pixels.
+
+    Args:
+        images: ``[N, 1 or 3, H, W]`` in -1..1, or 8-bit ones of :func:`to_bytes`.
+        path: the picture.
+        columns: images in a row.
+        min_tile: height that an image has at least.
+    """
     from PIL import Image
 
-    levels = to_bytes(images)
+    levels = images if images.dtype == torch.uint8 else to_bytes(images)
     count, _, height, width = levels.shape
     rows, gap = -(-count // columns), 1
     canvas = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), 96, dtype=torch.uint8)

@@ -1,8 +1,16 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log file."""
 
+import sys
 import time
 
 SECONDS_BETWEEN_LINES = 20
+
+
+def say(line: str) -> None:
+    """Print a line to the standard error, above a bar that is shown there."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
 
 
 class Progress:

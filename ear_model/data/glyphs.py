@@ -7,7 +7,6 @@ machine draws the same pixels. docs/glyphs.md shows a sheet and says which chara
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ear_model.files import begin_directory, save_picture
+from ear_model.files import begin_directory, is_whole_png, save_picture
 from ear_model.progress import Progress
 
 # Characters that differ only in size, or not at all in some fonts, are there once: 0 and o are O; I and l are 1; c,
@@ -223,26 +222,13 @@ def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: 
     drawn = 0
     for index in indices:
         path = out / CLASS_NAMES[label] / f"{index:06d}.png"
-        if _is_whole(path, size):
+        if is_whole_png(path, size):
             continue
         # What a power cut leaves is recognised by its end and drawn again.
         pixels = render_glyph(label, index, seed=seed, size=size, split=split)
         save_picture(path, pixels, compress_level=1)
         drawn += 1
     return drawn
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    """Whether a PNG of that size is there to its last chunk."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-            file.seek(-12, os.SEEK_END)
-            tail = file.read()
-    except OSError:
-        return False
-    side = size.to_bytes(4, "big")
-    return head[:8] == b"\x89PNG\r\n\x1a\n" and head[16:24] == side + side and tail[4:8] == b"IEND"
 
 
 def _map(function: Any, tasks: list[tuple], workers: int, images_per_task: int) -> Iterable[Any]:

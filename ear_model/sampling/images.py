@@ -1,21 +1,25 @@
 """Sampling images of chosen classes from a trained model."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ear_model.config import SamplingConfig
 from ear_model.draws import ImageDraws, check_seed
-from ear_model.files import begin_directory, save_picture
-from ear_model.plots import to_bytes
 from ear_model.progress import Progress
+from ear_model.sampling.decoder import Bytes
 from ear_model.sampling.decoding import SamplingModel
+from ear_model.sampling.memory import halving
 
-SAMPLING_FILE = "sampling.json"
+
+class ReleasingModel(SamplingModel, Protocol):
+    """A model whose memory can be asked back."""
+
+    def release(self) -> None: ...
 
 
 def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
@@ -35,7 +39,7 @@ def class_labels(classes: Sequence[int], num: int, num_classes: int) -> Tensor:
 
 
 def sample_images(
-    model: SamplingModel,
+    model: ReleasingModel,
     labels: Tensor,
     *,
     seed: int = 0,
@@ -46,33 +50,68 @@ def sample_images(
     """What the model makes, ``[N, channels, size, size]`` on the CPU: an image of every label.
 
     Image i is a function of the model, its label, the options, the seed and i alone: the batch size, other images,
-    the device and the number of processes change it by rounding only.
+    the device and the number of processes change it by rounding only. Where memory does not suffice for a batch, it
+    is halved, which is said in a line.
 
     Args:
         model: the model.
         labels: int64 ``[N]``.
         seed: not negative, of any size.
-        batch_size: images at a time.
+        batch_size: images at a time, at most.
         indices: of the images; 0 .. N - 1 if None.
         **options: of :meth:`ear_model.ear.EAR.sample`: steps, guidance, guidance_schedule, temperature, precision.
 
     Raises:
-        ValueError: a seed, batch size, label or option that makes no sense.
+        ValueError: a seed, batch size, label or option that makes no sense. RunError: samples that are not finite, or
+            no memory for one image.
     """
+    shape = (0, model.config.channels, model.config.image_size, model.config.image_size)
+    numbers = range(len(labels)) if indices is None else indices
+    parts = [
+        output.cpu()
+        for _, output in _outputs(model, labels, numbers, seed=seed, batch_size=batch_size, options=options)
+    ]
+    return torch.cat([torch.empty(shape), *parts])
+
+
+def _outputs(
+    model: ReleasingModel,
+    labels: Tensor,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    batch_size: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Indices of each batch and what the model makes of them, on its device; arguments of :func:`sample_images`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     check_seed(seed)
+    if len(indices) != len(labels):
+        raise ValueError(f"{len(indices)} indices were given for {len(labels)} labels")
     device = next(model.parameters()).device
-    numbers = range(len(labels)) if indices is None else indices
-    if len(numbers) != len(labels):
-        raise ValueError(f"{len(numbers)} indices were given for {len(labels)} labels")
-    shape = (0, model.config.channels, model.config.image_size, model.config.image_size)
-    parts = [torch.empty(shape)]
-    for first in range(0, len(labels), batch_size):
-        draws = ImageDraws(seed, numbers[first : first + batch_size])
-        part = labels[first : first + batch_size].to(device)
-        parts.append(model.sample(part, draws=draws, **options).cpu())
-    return torch.cat(parts)
+
+    def sample(size: int) -> Tensor:
+        numbers, own = indices[first : first + size], labels[first : first + size]
+        # A GPU's graphs are of one batch size: the last batch repeats its last image rather than capture another.
+        repeated = size - len(numbers) if device.type == "cuda" else 0
+        draws = ImageDraws(seed, [*numbers, *[numbers[-1]] * repeated])
+        own = torch.cat([own, own[-1:].expand(repeated)]).to(device)
+        return model.sample(own, draws=draws, **options)[: len(numbers)]
+
+    first, size = 0, even_size(len(indices), batch_size)
+    while first < len(indices):
+        output, fitting = halving(sample, size, "sampling", model.release)
+        yield indices[first : first + fitting], output
+        first += fitting
+        if fitting < size:
+            size = even_size(len(indices) - first, fitting)
+
+
+def even_size(count: int, most: int) -> int:
+    """Size of as few batches as ``most`` allows, the last of them as full as it can be."""
+    batches = max(1, -(-count // most))
+    return -(-count // batches)
 
 
 @dataclass(frozen=True)
@@ -82,62 +121,56 @@ class Sampler:
     Image i is that of :func:`sample_images`, so one that is there already need not be drawn.
     """
 
-    model: SamplingModel
+    model: ReleasingModel
     decoder: Callable[[Tensor], Tensor]
     """What makes images of the model's output: :class:`ear_model.sampling.decoder.Decoder`."""
     setting: SamplingConfig
     seed: int = 0
     """The same seed gives the same images."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images at a time, at most."""
+    precision: str = "auto"
+    """What is computed in, as :meth:`ear_model.ear.EAR.sample` takes it."""
 
     def batches(
-        self, labels: Tensor, *, skip: Callable[[int, int], bool] = lambda first, last: False, quiet: bool = False
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The index of the first image of each batch, and uint8 ``[b, 3, H, W]``.
+        self, labels: Tensor, indices: Sequence[int] | None = None, *, done: int = 0, quiet: bool = False
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """The indices of each batch, and its images, uint8 ``[b, 3, H, W]``.
+
+        On a GPU a batch is decoded while the next is sampled.
 
         Args:
             labels: int64 ``[N]``, the classes of all images.
-            skip: asked ``(first, last)`` whether images first .. last - 1 are not wanted.
+            indices: the images that are wanted; all if None.
+            done: images that were there before, for the progress.
             quiet: show no progress.
-        """
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        options = {"seed": self.seed, "batch_size": self.batch_size, **asdict(self.setting)}
-        with Progress(len(labels), 0, "image", quiet=quiet, stays=False) as shown:
-            for first in range(0, len(labels), self.batch_size):
-                part = labels[first : first + self.batch_size]
-                if not skip(first, first + len(part)):
-                    indices = range(first, first + len(part))
-                    output = sample_images(self.model, part, indices=indices, **options)
-                    yield first, to_bytes(self.decoder(output))
-                shown.update(len(part))
-
-    def write(self, labels: Tensor, out: Path, names: Sequence[str] | None = None) -> int:
-        """Write an 8-bit PNG of every label, an image tree ``OUT/<class>/<index>.png``; returns how many are new.
-
-        An interrupted call is completed by the same call; ``OUT/sampling.json`` says what the images are drawn with.
-
-        Args:
-            labels: int64 ``[N]``.
-            out: the tree's directory.
-            names: a directory name for each class; numbers if None.
 
         Raises:
-            ValueError: a directory that holds something else, or that can't be written.
+            ValueError, RunError: as :func:`sample_images`; and RunError for decoded images that are not finite.
         """
-        num_classes = self.model.config.num_classes
-        if names is None or len(names) < num_classes:
-            names = [f"{index:04d}" for index in range(num_classes)]
-        settings = {"num": len(labels), "seed": self.seed, "batch_size": self.batch_size, **asdict(self.setting)}
-        settings["classes"] = labels.unique().tolist()
-        begin_directory(out, SAMPLING_FILE, settings, "tree of sampled images")
-        paths = [out / names[label] / f"{index:06d}.png" for index, label in enumerate(labels.tolist())]
-        for directory in {path.parent for path in paths}:
-            directory.mkdir(exist_ok=True)
-        written = 0
-        for first, images in self.batches(labels, skip=lambda a, b: all(path.is_file() for path in paths[a:b])):
-            for path, image in zip(paths[first:], images, strict=False):
-                save_picture(path, image.permute(1, 2, 0).contiguous().numpy())
-                written += 1
-        return written
+        numbers = range(len(labels)) if indices is None else indices
+        options = {"precision": self.precision, **asdict(self.setting)}
+        outputs = _outputs(
+            self.model,
+            labels[list(numbers)],
+            numbers,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            options=options,
+        )
+        begin = Bytes(self.decoder, next(self.model.parameters()).device)
+        begun: deque[tuple[Sequence[int], Callable[[], Tensor]]] = deque()
+        with Progress(done + len(numbers), done, "image", quiet=quiet, stays=False) as shown:
+
+            def finish() -> tuple[Sequence[int], Tensor]:
+                own, wait = begun.popleft()
+                images = wait()
+                shown.update(len(own))
+                return own, images
+
+            for own, output in outputs:
+                begun.append((own, begin(output)))
+                if len(begun) > begin.ahead:
+                    yield finish()
+            while begun:
+                yield finish()
