@@ -20,4 +20,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
     if device.type == "cuda" and not found:
         raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA GPU here; use auto or cpu")
-    return torch.device("cuda", local_rank()) if device == torch.device("cuda") and launched() else device
+    if device == torch.device("cuda") and launched():
+        device = torch.device("cuda", local_rank())
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs")
+    return device

@@ -22,7 +22,11 @@ def pytest_report_header(config) -> str:
     return f"EAR_TEST_SEED={SESSION_SEED}"
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
+    if "soak" not in config.option.markexpr:
+        for item in items:
+            if "soak" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; -m soak runs it"))
     if torch.cuda.is_available():
         # The kernels' tests run on the GPU there, so `-m gpu` is all of them. The compile gate needs none.
         for item in items:

@@ -80,11 +80,14 @@ def automatic_batch_size(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, a GPU's or the host's."""
+    """Whether an error, or one that it came from, says that memory did not suffice, a GPU's or the host's."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    # A capture that ran out of memory ends with another error.
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def halving(

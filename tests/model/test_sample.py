@@ -115,7 +115,9 @@ OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: the capture of memory failed due to a previous error"),
 ]
+OUT_OF_MEMORY[-1].__context__ = OUT_OF_MEMORY[0]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
