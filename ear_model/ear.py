@@ -173,7 +173,7 @@ class EAR(nn.Module):
 
     def release(self) -> None:
         """Free the buffers and graphs that sampling on a GPU keeps; the next call makes them anew."""
-        self._engines = Engines()
+        self._engines.release()
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
