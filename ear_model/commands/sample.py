@@ -141,6 +141,8 @@ def _prepare(command: Sample) -> _Prepared:
     dtype = compute_dtype(precision, torch.empty(0, device=device))
     if precision == "auto":
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0)):
+        raise ValueError("precision is 'fp8'; it needs a GPU of compute capability 9 or higher: use 'bf16' or 'auto'")
     decoder = Decoder(config, device)
     weights = latest_checkpoint(command.run) / (WEIGHTS_FILE if command.raw_weights else AVERAGES_FILE)
     settings: dict[str, Any] = {"num": command.num, "seed": command.seed, **dataclasses.asdict(setting)}
