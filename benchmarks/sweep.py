@@ -29,7 +29,7 @@ from benchmarks.bench_generator import SIZES, FewRows, eager_backend
 from benchmarks.clocks import DEVICE, HAS_GPU, Call, graphed, profiled, wall_milliseconds
 from benchmarks.harness import EAGER, OURS
 from ear_kernels import functional
-from ear_kernels.ops.generator import launch_adaln, launch_few_rows
+from ear_kernels.ops.generator import launch_adaln, launch_chain, launch_few_rows
 from ear_kernels.ops.generator.launch_ffn import GemmConfig, using_gemms
 from ear_kernels.ops.transformer import launch, launch_attention
 from ear_kernels.runtime.launching import RowConfig, next_power_of_two
@@ -182,18 +182,20 @@ def generator_run(size: tuple[int, int], rows: int) -> Run:
 
 
 def few() -> Iterator[Sweep]:
-    chains: list[dict[str, int]] = [{"bn": 8}, {"bn": 16}, {"bk": 128}, {"bk": 256}, {"bk": 512}, {"stages": 2}]
-    chains += [{"stages": 4}, {"stages": 6}, {"parts": 8}]
-    products: list[dict[str, int]] = [{"bn": 16}, {"bn": 32}, {"bn": 64}, {"bk": 128}, {"bk": 256}, {"stages": 4}]
-    for (name, size), rows in product(FEW_SIZES.items(), (4, 64)):
-        choices: dict[str, Choice] = {}
-        for function, base, changes in (
-            ("chain_config", launch_few_rows.chain_config(rows, size[1]), chains),
-            ("modulation_config", launch_few_rows.modulation_config(rows), products),
-        ):
-            configs = dict.fromkeys(replace(base, **change) for change in changes)
-            choices |= choosing(launch_few_rows, function, configs)
-        yield Sweep(f"{name}, {rows} rows", ".", generator_run(size, rows), choices, in_graph=True)
+    changes: list[dict[str, int]] = [{"ahead": 0}, {"ahead": 32}, {"bn": 8}, {"bn": 16}, {"bk": 128}, {"bk": 256}]
+    changes += [{"stages": 4}, {"stages": 6}, {"bn_mod": 32}, {"bn_mod": 64}, {"stages_mod": 4}, {"parts": 1}]
+    tiles: list[dict[str, int]] = [{"bn": 32}, {"bn": 64}, {"bn": 128}, {"bk": 64}, {"stages": 3}, {"stages": 6}]
+    for name, size in FEW_SIZES.items():
+        base = launch_few_rows.config_for(64, size[1])
+        whole = dict.fromkeys(replace(base, **change) for change in changes)
+        choices = choosing(launch_few_rows, "config_for", whole)
+        yield Sweep(f"{name}, 64 rows", ".", generator_run(size, 64), choices, in_graph=True)
+        chains = [launch_chain.ChainConfig(8, bn, parts) for bn, parts in product((8, 16, 32), (4, 8))]
+        made = launch_chain.modulation_config(4, LOW)
+        choices = choosing(launch_chain, "chain_config", chains) | choosing(
+            launch_chain, "modulation_config", dict.fromkeys(replace(made, **change) for change in tiles)
+        )
+        yield Sweep(f"{name}, 4 rows", ".", generator_run(size, 4), choices, in_graph=True)
 
 
 def gemm() -> Iterator[Sweep]:

@@ -227,7 +227,7 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"generator, noise pool, {dtype}", partial(_generator, 4096, 1024, dtype, True, samples=2, pool=512)
     yield "generator, noise pool, 1536", partial(_generator, 4096, 1536, torch.bfloat16, True, samples=2, pool=512)
     yield "generator, temperature", partial(_generator, 4096, 1024, torch.bfloat16, False, temperature=0.9)
-    for rows in (16, 32, 64):
+    for rows in (16, 64):
         for width in (1024, 1536):
             for weights, compute in (
                 (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32),
@@ -235,10 +235,12 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             ):  # fmt: skip
                 what = f"generator, {rows} x {width}, {weights} in {compute}"
                 yield what, partial(_few_rows, rows, width, weights, compute)
-    for rows in (600, 4096):
-        for weights, compute in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
-            what = f"generator in halves, {rows} rows, {weights} in {compute}"
-            yield what, partial(_few_rows, rows, 1024, weights, compute, True)
+    for rows, width in ((8, 1024), (8, 1536), (16, 1024), (64, 1024), (64, 1536), (600, 1024), (4096, 1024)):
+        for weights, compute in (
+            (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+        ):  # fmt: skip
+            what = f"generator in halves, {rows} x {width}, {weights} in {compute}"
+            yield what, partial(_few_rows, rows, width, weights, compute, True)
 
 
 # The transformer block and the optimiser.

@@ -114,7 +114,7 @@ class KnownSpill:
 
 ATTENTION = ("attention_fwd_kernel", "attention_bwd_query_kernel", "attention_bwd_key_kernel")
 ONE_WARP = "one warp a row needs no exchange and draws each target once; two would not spill and are not measured"
-OUTSIDE = ("energy_rows_kernel", "energy_gaussian_kernel", "chain_kernel")
+OUTSIDE = ("energy_rows_kernel", "energy_gaussian_kernel", "generator_kernel", "chain_kernel")
 NOT_HOPPER = "sm_90 does not spill, and the configuration is chosen there"
 DIVISION = "the frame of a 64-bit division, no spill"
 KNOWN_SPILLS = (
@@ -124,7 +124,10 @@ KNOWN_SPILLS = (
         ("adaln_bwd_kernel",), {"BLOCK": "2048"}, 112, "0.64 ms at W = 1280 on an H200; the best that does not: 0.75"
     ),
     KnownSpill(("adaln_bwd_kernel",), {"BLOCK": "8192"}, 264, "a row and its sums fill the registers of 16 warps"),
-    KnownSpill(("chain_kernel",), {"COMPUTE": "fp32"}, 128, "exact float32 products, which no mixed precision has"),
+    KnownSpill(
+        ("generator_kernel",), {"COMPUTE": "fp32"}, 32, "exact float32 products, which no mixed precision has"
+    ),
+    KnownSpill(("generator_kernel",), {"WEIGHT": ("bf16", "fp16")}, 24, "the fastest on an H200", triton="3.6"),
     KnownSpill(OUTSIDE, {}, 112, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("pairwise_product_kernel",), {}, 32, NOT_HOPPER, ("sm_80",)),
     KnownSpill(("field_gradients_kernel",), {"BLOCK_N": "16"}, 16, NOT_HOPPER, ("sm_80", "sm_100")),

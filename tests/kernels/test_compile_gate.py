@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from ear_kernels.compile_gate import example_calls
 from ear_kernels.ops.energy_loss import launch as launch_loss
 from ear_kernels.ops.energy_loss import launch_distance, launch_gaussian
-from ear_kernels.ops.generator import launch_adaln, launch_few_rows, launch_ffn, launch_inference
+from ear_kernels.ops.generator import launch_adaln, launch_chain, launch_few_rows, launch_ffn, launch_inference
 from ear_kernels.ops.transformer import launch as launch_block
 from ear_kernels.ops.transformer import launch_attention
 from ear_kernels.runtime import compile_gate
@@ -75,8 +75,8 @@ assert types["gy_ptr"] == types["m"] == types["N"] == "constexpr", types
 assert first.constexprs[names.index("m"),] == 1 and first.constexprs[names.index("gy_ptr"),] is None, first
 assert first.parameters["N"] == 2 and first.options == {"num_warps": 4}, first
 assert all(["tt.divisibility", 16] in first.attributes[names.index(name),] for name in ("x_ptr", "rows")), first
-assert {"linear_kernel", "chain_kernel"} <= kernels["sm_90"]
-assert "linear_kernel" not in kernels["sm_80"] and "chain_kernel" in kernels["sm_80"]
+assert {"linear_kernel", "generator_kernel"} <= kernels["sm_90"]
+assert "linear_kernel" not in kernels["sm_80"] and "generator_kernel" in kernels["sm_80"]
 """
 
 
@@ -205,13 +205,25 @@ def test_every_entry_of_the_gemms_is_used(monkeypatch):
 
 
 def test_every_entry_of_few_rows_is_launched(launches):
+    names = ("BM", "BN", "BK", "STAGES", "BN_MOD", "BK_MOD", "STAGES_MOD", "PARTS", "AHEAD")
+    configs = [config for *_, half, single in launch_few_rows.TABLE for config in (half, single)]
+    assert options_of(launches, "generator_kernel", *names) == {
+        tuple(getattr(config, name.lower()) for name in names) for config in configs
+    }
     for kernel, table, names in (
-        ("chain_kernel", launch_few_rows.CHAIN, ("BN", "BK", "STAGES", "PARTS")),
-        ("modulations_kernel", launch_few_rows.MODULATIONS, ("BM", "BN", "BK", "STAGES")),
+        (
+            "chain_kernel",
+            [config for *_, half, single in launch_chain.CHAIN for config in (half, single) if config],
+            ("BM", "BN", "PARTS"),
+        ),
+        (
+            "modulations_kernel",
+            [config for _, *configs in launch_chain.MODULATIONS for config in configs],
+            ("BM", "BN", "BK", "STAGES"),
+        ),
     ):
-        configs = [config for *_, half, single in table for config in (half, single)]
         assert options_of(launches, kernel, *names) == {
-            tuple(getattr(config, name.lower()) for name in names) for config in configs
+            tuple(getattr(config, name.lower()) for name in names) for config in table
         }
 
 
@@ -279,5 +291,5 @@ def test_every_launch_of_the_block_is_used(launches, monkeypatch):
 def test_what_amd_does_not_launch():
     """The host code decides: no descriptors, no persistent kernel, no heads of two blocks."""
     launches = record_all("gfx942")
-    assert not {"linear_kernel", "chain_kernel"} & {kernel.fn.__name__ for kernel, *_ in launches}
+    assert not {"linear_kernel", "generator_kernel", "chain_kernel"} & {kernel.fn.__name__ for kernel, *_ in launches}
     assert max(options_of(launches, "attention_fwd_kernel", "DIM")) == (64,)

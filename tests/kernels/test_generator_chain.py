@@ -7,7 +7,7 @@ import torch
 
 from ear_kernels import functional
 from ear_kernels.modules import FusedMLPGenerator
-from ear_kernels.ops.generator import launch_few_rows
+from ear_kernels.ops.generator import launch_chain, launch_few_rows
 from ear_kernels.runtime.copies import LowCopies
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE, DTYPES
@@ -97,22 +97,6 @@ def test_mixed_precision(monkeypatch, rows) -> None:
         assert not run("triton").any()
 
 
-def test_large_means_keep_their_deviations(monkeypatch) -> None:
-    """A norm of rows whose mean is far from 0, in several steps over them."""
-    config = launch_few_rows.ChainConfig(16, 64, 2, 4)
-    monkeypatch.setattr(launch_few_rows, "CHAIN", ((64, launch_few_rows.MOST_WIDTH, config, config),))
-    generator = make(200, 2, 0).eval()
-    with torch.no_grad():
-        generator.input_proj.bias.add_(1000.0)
-    z, noise = torch.randn(4, 24, device=DEVICE), torch.rand(4, 16, device=DEVICE)
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    ours = generator.chain(z, generator.modulations(noise))
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
-    with torch.no_grad():
-        exact = copy.deepcopy(generator).double()(z.double(), noise.double())
-        assert_close_to_eager("out", ours, generator(z, noise), exact)
-
-
 def test_arguments_are_checked() -> None:
     generator = make(32, 1, 0).eval()
     inputs = [each.detach() for each in generator.input_parameters()]
@@ -190,11 +174,30 @@ def test_few_rows_match_eager(monkeypatch, rows, samples, width, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "parts"), [(3, 4), (16, 2), (40, 1)])
 def test_few_rows_in_parts_and_other_tiles(monkeypatch, rows, parts, dtype) -> None:
-    """Several steps over K cut into parts, the last not full; tiles that do not divide the width."""
-    chain = launch_few_rows.ChainConfig(16, 64, 2, parts)
-    mod = launch_few_rows.ModulationConfig(16 if rows <= 16 else 64, 32, 64, 2)
-    monkeypatch.setattr(launch_few_rows, "CHAIN", ((64, launch_few_rows.MOST_WIDTH, chain, chain),))
-    monkeypatch.setattr(launch_few_rows, "MODULATIONS", ((64, mod, mod),))
+    """One kernel for all: K steps cut into parts; modulations computed ahead of their layers."""
+    config = launch_few_rows.FewConfig(16 if rows <= 16 else 64, 16, 64, 2, 32, 64, 2, parts=parts)
+    monkeypatch.setattr(launch_few_rows, "TABLE", ((64, launch_few_rows.MOST_WIDTH, config, config),))
+    monkeypatch.setattr(launch_chain, "WHOLE_ROWS", 0)
+    compare(monkeypatch, rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "bm", "parts"), [(3, 8, 4), (20, 8, 2), (16, 16, 1)])
+def test_chain_of_other_tiles(monkeypatch, rows, bm, parts, dtype) -> None:
+    """Several tiles a program, several groups of rows, steps over K of the modulations that are not full."""
+    tiles = launch_chain.ChainConfig(bm, 16, parts)
+    mod = launch_chain.ModulationConfig(16 if rows <= 16 else 64, 32, 64, 2)
+    monkeypatch.setattr(launch_chain, "CHAIN", ((64, launch_few_rows.MOST_WIDTH, tiles, tiles),))
+    monkeypatch.setattr(launch_chain, "MODULATIONS", ((64, mod, mod),))
+    monkeypatch.setattr(launch_chain, "WHOLE_ROWS", 64)
+    calls = []
+    chain = launch_chain.chain
+    monkeypatch.setattr(launch_chain, "chain", lambda *given: calls.append(given) or chain(*given))
+    compare(monkeypatch, rows, dtype)
+    assert len(calls) == 1
+
+
+def compare(monkeypatch, rows: int, dtype: torch.dtype) -> None:
     generator = make(96, 4, 2).eval().to(dtype)
     z = torch.randn(rows, 24, device=DEVICE, dtype=dtype)
     noise = torch.rand(rows, 16, device=DEVICE, dtype=dtype) - 0.5

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_kernels.ops.generator import launch, launch_adaln, launch_few_rows, launch_ffn, launch_inference
+from ear_kernels.ops.generator import (
+    launch,
+    launch_adaln,
+    launch_chain,
+    launch_few_rows,
+    launch_ffn,
+    launch_inference,
+)
 from ear_kernels.ops.generator.reference import BLOCK_PARAMETERS, is_norm_parameter
 from ear_kernels.runtime.autograd import graph_is_kept, refuse_double_backward
 from ear_kernels.runtime.copies import held as held_copy
@@ -298,6 +305,16 @@ def generator_blocks(hidden: Tensor, conditioning: Tensor, parameters: list[Tens
 # ------------------------------------------------------------------------------------------------ without gradients
 
 
+def _few_rows_forward(
+    z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], *others: Any
+) -> Tensor:
+    rows, dtype = noise.shape[0], others[-1]
+    halves = rows <= launch_chain.WHOLE_ROWS and inputs[0].dtype == dtype
+    if halves and launch_chain.chain_fits(rows, inputs, parameters, dtype, z, noise):
+        return launch_chain.whole(z, noise, inputs, parameters, *others)
+    return launch_few_rows.few_rows(z, noise, inputs, parameters, *others)
+
+
 def _few_rows_fake(z: Tensor, noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], *others: Any) -> Tensor:
     return z.new_empty((noise.shape[0], parameters[-2].shape[0]), dtype=others[-1])
 
@@ -326,7 +343,7 @@ def _modulations(
     noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
 ) -> None:
     if launch_few_rows.fits(noise.shape[0], inputs, parameters, out.dtype, noise):
-        launch_few_rows.modulations(noise, inputs, parameters, temperature, out)
+        launch_chain.modulations(noise, inputs, parameters, temperature, out)
     elif noise.shape[0]:
         inputs, parameters = _cast(inputs, parameters, out.dtype)
         launch_inference.modulations(noise.to(out.dtype), inputs, parameters, temperature, out)
@@ -334,8 +351,8 @@ def _modulations(
 
 def _chain(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float) -> Tensor:
     dtype = modulations.dtype
-    if launch_few_rows.fits(z.shape[0], inputs, parameters, dtype, z):
-        return launch_few_rows.chain(z, modulations, inputs, parameters, 1, eps)
+    if launch_chain.chain_fits(z.shape[0], inputs, parameters, dtype, z):
+        return launch_chain.chain(z, modulations, inputs, parameters, 1, eps)
     inputs, parameters = _cast(inputs, parameters, dtype)
     return launch_inference.chain(z.to(dtype), modulations, inputs, parameters, eps)
 
@@ -347,7 +364,7 @@ def _chain_fake(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters
 _few_rows = _register(
     "generator_few_rows(Tensor z, Tensor noise, Tensor[] inputs, Tensor[] parameters, int samples, "
     "float temperature, float eps, ScalarType dtype) -> Tensor",
-    launch_few_rows.few_rows,
+    _few_rows_forward,
     _few_rows_fake,
 )
 _generator_modulations = _register(
