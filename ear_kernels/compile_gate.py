@@ -17,21 +17,13 @@ from torch import Tensor
 
 from ear_kernels import functional
 from ear_kernels.evaluation import energy_distance
+from ear_kernels.gate_inference import ALL_FLOATS, FLOATS, HALVES, inference_calls, tensor
 from ear_kernels.modules import FusedMLPGenerator
 from ear_kernels.noise_pool import pool_arrangement
 from ear_kernels.optimizer import FusedAdamW
 from ear_kernels.runtime.compile_gate import main
 from ear_kernels.runtime.copies import LowCopies
 from ear_kernels.targets import GaussianTarget
-
-HALVES = (torch.bfloat16, torch.float16)
-FLOATS = (torch.float32, *HALVES)
-ALL_FLOATS = (torch.float64, *FLOATS)
-
-
-def tensor(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
 def backward(*outputs: Tensor) -> None:
@@ -272,22 +264,6 @@ def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: flo
         backward(functional.transformer_block(residual, block, options))
 
 
-@torch.no_grad()
-def _linears(rows: int, inner: int, dtype: torch.dtype, bias: bool, dependent: bool) -> None:
-    """Inference's linears, with results in 16 bit and in e4m3."""
-    x, weight, scale = tensor(rows, 768, dtype=dtype), tensor(inner, 768, dtype=dtype), tensor(1)
-    wide = dtype if dtype in HALVES else torch.bfloat16
-    given: dict[str, Any] = {"bias": tensor(inner, dtype=wide) if bias else None, "dependent": dependent}
-    operations: Any = functional
-    for operation in (operations.linear_gelu, operations.linear_inference):
-        if dtype in HALVES:
-            operation(x, weight, **given)
-            operation(x, weight, out_scale=scale, dtype=torch.float8_e4m3fn, **given)
-        else:
-            operation(x, weight, scales=(scale, scale), **given)
-            operation(x, weight, scales=(scale, scale), out_scale=scale, dtype=dtype, **given)
-
-
 def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     # EAR-B, EAR-L, EAR-H at full tiles of the attention and at others, and small and odd.
     for width, heads, length in ((768, 12, 320), (1024, 16, 321), (1280, 16, 320), (1280, 16, 77), (60, 3, 5)):
@@ -298,44 +274,6 @@ def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{what}, plain", partial(_block, width, heads, length, torch.bfloat16, 0.0, False, True)
     yield f"{what}, without gradients", partial(_block, 768, 12, 320, torch.bfloat16, 0.1, True, False)
     yield "block, 2048", partial(_block, 2048, 32, 320, torch.bfloat16, 0.1, True, True)
-    # Every tile of the table; one of them with each switch.
-    for rows, inner in ((16, 3072), (320, 3072), (640, 3072), (1281, 2304), (1280, 3072), (5120, 3072)):
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            yield f"linears, {rows} x {inner}, {dtype}", partial(_linears, rows, inner, dtype, True, True)
-    yield "linears, plain", partial(_linears, 640, 3072, torch.float16, False, False)
-    yield "linears, many rows, plain", partial(_linears, 5120, 3072, torch.float16, False, False)
-
-
-@torch.no_grad()
-def _inference(
-    rows: int, width: int, heads: int, lengths: tuple[int, int, int], dtype: torch.dtype, low: bool, **options: Any
-) -> None:
-    """The inference operations of a block; ``lengths``: sequences, keys, queries of rows; ``low``: to e4m3."""
-    operations: Any = functional
-    groups, keys, queries = lengths
-    output: Any = {"dtype": torch.float8_e4m3fn, "scale": tensor(1)} if low else {"dtype": dtype}
-    parameters = [tensor(width, dtype=dtype) for _ in range(3)]
-    stream = tensor(rows, width)
-    operations.residual_norm(tensor(rows, width, dtype=dtype), parameters[0], stream, *parameters[1:], **output)
-    operations.residual_norm(None, None, stream, *parameters[1:], **output, **options)
-    operations.gelu(tensor(rows, 4 * width, dtype=dtype), **output, **options)
-    operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
-    query = tensor(groups, queries, width, dtype=dtype)
-    operations.attention_rows(query, tensor(groups, keys, 2 * width, dtype=dtype), heads, **options)
-
-
-def _inference_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    # One image, eight and 128, guided, of each size; digits; other lengths and dtypes.
-    for width, heads in ((768, 12), (1024, 16), (1280, 16)):
-        for groups in (2, 16, 256):
-            for low in (False, True):
-                what = f"inference, {width}, {groups} sequences{', e4m3' if low else ''}"
-                sizes = groups * 320, width, heads, (groups, 320, 3)
-                yield what, partial(_inference, *sizes, torch.bfloat16, low, dependent=True)
-    for dtype in FLOATS:
-        yield f"inference, odd, {dtype}", partial(_inference, 77, 768, 12, (2, 77, 20), dtype, False)
-        yield f"inference, wide heads, {dtype}", partial(_inference, 77, 288, 4, (2, 300, 1), dtype, False)
-    yield "inference, digits", partial(_inference, 2080, 96, 4, (4, 20, 2), torch.bfloat16, False)
 
 
 def _adamw_call(dtype: torch.dtype | None, divided: bool) -> None:
@@ -361,7 +299,7 @@ def example_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _energy_distance_calls()
     yield from _generator_calls()
     yield from _transformer_calls()
-    yield from _inference_calls()
+    yield from inference_calls()
     yield from _adamw_calls()
 
 

@@ -40,6 +40,11 @@ def fingerprint_kernel(
     tl.atomic_add(out, tl.sum(total, 0), sem="relaxed")
 
 
+def launch_fingerprint(table: Tensor, out: Tensor) -> None:
+    """Add the fingerprint of the table's words to ``out``, int64 ``[1]``."""
+    launch(fingerprint_kernel, (len(table),), table, out, on=out, TILE=TILE, WORDS=WORDS, num_warps=8)
+
+
 class Fingerprint:
     """The fingerprint of these tensors as long as they lie where they do.
 
@@ -70,6 +75,5 @@ class Fingerprint:
         """The number; it waits for the device."""
         self._out.zero_()
         if len(self._table):
-            options = {"TILE": TILE, "WORDS": WORDS, "num_warps": 8}
-            launch(fingerprint_kernel, (len(self._table),), self._table, self._out, on=self._out, **options)
+            launch_fingerprint(self._table, self._out)
         return int(self._out)
