@@ -173,7 +173,7 @@ class Page:
         """Press the button; the final picture's bytes, and the addresses of all that were shown."""
         self.driver.execute_script("window.shown = []; window.said = [arguments[0]]", self.status())
         self.find("#draw").click()
-        self.until(lambda: any("images in" in text for text in self.said()[1:]))
+        self.until(lambda: "images in" in self.said()[-1] and not all("images in" in text for text in self.said()))
         name = f"/seed{self.find(SEED).get_attribute('value')[:20]}.png"
         self.until(lambda: self.find("#picture img").get_attribute("src").endswith(name))
         return self.bytes(self.find("#picture img").get_attribute("src")), self.driver.execute_script("return shown")
