@@ -227,6 +227,9 @@ def _generator_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             ):  # fmt: skip
                 what = f"generator, {rows} x {width}, {weights} in {compute}"
                 yield what, partial(_few_rows, rows, width, weights, compute)
+    # Rows of no whole vectors, which the halves do not take.
+    for dtype in HALVES:
+        yield f"generator, 16 x 1004, {dtype}", partial(_few_rows, 16, 1004, dtype, dtype)
     for rows, width in ((8, 1024), (8, 1536), (16, 1024), (64, 1024), (64, 1536), (600, 1024), (4096, 1024)):
         for weights, compute in (
             (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),

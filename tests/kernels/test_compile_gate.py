@@ -210,17 +210,11 @@ def test_every_entry_of_few_rows_is_launched(launches):
     assert options_of(launches, "generator_kernel", *names) == {
         tuple(getattr(config, name.lower()) for name in names) for config in configs
     }
+    chains = [config for *_, half, single in launch_chain.CHAIN for config in (half, single) if config]
+    products = [config for _, *configs in launch_chain.MODULATIONS for config in configs]
     for kernel, table, names in (
-        (
-            "chain_kernel",
-            [config for *_, half, single in launch_chain.CHAIN for config in (half, single) if config],
-            ("BM", "BN", "PARTS"),
-        ),
-        (
-            "modulations_kernel",
-            [config for _, *configs in launch_chain.MODULATIONS for config in configs],
-            ("BM", "BN", "BK", "STAGES"),
-        ),
+        ("chain_kernel", chains, ("BM", "BN", "PARTS")),
+        ("modulations_kernel", products, ("BM", "BN", "BK", "STAGES")),
     ):
         assert options_of(launches, kernel, *names) == {
             tuple(getattr(config, name.lower()) for name in names) for config in table

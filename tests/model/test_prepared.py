@@ -5,20 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ear_model.draws import Draws
 from ear_model.scores import EnergyScore
-
-
-class Given(Draws):
-    """One noise tensor."""
-
-    def __init__(self, noise: torch.Tensor) -> None:
-        super().__init__()
-        self._noise = noise
-
-    def rand(self, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        assert self._noise.shape == shape
-        return self._noise + 0.5
 
 
 def make(config, seed: int = 0) -> EnergyScore:
@@ -46,7 +33,7 @@ def test_prepared_samples_are_samples(tiny_config, monkeypatch, backend, rows, g
     ours = score.sample_prepared(hidden, other, 1.0 if guidance is None else guidance, prepared)
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
     with torch.no_grad():
-        wanted = score.sample(hidden, other, float(guidance or 0), 0.7, Given(noise))
+        wanted = score.sample(hidden, other, float(guidance or 0), 0.7, noise)
     assert ours.dtype == torch.float32
     assert ours.shape == (rows, tiny_config.token_dim)
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
