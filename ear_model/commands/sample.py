@@ -164,7 +164,7 @@ def _prepare(command: Sample) -> _Prepared:
             decoding_bytes=decoder.bytes_per_image,
             image_size=decoder.image_size,
         )
-    sampler = Sampler(model, decoder, setting, command.seed, batch_size, precision)
+    sampler = Sampler(model, decoder.on_device, setting, command.seed, batch_size, precision)
     return _Prepared(sampler, labels, decoder, config, settings)
 
 

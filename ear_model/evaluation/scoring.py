@@ -112,7 +112,7 @@ class Scoring:
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Labels of the first ``classes`` classes, and 8-bit images of them, batch after batch."""
         labels = class_labels(range(classes), self.options.num, self.config.model.num_classes)
-        sampler = Sampler(model, self.decoder, setting, seed, self.options.batch_size)
+        sampler = Sampler(model, self.decoder.on_device, setting, seed, self.options.batch_size)
         batches = sampler.batches(labels)
         return labels, (images for _, images in batches)
 

@@ -41,9 +41,13 @@ class Decoder:
                 f"give the autoencoder's weights with --tokenizer"
             )
 
-    @torch.no_grad()
     def __call__(self, output: Tensor) -> Tensor:
-        """Images of what the model sampled; latents are decoded a few at a time, on the decoder's device."""
+        """Images of what the model sampled, on the CPU; latents are decoded a few at a time."""
+        return self.on_device(output).cpu()
+
+    @torch.no_grad()
+    def on_device(self, output: Tensor) -> Tensor:
+        """The same where they are decoded; nothing waits for that."""
         if self._tokenizer is None:
             return output
         parts = output.split(DECODED_AT_A_TIME)
@@ -62,7 +66,7 @@ class Bytes:
     """8-bit images of a model's outputs, which a GPU decodes beside what the current stream does next.
 
     Args:
-        decoder: images ``[B, 1 or 3, H, W]`` in -1..1 of an output, such as :class:`Decoder`.
+        decoder: images ``[B, 1 or 3, H, W]`` in -1..1 of an output, such as :meth:`Decoder.on_device`.
         device: the model's.
     """
 

@@ -123,7 +123,7 @@ class Sampler:
 
     model: ReleasingModel
     decoder: Callable[[Tensor], Tensor]
-    """What makes images of the model's output: :class:`ear_model.sampling.decoder.Decoder`."""
+    """What makes images of the model's output: :meth:`ear_model.sampling.decoder.Decoder.on_device`."""
     setting: SamplingConfig
     seed: int = 0
     """The same seed gives the same images."""
