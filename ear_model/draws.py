@@ -1,5 +1,6 @@
 """Random numbers: seeds of generators, and what a model draws from."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -43,6 +44,14 @@ class Draws:
         """A uniformly random permutation of the tokens for each image, int64 ``[images, tokens]``."""
         return self.rand(images, tokens, device=device).argsort(dim=-1, stable=True)
 
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """A function that goes back to here: what was drawn for ``device`` meanwhile is drawn again."""
+        if self.generator is not None:
+            return functools.partial(self.generator.set_state, self.generator.get_state())
+        if device.type == "cuda":
+            return functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        return functools.partial(torch.set_rng_state, torch.get_rng_state())
+
     def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
         return draw(shape, device=device, generator=self.generator)
 
@@ -64,9 +73,17 @@ class ImageDraws(Draws):
     def __init__(self, seed: int, images: Iterable[int]) -> None:
         super().__init__()
         check_seed(seed)
+        self._seed, self._images = seed, list(images)
+        self._begin()
+
+    def _begin(self) -> None:
         # A key of its own behind the seed's words: seeds longer than a word don't run into each other.
-        sequences = (np.random.SeedSequence(seed, spawn_key=(index,)) for index in images)
+        sequences = (np.random.SeedSequence(self._seed, spawn_key=(index,)) for index in self._images)
         self._generators = [np.random.Generator(np.random.Philox(sequence)) for sequence in sequences]
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """As of :class:`Draws`, at the start: from the first number on."""
+        return self._begin
 
     def fraction(self) -> float:
         raise NotImplementedError("a number for a whole batch is no image's own")

@@ -169,12 +169,7 @@ class EAR(nn.Module):
             draws = Draws(generator)
         elif draws is None:
             draws = ImageDraws(int(torch.randint(2**63 - 1, ())), range(len(labels)))
-        was_training = self.training
-        self.eval()
-        try:
-            tokens_BLD = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
-        finally:
-            self.train(was_training)
+        tokens_BLD = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
         return self.tokenizer.decode(tokens_BLD)
 
     def release(self) -> None:

@@ -71,9 +71,17 @@ class Fingerprint:
         self._table = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
         self._out = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def __call__(self) -> int:
-        """The number; it waits for the device."""
+    def start(self) -> None:
+        """Read the tensors as they are at this place of the stream."""
         self._out.zero_()
         if len(self._table):
             launch_fingerprint(self._table, self._out)
+
+    def number(self) -> int:
+        """What was read last; it waits for the device."""
         return int(self._out)
+
+    def __call__(self) -> int:
+        """The number of the tensors as they are; it waits for the device."""
+        self.start()
+        return self.number()

@@ -5,10 +5,11 @@ steps over 256 tokens has seven. Weights are read where they lie and cast anew a
 and loading into a model are seen; parameters that have moved make the graphs anew.
 """
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -58,6 +59,11 @@ class Graphs:
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
+    @property
+    def names(self) -> Any:
+        """Of the graphs that are there."""
+        return self._graphs.keys()
+
     def capture(self, works: dict[Any, Callable[[], Any]], before: Callable[[], Any] = lambda: None) -> None:
         """Capture what is not there yet, after a run of each: kernels are compiled and loaded, which a capture does
         not allow. ``before`` makes sense of such a run."""
@@ -106,7 +112,10 @@ class Engine:
     def __call__(
         self, labels_B: Tensor, sampling: SamplingConfig, draws: Draws, progress: Progress | None = None
     ) -> Tensor:
-        """Tokens ``[B, L, D]`` in float32, as :func:`decode_tokens` gives them within rounding."""
+        """Tokens ``[B, L, D]`` in float32, as :func:`decode_tokens` gives them within rounding.
+
+        From weights as they were copied last: see :meth:`refresh` and :meth:`is_current`.
+        """
         decoding = self.decoding
         model, tokens = decoding.model, decoding.config.num_tokens
 
@@ -115,8 +124,6 @@ class Engine:
 
         steps = list(steps_of(tokens, sampling.steps, images, None))
         counts = [step.left - step.keep for step in steps]
-        if self.weights.refresh():
-            self.table.clear()
         decoding.fill(labels_B, sampling, draws, counts)
         dtype = decoding.dtype
         autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
@@ -133,11 +140,18 @@ class Engine:
                 names[0] = ("first step", *names[0][1:])
             works: dict[Any, Callable] = {"begin": decoding.begin}
             works |= {name: self._work(*name[:3]) for name in dict.fromkeys(names)}
-            self._graphs.capture(works, before=decoding.begin)
+            if not works.keys() <= self._graphs.names:
+                with evaluating(model):
+                    self._graphs.capture(works, before=decoding.begin)
             self._graphs("begin")
             for _, name in zip(steps_of(tokens, sampling.steps, images, progress), names, strict=True):
                 self._graphs(name)
         return decoding.tokens_BLD.clone()
+
+    def refresh(self) -> None:
+        """See to weights that have changed."""
+        if self.weights.refresh():
+            self.table.clear()
 
     def _work(self, kind: str, count: int, guided: bool) -> Callable[[], None]:
         """What a graph does."""
@@ -145,6 +159,19 @@ class Engine:
             return functools.partial(self.decoding.step, count, guided)
         table = self.table.hidden_TLC, self._places_G
         return functools.partial(self.decoding.first_step, count, *table, guided)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode, and afterwards each of its modules in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_plain(module: Any) -> bool:
@@ -191,42 +218,86 @@ class Engines:
         """Tokens ``[B, L, D]`` in float32: by graphs on a GPU, else by the plain loop.
 
         Args:
-            model: in eval mode, always the same one.
+            model: always the same one, in any mode.
             labels_B: int64, on the model's device.
             sampling: how.
             draws: where orders and noise come from.
-            precision: "auto", "fp32" or "bf16"; see :func:`compute_dtype`.
+            precision: "auto", "fp32", "bf16" or "fp8"; see :func:`compute_dtype`.
             progress: wraps the steps.
 
         Raises:
             ValueError: an unknown precision. RunError: tokens that are not finite.
         """
-        parameter = next(model.parameters())
+        parameter = next(iter(model.parameters()))
         dtype = compute_dtype(precision, parameter)
-        if precision == "fp8" and not (self.takes(model, labels_B) and processor(parameter).major >= 9):
-            raise ValueError(
-                "precision is 'fp8'; it needs a GPU of compute capability 9 or higher, Triton and a model without "
-                "hooks or wrapped submodules; use 'bf16' or 'auto'"
-            )
-        if self.takes(model, labels_B):
-            with self._lock:
-                engine = self._engine(model, len(labels_B), sampling.guidance != 1, (dtype, precision == "fp8"))
-                tokens = engine(labels_B, sampling, draws, progress)
-        else:
-            wanted = dtype != parameter.dtype
-            with torch.autocast(parameter.device.type, dtype if wanted else None, enabled=wanted):
-                tokens = decode_tokens(model, labels_B, sampling, draws, progress)
+        numbers = dtype, precision == "fp8"
+        with self._lock:
+            tokens = None if progress else self._at_once(model, labels_B, sampling, draws, numbers)
+            if tokens is None:
+                tokens = self._checked(model, labels_B, sampling, draws, numbers, progress)
         if not bool(tokens.isfinite().all()):
             raise RunError("the model samples values that are not finite; its weights are damaged or diverged")
         return tokens
 
+    def _at_once(
+        self,
+        model: SamplingModel,
+        labels_B: Tensor,
+        sampling: SamplingConfig,
+        draws: Draws,
+        numbers: tuple[torch.dtype, bool],
+    ) -> Tensor | None:
+        """Tokens by an engine that is there; None if there is none or what it stands for has changed.
+
+        That is asked while the GPU works: reading all submodules and parameters takes the host milliseconds.
+        """
+        engine = self._kept.get((len(labels_B), sampling.guidance != 1, numbers))
+        if engine is None or not self._may_capture(labels_B):
+            return None
+        rewind = draws.mark(labels_B.device)
+        engine.weights.start_check()
+        tokens = engine(labels_B, sampling, draws)
+        if is_plain(model) and engine.weights.fits(model) and not engine.weights.have_changed():
+            return tokens
+        rewind()
+        return None
+
+    def _checked(
+        self,
+        model: SamplingModel,
+        labels_B: Tensor,
+        sampling: SamplingConfig,
+        draws: Draws,
+        numbers: tuple[torch.dtype, bool],
+        progress: Progress | None,
+    ) -> Tensor:
+        """Tokens by the engine of this model as it is, or by the plain loop."""
+        parameter, (dtype, fp8) = next(iter(model.parameters())), numbers
+        takes = self.takes(model, labels_B)
+        if fp8 and not (takes and processor(parameter).major >= 9):
+            raise ValueError(
+                "precision is 'fp8'; it needs a GPU of compute capability 9 or higher, Triton and a model without "
+                "hooks or wrapped submodules; use 'bf16' or 'auto'"
+            )
+        if takes:
+            engine = self._engine(model, len(labels_B), sampling.guidance != 1, numbers)
+            engine.refresh()
+            return engine(labels_B, sampling, draws, progress)
+        wanted = dtype != parameter.dtype
+        with evaluating(model), torch.autocast(parameter.device.type, dtype if wanted else None, enabled=wanted):
+            return decode_tokens(model, labels_B, sampling, draws, progress)
+
     @staticmethod
     def takes(model: SamplingModel, labels_B: Tensor) -> bool:
         """Whether there can be graphs of this call."""
-        on_gpu = labels_B.is_cuda and len(labels_B) > 0 and torch.version.hip is None
-        kernels = TRITON_IS_INSTALLED and requested_backend() != "eager"
-        watched = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() if on_gpu else True
-        return on_gpu and kernels and not watched and is_plain(model)
+        return Engines._may_capture(labels_B) and is_plain(model)
+
+    @staticmethod
+    def _may_capture(labels_B: Tensor) -> bool:
+        if not labels_B.is_cuda or len(labels_B) == 0 or torch.version.hip is not None or not TRITON_IS_INSTALLED:
+            return False
+        watched = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+        return requested_backend() != "eager" and not watched
 
     def release(self) -> None:
         """Free the memory of all engines; the next call makes them anew."""

@@ -103,13 +103,32 @@ class PublicModel:
         return self._model.unpatchify(tokens_BLD)
 
 
+class _Engines(Engines):
+    """The engines of a public model, and how they see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._view: PublicModel | None = None
+        self._parameters: list[int] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Engines, ()
+
+    def view(self, model: Any) -> PublicModel:
+        """The model as it is: another view where parameters were put in the place of others."""
+        parameters = [id(parameter) for parameter in model.scoreloss.net.parameters()]
+        if self._view is None or parameters != self._parameters:
+            self._view, self._parameters = PublicModel(model), parameters
+        return self._view
+
+
 def swap(model: Any) -> str | None:
     """Give a public EAR model our ``sample_tokens``; returns what it does, None if this is no such model."""
     if not all(hasattr(model, name) for name in NAMES):
         return None
     if "sample_tokens" in vars(model) and getattr(model.sample_tokens, "__func__", None) is not sample_tokens:
         return None  # somebody else's, on the instance
-    model._sampling_engines = Engines()
+    model._sampling_engines = _Engines()
     model.sample_tokens = MethodType(sample_tokens, model)
     return "the steps as CUDA graphs"
 
@@ -131,10 +150,10 @@ def sample_tokens(
     may hold ``temperature``, which is another name of ``infer_temperature``.
     """
     infer_temperature = more.pop("temperature", infer_temperature)
-    view, device = PublicModel(self), self.mask_token.device
+    engines: _Engines = self._sampling_engines
+    view, device = engines.view(self), self.mask_token.device
     wanted = torch.full((bsz,), -1, device=device) if labels is None else labels.to(device).long()
     known = cfg_schedule in ("linear", "constant") and len(wanted) == bsz and not more
-    engines = self._sampling_engines
     if self.training or not known or not engines.takes(view, wanted):
         public = type(self).sample_tokens
         return public(self, bsz, num_iter, cfg, cfg_schedule, labels, infer_temperature, progress, **more)

@@ -128,8 +128,9 @@ class Weights:
         linears = [parameter for block in (blocks if not fp8 else blocks[-1:]) for parameter in block.parameters()]
         first = [*blocks[0].attn.qkv.parameters()]
         biases = [linear.bias for block in blocks for linear in _linears(block).values()]
-        cast = [*linears, *first, *biases, *backbone.z_proj.parameters(), *model.score.parameters()]
-        self.copies = LowCopies(cast, dtype) if dtype != own.dtype else None
+        cast = [*linears, *first, *biases, *backbone.z_proj.parameters()]
+        scored = list(model.score.parameters())
+        self._copies = [LowCopies(part, dtype) for part in (cast, scored)] if dtype != own.dtype else []
         if own.is_cuda:
             from ear_kernels.runtime.fingerprint import Fingerprint
 
@@ -137,7 +138,7 @@ class Weights:
         else:
             self._fingerprint = None
         self._found: int | None = None
-        with self.scope():
+        with self._copies[0] if self._copies else nullcontext():
             self.blocks = [
                 self._block(block, quantised=fp8, first=number == 0, last=number == len(blocks) - 1)
                 for number, block in enumerate(blocks)
@@ -150,8 +151,11 @@ class Weights:
         return self._addresses == addresses(model)
 
     def scope(self) -> Any:
-        """Where the 16-bit copies stand for the weights."""
-        return nullcontext() if self.copies is None else self.copies
+        """Where the 16-bit copies stand for the score's weights, as they were made last."""
+        if not self._copies:
+            return nullcontext()
+        self._copies[1].vouch()
+        return self._copies[1]
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -159,17 +163,23 @@ class Weights:
         found = None if self._fingerprint is None else self._fingerprint()
         changed = found is None or found != self._found
         if changed:
-            if self.copies is not None:
-                self.copies.refresh(everything=True)
+            for copies in self._copies:
+                copies.refresh(everything=True)
             for block in self.blocks if self._fp8 else ():
                 _quantise(block)
             self._found = found
-        if self.copies is not None:
-            self.copies.vouch()
         return changed
 
+    def start_check(self) -> None:
+        """Read the parameters' bits, for :meth:`have_changed`."""
+        self._fingerprint.start()
+
+    def have_changed(self) -> bool:
+        """Whether the parameters at :meth:`start_check` were others than those copied; it waits for the device."""
+        return self._fingerprint.number() != self._found
+
     def _low(self, parameter: Tensor) -> Tensor:
-        copy = None if self.copies is None else self.copies.current(parameter, self.dtype)
+        copy = self._copies[0].current(parameter, self.dtype) if self._copies else None
         return parameter.detach() if copy is None else copy
 
     def _linear(self, linear: nn.Linear, *, fp8: bool = False) -> Linear:

@@ -204,6 +204,50 @@ def test_what_is_not_plain_is_seen():
     assert not is_plain(model)
 
 
+class PretendedEngine:
+    """In the place of an engine, where there is no GPU: the plain loop of the model as it was."""
+
+    def __init__(self, model: EAR) -> None:
+        self.model, self.calls, self.weights = copy.deepcopy(model), 0, self
+        self.moved = self.changed = False
+
+    def start_check(self) -> None:
+        self.calls += 1
+
+    def fits(self, model: EAR) -> bool:
+        return not self.moved
+
+    def have_changed(self) -> bool:
+        return self.changed
+
+    def __call__(self, labels: torch.Tensor, sampling: SamplingConfig, draws: Draws) -> torch.Tensor:
+        return decode_tokens(self.model.eval(), labels, sampling, draws)
+
+
+@pytest.mark.parametrize("draws", [lambda: ImageDraws(9, range(3)), lambda: Draws(torch.Generator().manual_seed(4))])
+@pytest.mark.parametrize("change", ["nothing", "hook", "moved", "changed"])
+@torch.no_grad()
+def test_what_has_changed_is_seen_afterwards_and_drawn_again(tiny_model, monkeypatch, draws, change):
+    """An engine that is there starts at once; if the model is another by now, the same draws are made again."""
+    setting = SamplingConfig(3, 2.0)
+    engine = PretendedEngine(tiny_model)
+    tiny_model._engines._kept[3, True, (torch.float32, False)] = engine
+    monkeypatch.setattr(Engines, "_may_capture", staticmethod(lambda labels: True))
+    monkeypatch.setattr(Engines, "takes", staticmethod(lambda *arguments: False))
+    called = []
+    if change == "hook":
+        tiny_model.backbone.z_proj.register_forward_hook(lambda *arguments: called.append(1))
+    elif change != "nothing":
+        randomise(tiny_model)
+        setattr(engine, change, True)
+    expected = decode_tokens(copy.deepcopy(tiny_model).eval(), LABELS, setting, draws())
+    called.clear()
+    found = tiny_model._engines.decode(tiny_model, LABELS, setting, draws())
+    torch.testing.assert_close(found, expected)
+    assert engine.calls == 1
+    assert bool(called) == (change == "hook")
+
+
 def count_replays(model: EAR, monkeypatch) -> list[int]:
     replays: list[int] = []
     replay = torch.cuda.CUDAGraph.replay
@@ -296,8 +340,8 @@ def test_hooks_are_called_and_engines_released(monkeypatch):
     called = []
     hook = model.backbone.decoder_blocks[0].attn.proj.register_forward_hook(lambda *arguments: called.append(1))
     replays = count_replays(model, monkeypatch)
-    images_of(model, precision="fp32")
-    assert not replays
+    torch.testing.assert_close(images_of(model, precision="fp32"), expected, rtol=1e-4, atol=1e-5)
+    assert len(called) == 6
     hook.remove()
     model._engines.release()
     torch.testing.assert_close(images_of(model, precision="fp32"), expected)
