@@ -73,7 +73,8 @@ def _fingerprint() -> None:
     from ear_kernels.runtime.fingerprint import launch_fingerprint
 
     table, out = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((9, 3), (1,)))
-    launch_fingerprint(table, out)
+    for size in (4, 2, 1):
+        launch_fingerprint(table, out, size)
 
 
 def inference_calls() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -38,9 +38,22 @@ def test_an_exchange_is_seen() -> None:
     assert fingerprint() != before
 
 
-def test_what_is_no_words_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(3,\)"):
-        Fingerprint([torch.zeros(3, dtype=torch.float16)])
-    with pytest.raises(ValueError, match=r"\(4, 3\)"):
-        Fingerprint([torch.zeros(4, 6)[:, ::2]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_sizes_that_no_word_of_32_bits_divides(dtype) -> None:
+    values = [torch.randint(5, (size,), device=DEVICE).to(dtype) for size in (7, 1, 64)]
+    fingerprint = Fingerprint(values)
+    before = fingerprint()
+    for tensor in values:
+        tensor.data[-1] += 1
+        assert fingerprint() != before
+        tensor.data[-1] -= 1
+        assert fingerprint() == before
+
+
+def test_elements_with_gaps_and_none() -> None:
+    gapped = torch.randn(4, 6, device=DEVICE)[:, ::2]
+    fingerprint = Fingerprint([gapped, gapped.t()[:2], torch.zeros(0, device=DEVICE)])
+    before = fingerprint()
+    gapped.data[3, 2] += 1
+    assert fingerprint() != before
     assert Fingerprint([])() == 0
