@@ -172,6 +172,11 @@ class EAR(nn.Module):
         tokens_BLD = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
         return self.tokenizer.decode(tokens_BLD)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "EAR":
+        """What ``to``, ``cuda``, ``float`` and the like do; engines hold the parameters' old memory."""
+        self.release()
+        return super()._apply(fn, recurse)
+
     def release(self) -> None:
         """Free the buffers and graphs that sampling on a GPU keeps; the next call makes them anew."""
         self._engines.release()

@@ -193,6 +193,12 @@ def test_engines_are_no_part_of_a_copy(tiny_model):
         assert torch.equal(found, expected)
 
 
+def test_moving_a_model_frees_its_engines(tiny_model):
+    tiny_model._engines._kept["key"] = None
+    assert tiny_model.to("cpu") is tiny_model
+    assert not tiny_model._engines._kept
+
+
 def test_what_is_not_plain_is_seen():
     model = wide_model()
     assert is_plain(model)
