@@ -57,7 +57,7 @@ ALLOWED = {OURS: FACTOR, FP8: 16 * FACTOR}
 # Groups of a step's kernels, for `clocks.grouped`.
 KINDS = {
     "attention": r"(?i)sdpa|flash|fmha|attention",
-    "generator": r"adaln|silu|gate_(fwd|bwd)|generator|few_rows",
+    "generator": r"adaln|silu|gate_(fwd|bwd)|generator|chain_kernel|modulations_kernel|embed_kernel",
     "norms and residuals": r"(?i)norm",
     "GELU": r"(?i)gelu",
     "matrix products": r"nvjet|gemm|cutlass|cublas|splitK|linear|scaled_mm",
