@@ -46,7 +46,8 @@ def _inference(
     parameters = [tensor(width, dtype=dtype) for _ in range(3)]
     stream = tensor(rows, width)
     operations.residual_norm(tensor(rows, width, dtype=dtype), parameters[0], stream, *parameters[1:], **output)
-    operations.residual_norm(None, None, stream, *parameters[1:], **output, **options)
+    for added in (None, parameters[0]):
+        operations.residual_norm(None, added, stream, *parameters[1:], **output, **options)
     operations.gelu(tensor(rows, 4 * width, dtype=dtype), **output, **options)
     operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
     query = tensor(groups, queries, width, dtype=dtype)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels import LowCopies
-from ear_kernels.functional import linear_gelu, linear_inference, quantise_e4m3, residual_norm
+from ear_kernels.functional import (
+    linear_gelu,
+    linear_inference,
+    linear_residual,
+    quantise_e4m3,
+    residual_norm,
+)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -106,6 +112,11 @@ class Block:
         """The MLP without its last bias."""
         takes = self.fc2.takes if normed.dtype == E4M3 else {"dtype": normed.dtype}
         return self.fc2(self.fc1(normed, gelu=takes), bias=False)
+
+    def mlp_onto(self, normed: Tensor, stream: Tensor) -> None:
+        """Add that to the residual stream, in float32 and unrounded; not for e4m3."""
+        inner = self.fc1(normed, gelu={"dtype": normed.dtype}).flatten(0, -2)
+        linear_residual(inner, self.fc2.weight, stream.view(-1, stream.shape[-1]))
 
 
 class Weights:

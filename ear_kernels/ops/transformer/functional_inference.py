@@ -37,8 +37,9 @@ def residual_norm(
     """``x = stream + branch + branch_bias`` and ``LN(x)``.
 
     Args:
-        branch: ``[..., W]``, what attention or MLP made; None adds nothing and leaves ``stream`` as it is.
-        branch_bias: ``[W]`` or None: the bias of the linear that made ``branch``, left out there.
+        branch: ``[..., W]``, what attention or MLP made; None leaves ``stream`` as it is.
+        branch_bias: ``[W]`` or None: the bias of the linear that made ``branch``, left out there. Without a branch
+            ``LN(stream + branch_bias)`` is given: of a linear that has added its product to the stream itself.
         stream: ``[..., W]``, contiguous: the residual stream, which is updated in place without ``out_stream``.
         weight, bias: the norm's parameters, ``[W]``.
         eps: of the norm.
@@ -358,9 +359,8 @@ def _check_norm(
     check_floating("stream", stream)
     if stream.ndim < 1 or not stream.is_contiguous():
         raise ValueError(f"stream has shape {tuple(stream.shape)}; it must be [..., W], contiguous")
-    if branch is None and (branch_bias is not None or out_stream is not None):
-        name = "out_stream" if branch_bias is None else "branch_bias"
-        raise ValueError(f"{name} is given without a branch; it is for what is added to the stream")
+    if branch is None and out_stream is not None:
+        raise ValueError("out_stream is given without a branch; it is for what is added to the stream")
     parameters = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
     for name, tensor in (("branch", branch), *parameters.items()):
         if tensor is None:

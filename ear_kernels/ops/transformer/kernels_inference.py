@@ -34,7 +34,7 @@ def _chunks(row, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr)
 @triton.jit
 def residual_norm_kernel(
     branch,  # [R, W], or None
-    branch_bias,  # [W], added to branch, or None
+    branch_bias,  # [W], added with branch or without, or None
     stream,  # [R, W]
     weight,  # [W]
     bias,  # [W]
@@ -65,8 +65,9 @@ def residual_norm_kernel(
         x = old[index]
         if branch is not None:
             x += added[index]
-            if branch_bias is not None:
-                x += _chunk(branch_bias, index, CHUNK, WIDTH)
+        if branch_bias is not None:
+            x += _chunk(branch_bias, index, CHUNK, WIDTH)
+        if branch is not None:
             cols = index * CHUNK + tl.arange(0, CHUNK)
             x = x.to(out_stream.dtype.element_ty)
             tl.store(out_stream + start + cols, x, mask=cols < WIDTH)
