@@ -40,7 +40,7 @@ class FewConfig:
 
 
 # (Rows up to, width up to) -> config for 16-bit weights, and for float32 ones, which need more registers. Tiles are
-# the fastest on an H200 (results/few_rows_sweep_h200_2026-11-22.txt, then sweep_rows_h200_2026-11-24.json).
+# the fastest on an H200 of what `python -m benchmarks.sweep few` times.
 TABLE: tuple[tuple[int, int, FewConfig, FewConfig], ...] = (
     (16, 1024, FewConfig(16, 8, 256, 4, 32, 128, 6, parts=4, ahead=0), FewConfig(16, 8, 128, 3, 32, 128, 2)),
     (16, MOST_WIDTH, FewConfig(16, 16, 256, 4, 64, 128, 4, parts=4, ahead=0), FewConfig(16, 16, 128, 3, 32, 128, 2)),
