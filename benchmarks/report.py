@@ -5,7 +5,8 @@
     python -m benchmarks.report RESULT.json --plot docs/sampling_speed.png --only "sampling" --title "..."
 
 A cell of the table is GPU / wall time in ms, of sampling wall time of a call / of an image, with the peak memory on
-top of the inputs, of steps and of sampling all of it, where it was measured.
+top of the inputs, of steps and of sampling all of it, where it was measured. Results of benchmarks.sampling_quality
+make a line a setting, with mean and standard deviation of every score over the seeds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ COLOURS |= {PUBLIC: "#8a8f98", PUBLIC_COMPILED: "#1f77d0", PUBLIC_ACCELERATED: "
 COLOURS |= {OURS: "#d1480b", FP8: "#f2b134"}
 METRICS = {"gpu_ms": "ms on the GPU", "wall_ms": "ms of wall time"}
 IMAGE_METRICS = {"image_ms": "ms an image"}
+SCORES = {"accuracy": "accuracy", "energy_distance": "energy distance", "frechet_distance": "Frechet distance"}
 
 
 def rounded(value: float) -> str:
@@ -56,7 +58,15 @@ def source(saved: dict[str, Any]) -> str:
 
 
 def markdown(saved: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """A line a case, a column a rival; and of steps the ms of every group of kernels."""
+    """A line a case, a column a rival; and of steps the ms of every group of kernels. Scores: see :func:`quality`."""
+    if "real" in saved:
+        steps = saved["config"]["train"]["steps"]
+        about = (
+            f"{saved['data']}, {steps:,} training steps on {saved['trained_on']}; {saved['num']:,} samples, "
+            f"{saved['seeds']} seeds; {source(saved)}"
+        )
+        real = {name: {"mean": value} for name, value in saved["real"].items()}
+        return "\n".join([about, "", *quality([*rows, {"case": "real images", "rival": "", "scores": real}])])
     cases, rivals = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "rival"))
     found = {(row["case"], row["rival"]): row for row in rows}
     lines = [source(saved), "", f"| | {' | '.join(rivals)} |", "|---" * (len(rivals) + 1) + "|"]
@@ -69,6 +79,27 @@ def markdown(saved: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         for kind in profiles[0]["groups"]:
             lines.append(f"| {kind} | {' | '.join(rounded(row['groups'][kind]) for row in profiles)} |")
     return "\n".join(lines)
+
+
+def quality(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table of benchmarks.sampling_quality: a setting each, its work, scores and, on a GPU, its time."""
+    timed = any("image_ms" in row for row in rows)
+    titles = ["", "precision", "backbone passes an image", *SCORES.values()]
+    titles += ["ms an image"] * timed
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [row["case"], row["rival"], str(row.get("evaluations", ""))]
+        for name in SCORES:
+            found = row.get("scores", {}).get(name, {})
+            places = 4 if abs(found.get("mean", 0)) < 10 else 1
+            cells.append(" ± ".join(f"{found[key]:.{places}f}" for key in ("mean", "spread") if key in found))
+        for status in ("skipped", "failed"):
+            if status in row:
+                cells[3] = f"{status}: {row[status]}"
+        if timed:
+            cells.append(rounded(row["image_ms"]["median"]) if "image_ms" in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot(saved: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
