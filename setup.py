@@ -36,6 +36,7 @@ setup(
             "pytest-benchmark>=4",
             "pytest-timeout",
             "hypothesis>=6.100",
+            "peft>=0.17",
             "ipython>=8",
             "selenium>=4.20",
             "ruff",

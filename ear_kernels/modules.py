@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear_kernels import functional
+from ear_kernels.head import ffn_parameters, head_parameters, linear_parameters, norm_parameters
 from ear_kernels.noise_pool import pool_arrangement
 from ear_kernels.runtime.backend import choose_backend
 from ear_kernels.runtime.checks import check_device, check_floating
+from ear_kernels.runtime.plain import are_modules_watched, is_plain, runs_forward, work_together
 from ear_kernels.targets import GaussianTarget
 
 
@@ -86,24 +88,40 @@ class FusedAdaLNBlock(nn.Module):
         Args:
             hidden: ``[..., W]``.
             conditioning: ``[..., W]``, broadcastable to ``hidden``: the embedded noise c, or SiLU(c) with
-                ``activated=True`` (it is the same for every block, so a caller computes it once).
+                ``activated=True`` (it is the same for every block, so a caller computes it once; for an
+                ``adaLN_modulation`` of a plain SiLU and one module more).
             temperature: multiplies the shift; eval mode only, as in the paper (section 4.3).
 
         Returns:
             ``[..., W]``.
         """
         if not activated:
-            conditioning = F.silu(conditioning)
-        shift, scale, gate = self.adaLN_modulation[1](conditioning).chunk(3, dim=-1)
+            modulation = self.adaLN_modulation(conditioning)
+        elif _is_after_silu(self.adaLN_modulation):
+            modulation = self.adaLN_modulation[1](conditioning)
+        else:
+            raise ValueError("activated is True; adaLN_modulation is no plain SiLU and linear, so give it c itself")
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         if not self.training and not (isinstance(temperature, (int, float)) and temperature == 1):
             shift = shift * temperature
-        modulated = functional.adaln_modulate(
-            hidden, shift, scale, self.in_ln.weight, self.in_ln.bias, eps=self.in_ln.eps
-        )
-        first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
-        return functional.gated_silu_ffn(
-            hidden, modulated, gate, first.weight, first.bias, second.weight, second.bias
-        )
+        watched = are_modules_watched()
+        norm = None if watched else norm_parameters(self.in_ln, self.width)
+        if norm is None or not work_together(hidden, norm):
+            modulated = self.in_ln(hidden) * (1 + scale) + shift
+        else:
+            modulated = functional.adaln_modulate(hidden, shift, scale, *norm, eps=self.in_ln.eps)
+        ffn = None if watched else ffn_parameters(self.mlp, self.width)
+        if ffn is None or not work_together(modulated, ffn):
+            return hidden + gate * self.mlp(modulated)
+        return functional.gated_silu_ffn(hidden, modulated, gate, *ffn)
+
+
+def _is_after_silu(modulation: nn.Module) -> bool:
+    """Whether a modulation is a plain sequence of a SiLU and one module more, which may be called alone."""
+    if not is_plain(modulation, nn.Sequential) or are_modules_watched():
+        return False
+    children = list(modulation._modules.values())
+    return len(children) == 2 and is_plain(children[0], nn.SiLU) and not children[0].inplace  # type: ignore[union-attr]
 
 
 class _FinalLayer(nn.Module):
@@ -114,8 +132,8 @@ class _FinalLayer(nn.Module):
         self.linear = nn.Linear(width, output_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, hidden: Tensor, activated: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
+    def forward(self, hidden: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
         return self.linear(functional.adaln_modulate(hidden, shift, scale))
 
 
@@ -163,31 +181,57 @@ class FusedMLPGenerator(nn.Module):
             nn.init.zeros_(cast(nn.Linear, linear).bias)
 
     def block_parameters(self) -> list[Tensor]:
-        """Parameters of the blocks and the final layer in the order of ``functional.generator_blocks``."""
-        parameters: list[Tensor] = []
-        for block in self.res_blocks:
-            assert isinstance(block, FusedAdaLNBlock)
-            for module in (block.in_ln, block.mlp[0], block.mlp[2], block.adaLN_modulation[1]):
-                parameters += [module.weight, module.bias]  # type: ignore[list-item]
-        for module in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            parameters += [module.weight, module.bias]  # type: ignore[list-item]
-        return parameters
+        """Parameters of the blocks and the final layer in the order of ``functional.generator_blocks``.
+
+        Raises:
+            ValueError: a layer does more than its parameters say: it has hooks or a wrapper, or computes its weights.
+        """
+        return self._read()[1]
 
     def input_parameters(self) -> list[Tensor]:
-        """Parameters of the input linears in the order of ``functional.generator_modulations``."""
-        return [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]
+        """Parameters of the input linears in the order of ``functional.generator_modulations``.
+
+        Raises:
+            ValueError: as :meth:`block_parameters`.
+        """
+        return self._read()[0]
+
+    def plain_parameters(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """:meth:`input_parameters` and :meth:`block_parameters`; None where they are not all that a call does."""
+        classes = {type(block) for block in self.res_blocks} == {FusedAdaLNBlock} and type(
+            self.final_layer
+        ) is _FinalLayer
+        if not classes or are_modules_watched():
+            return None
+        noise, stream = linear_parameters(self.noise_embed), linear_parameters(self.input_proj)
+        blocks = head_parameters(self, self.width)
+        if (
+            noise is None
+            or stream is None
+            or blocks is None
+            or not work_together(noise[0], [*noise, *stream, *blocks])
+        ):
+            return None
+        return noise + stream, blocks
+
+    def _read(self) -> tuple[list[Tensor], list[Tensor]]:
+        found = self.plain_parameters()
+        if found is None:
+            raise ValueError(
+                "a layer of this generator has hooks, a wrapper or computed weights, or tensors of another dtype or "
+                "device; only a call of the generator itself runs it"
+            )
+        return found
 
     @torch.no_grad()
     def modulations(self, noise: Tensor, temperature: float = 1.0, out: Tensor | None = None) -> Tensor:
         """``[R, (3 * depth + 2) * W]`` of ``noise [R, noise_dim]``; see ``functional.generator_modulations``."""
-        return functional.generator_modulations(
-            noise, self.input_parameters(), self.block_parameters(), temperature=temperature, out=out
-        )
+        return functional.generator_modulations(noise, *self._read(), temperature=temperature, out=out)
 
     @torch.no_grad()
     def chain(self, z: Tensor, modulations: Tensor) -> Tensor:
         """Tokens ``[R, D]`` from hidden states ``[R, C]`` and modulations; see ``functional.generator_chain``."""
-        return functional.generator_chain(z, modulations, self.input_parameters(), self.block_parameters())
+        return functional.generator_chain(z, modulations, *self._read())
 
     def forward(
         self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0, *, noise_pool: int | None = None
@@ -227,18 +271,19 @@ class FusedMLPGenerator(nn.Module):
             )
         factor: float | Tensor = 1.0 if self.training else temperature
         whole = isinstance(factor, (int, float)) and (factor == 1 or not torch.is_grad_enabled())
-        if noise_pool is None and not (whole and choose_backend("mlp_generator", z) == "triton"):
+        kernels = whole and choose_backend("mlp_generator", z) == "triton"
+        plain = self.plain_parameters() if kernels or noise_pool is not None else None
+        if noise_pool is None and plain is None:
             return self._block_by_block(z, noise, temperature, has_samples)
         if not whole:
             raise ValueError(f"temperature {temperature!r} cannot be combined with noise_pool; it is for sampling")
         tokens = z.reshape(-1, self.input_dim)
         samples = noise.shape[-2] if has_samples else 1
         vectors = noise.reshape(-1, samples, self.noise_dim)
-        if noise_pool is None:
+        if noise_pool is None and plain is not None:
             few = functional.generator_few_rows(
-                tokens, vectors.reshape(-1, self.noise_dim), self.input_parameters(), self.block_parameters(),
-                samples=samples, temperature=float(factor),
-            )  # fmt: skip
+                tokens, vectors.reshape(-1, self.noise_dim), *plain, samples=samples, temperature=float(factor)
+            )
             if few is not None:
                 return few.view(*noise.shape[:-1], self.output_dim)
         hidden = self.input_proj(tokens)
@@ -250,23 +295,33 @@ class FusedMLPGenerator(nn.Module):
             vectors = vectors[: arrangement.per_sample].transpose(0, 1)
         elif samples != 1:
             index = torch.arange(tokens.shape[0] * samples, dtype=torch.int32, device=z.device) // samples
-        out = functional.generator_blocks(
-            hidden, self.noise_embed(vectors.reshape(-1, self.noise_dim)), self.block_parameters(),
-            index=index, inverse=inverse, group=group, temperature=float(factor),
-        )  # fmt: skip
+        conditioning = self.noise_embed(vectors.reshape(-1, self.noise_dim))
+        if plain is None:
+            hidden = hidden if index is None else hidden[index]
+            out = self._blocks(hidden, conditioning.repeat_interleave(group, 0), temperature)
+        else:
+            out = functional.generator_blocks(
+                hidden, conditioning, plain[1], index=index, inverse=inverse, group=group, temperature=float(factor)
+            )
         if inverse is not None:
             out = out[inverse]
         return out.view(*noise.shape[:-1], self.output_dim)
 
     def _block_by_block(self, z: Tensor, noise: Tensor, temperature: float | Tensor, has_samples: bool) -> Tensor:
-        """The generator operation by operation: the eager path, and the one for a tensor temperature."""
+        """The generator by calls of its layers: the eager path, and the one for a tensor temperature."""
         hidden = self.input_proj(z)
         if has_samples:
             hidden = hidden.unsqueeze(-2).expand(*noise.shape[:-1], self.width)
-        activated = F.silu(self.noise_embed(noise))
+        return self._blocks(hidden, self.noise_embed(noise), temperature)
+
+    def _blocks(self, hidden: Tensor, conditioning: Tensor, temperature: float | Tensor) -> Tensor:
+        activated = F.silu(conditioning)
         for block in self.res_blocks:
-            hidden = block(hidden, activated, temperature, activated=True)
-        return self.final_layer(hidden, activated)
+            if type(block) is FusedAdaLNBlock and runs_forward(block) and _is_after_silu(block.adaLN_modulation):
+                hidden = block(hidden, activated, temperature, activated=True)
+            else:
+                hidden = block(hidden, conditioning, temperature)
+        return self.final_layer(hidden, conditioning)
 
 
 __all__ = ["FusedAdaLNBlock", "FusedEnergyLoss", "FusedMLPGenerator"]

@@ -5,16 +5,23 @@ nothing of the public code is imported. Submodules keep their names and their ``
 dicts, optimisers, EMA copies and hooks go on working; only ``forward`` methods are replaced, on the instances.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ear_kernels import functional, public_blocks
+from ear_kernels.head import Rule, head_parameters, is_of_class, linear_parameters
+from ear_kernels.runtime.plain import (
+    are_modules_watched,
+    is_plain,
+    is_replaced,
+    replace_method,
+    runs_forward,
+    work_together,
+)
 
 PLUGINS = "ear_kernels.accelerate"
 """Entry points of what other packages replace: called with each module, they return what they did or None."""
@@ -46,63 +53,19 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _parameters(
-    module: nn.Module, shapes: Mapping[str, tuple[int | None, ...]], are_all: bool = True
-) -> list[Tensor] | None:
-    """Weights and biases of submodules of these shapes; None unless all fit.
-
-    A shape is (outputs, inputs) of a linear or (width,) of a layer norm; None in it is any size. With ``are_all``
-    the module must have no parameter besides.
-    """
-    parameters: list[Tensor] = []
-    for path, shape in shapes.items():
-        child = _child(module, path)
-        found: tuple[int, ...] = ()
-        # Subclasses may compute something else, or compute their weights.
-        if type(child) is nn.Linear:
-            found = child.out_features, child.in_features
-        elif type(child) is nn.LayerNorm and child.eps == 1e-6:
-            found = child.normalized_shape
-        fits = len(found) == len(shape) and all(want in (None, size) for want, size in zip(shape, found, strict=True))
-        if not fits or child.weight is None or child.bias is None:  # type: ignore[union-attr]
-            return None
-        parameters += [child.weight, child.bias]  # type: ignore[union-attr, list-item]
-    return parameters if not are_all or len(list(module.parameters())) == len(parameters) else None
-
-
-def _head_parameters(net: nn.Module) -> list[Tensor] | None:
-    """Parameters of the residual blocks and the final layer in the order of ``functional.generator_blocks``.
-
-    None unless every block has ``in_ln``, ``mlp.0``, ``mlp.2``, ``adaLN_modulation.1`` of one width W and
-    the final layer ``adaLN_modulation.1`` ``[2W, W]``, ``linear`` and no norm parameters.
-    """
-    stream, blocks, final = (_child(net, name) for name in ("input_proj", "res_blocks", "final_layer"))
-    if not isinstance(stream, nn.Linear) or stream.bias is None or not isinstance(blocks, nn.ModuleList):
+def _head_parameters(net: nn.Module, rule: Rule = is_plain) -> list[Tensor] | None:
+    """:func:`head_parameters` of a net whose ``input_proj`` says the width."""
+    stream: Any = _child(net, "input_proj")
+    if not isinstance(stream, nn.Module) or (rule is is_plain and are_modules_watched()):
         return None
-    width = stream.out_features
-    linears = {"mlp.0": (width, width), "mlp.2": (width, width), "adaLN_modulation.1": (3 * width, width)}
-    parts = [
-        _parameters(block, {"in_ln": (width,), **linears}) if isinstance(_child(block, "mlp.1"), nn.SiLU) else None
-        for block in blocks
-    ]
-    if not parts or final is None:
-        return None
-    parts.append(_parameters(final, {"adaLN_modulation.1": (2 * width, width), "linear": (None, width)}))
-    parameters: list[Tensor] = []
-    for part in parts:
-        if part is None:
-            return None
-        parameters += part
-    return parameters
+    # A wrapped linear of the input is called.
+    width = getattr(stream, "out_features", None)
+    return head_parameters(net, width, rule) if isinstance(width, int) else None
 
 
-def _plain_parameters(net: nn.Module) -> list[Tensor] | None:
-    """:func:`_head_parameters` of a net if reading them is what calling its submodules would do, else None.
-
-    The methods that are put into a model call its own ones then.
-    """
-    is_plain = all(public_blocks.is_only_forward(module) for module in net.modules() if module is not net)
-    return _head_parameters(net) if is_plain else None
+def _is_linear(net: nn.Module, path: str, inputs: int | None = None) -> bool:
+    """Whether there is a linear at a path, with these inputs, or any."""
+    return linear_parameters(_child(net, path), None, inputs, is_of_class) is not None
 
 
 def _run_blocks(
@@ -115,7 +78,7 @@ def _run_blocks(
 ) -> Tensor:
     """Blocks and final layer of a recognised net over rows ``[R, W]``."""
     factor = _shift_factor(net, temperature)
-    return functional.generator_blocks(hidden, conditioning, parameters, index=index, temperature=factor, eps=1e-6)
+    return functional.generator_blocks(hidden, conditioning, parameters, index=index, temperature=factor)
 
 
 def _shift_factor(net: nn.Module, temperature: Any) -> float:
@@ -130,24 +93,31 @@ def _shift_factor(net: nn.Module, temperature: Any) -> float:
 
 def _ear_net_forward(self: nn.Module, z: Tensor, noise: Tensor, infer_temperature: Any = 1.0) -> Tensor:
     """Rows of hidden states and noise to tokens, as the public net's ``forward``."""
-    parameters = _plain_parameters(self)
-    if parameters is None:
+    parameters = _head_parameters(self)
+    if parameters is None or not work_together(z, parameters):
         return type(self).forward(self, z, noise, infer_temperature)
     leading = z.shape[:-1]
     z, noise = z.reshape(-1, z.shape[-1]), noise.reshape(-1, noise.shape[-1])
-    inputs: Any = [self.noise_embed.weight, self.noise_embed.bias, self.input_proj.weight, self.input_proj.bias]  # type: ignore[union-attr]
-    factor = _shift_factor(self, infer_temperature)
-    out = functional.generator_few_rows(z, noise, inputs, parameters, temperature=factor)
+    first, second = (linear_parameters(linear) for linear in (self.noise_embed, self.input_proj))
+    out = None
+    if first is not None and second is not None and work_together(z, first + second):
+        factor = _shift_factor(self, infer_temperature)
+        out = functional.generator_few_rows(z, noise, first + second, parameters, temperature=factor)
     if out is None:
         hidden, conditioning = self.input_proj(z), self.noise_embed(noise)  # type: ignore[operator]
         out = _run_blocks(self, parameters, hidden, conditioning, infer_temperature)
     return out.view(*leading, out.shape[-1])
 
 
-def _ear_head(loss: nn.Module) -> list[Tensor] | None:
-    """:func:`_plain_parameters` of a loss's net if calling the net is no more than that either."""
+def plain_head(loss: nn.Module, z: Tensor) -> list[Tensor] | None:
+    """:func:`_head_parameters` of a loss's net if calling the net is no more than that either.
+
+    The linears of the input are called for other rows than in the public code: they must be plain, too.
+    """
     net: Any = loss.net
-    return _plain_parameters(net) if public_blocks.has_no_hooks(net) else None
+    inputs = linear_parameters(net.noise_embed), linear_parameters(net.input_proj)
+    parameters = _head_parameters(net) if runs_forward(net) and None not in inputs else None
+    return parameters if parameters is not None and work_together(z, parameters) else None
 
 
 def _ear_samples(loss: nn.Module, parameters: list[Tensor], z: Tensor, noise: Tensor) -> Tensor:
@@ -169,13 +139,23 @@ def _draw(loss: nn.Module, rows: int, like: Tensor) -> Tensor:
 
 
 def _ear_energy(loss: nn.Module, sample: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """The public loss; a mask that is not bool weighs, and what it weighs with 0 has no gradient."""
     alpha, tau = float(loss.alpha), float(loss.train_temperature)  # type: ignore[arg-type]
-    return functional.energy_loss(sample, target, mask, alpha=alpha, tau=tau)
+    weights = None
+    if mask is not None and mask.dtype != torch.bool:
+        weights = mask if mask.is_floating_point() else mask.float()
+    return functional.energy_loss(sample, target, mask, alpha=alpha, tau=tau, weights=weights)
+
+
+def _takes(loss: nn.Module, mask: Tensor | None) -> bool:
+    """Whether the operation has these options and a mask like this one."""
+    in_range = 0 < float(loss.alpha) <= 2 and 0 < float(loss.train_temperature) <= 1  # type: ignore[arg-type]
+    return in_range and (mask is None or not mask.requires_grad)
 
 
 def _ear_loss_forward(self: nn.Module, target: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
     """The public training loss: two samples a row, masked mean of the energy loss."""
-    parameters = _ear_head(self)
+    parameters = plain_head(self, z) if _takes(self, mask) else None
     if parameters is None:
         return type(self).forward(self, target=target, z=z, mask=mask)
     noise = _draw(self, z.shape[0], z).transpose(0, 1)
@@ -189,17 +169,18 @@ def _ear_model_forward_loss(self: nn.Module, z: Tensor, target: Tensor, mask: Te
     """
     loss, repeats = self.scoreloss, int(self.score_batch_mul)  # type: ignore[arg-type]
     assert isinstance(loss, nn.Module)
-    parameters = _ear_head(loss) if public_blocks.has_no_hooks(loss) else None
+    parameters = plain_head(loss, z) if runs_forward(loss) and _takes(loss, mask) else None
     if parameters is None:
         return type(self).forward_loss(self, z=z, target=target, mask=mask)  # type: ignore[attr-defined]
-    z, target = z.reshape(-1, z.shape[-1]), target.reshape(-1, target.shape[-1])
+    z, target, mask = z.reshape(-1, z.shape[-1]), target.reshape(-1, target.shape[-1]), mask.reshape(-1)
     rows = z.shape[0]
     noise = _draw(loss, repeats * rows, z).view(2, repeats, rows, -1)
-    keep = mask.reshape(-1).nonzero().squeeze(1)
+    keep = mask.nonzero().squeeze(1)
     noise = noise[:, :, keep].permute(2, 1, 0, 3)  # [masked, repeats, 2, noise_channels]
     sample = _ear_samples(loss, parameters, z[keep], noise.reshape(keep.shape[0], 2 * repeats, -1))
     sample = sample.view(keep.shape[0], repeats, 2, sample.shape[-1])
-    return _ear_energy(loss, sample, target[keep].unsqueeze(1).expand(-1, repeats, -1), None)
+    weights = None if mask.dtype == torch.bool else mask[keep].unsqueeze(1)
+    return _ear_energy(loss, sample, target[keep].unsqueeze(1).expand(-1, repeats, -1), weights)
 
 
 def _is_ear_model(module: nn.Module) -> bool:
@@ -216,12 +197,11 @@ def _is_ear_loss(module: nn.Module) -> bool:
     net = _child(module, "net")
     return (
         net is not None
-        and _parameters(net, {"noise_embed": (None, getattr(module, "noise_channels", -1))}, are_all=False)
-        is not None
+        and _is_linear(net, "noise_embed", getattr(module, "noise_channels", -1))
+        and _is_linear(net, "input_proj")
         and all(hasattr(module, name) for name in ("alpha", "train_temperature"))
-        and 0 < float(module.alpha) <= 2  # type: ignore[arg-type]
-        and 0 < float(module.train_temperature) <= 1  # type: ignore[arg-type]
-        and _head_parameters(net) is not None
+        and _takes(module, None)
+        and _head_parameters(net, is_of_class) is not None
     )
 
 
@@ -230,8 +210,8 @@ def _is_ear_loss(module: nn.Module) -> bool:
 
 def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     """Noisy tokens, times and conditions to the predicted noise and variance range, as the public ``forward``."""
-    parameters = _plain_parameters(self)
-    if parameters is None:
+    parameters = _head_parameters(self)
+    if parameters is None or not work_together(x, parameters):
         return type(self).forward(self, x, t, c)
     conditioning = self.time_embed(t) + self.cond_embed(c)  # type: ignore[operator]
     return _run_blocks(self, parameters, self.input_proj(x), conditioning)  # type: ignore[operator]
@@ -239,10 +219,9 @@ def _mar_net_forward(self: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor
 
 def _is_mar_loss(module: nn.Module) -> bool:
     net = _child(module, "net")
-    linears = dict.fromkeys(("cond_embed", "time_embed.mlp.0", "time_embed.mlp.2"), (None, None))
-    return (
-        net is not None and _parameters(net, linears, are_all=False) is not None and _head_parameters(net) is not None
-    )
+    names = ("input_proj", "cond_embed", "time_embed.mlp.0", "time_embed.mlp.2")
+    is_mar = net is not None and all(_is_linear(net, name) for name in names)
+    return is_mar and _head_parameters(net, is_of_class) is not None  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------- CALM
@@ -253,10 +232,11 @@ def _calm_energy_score(self: nn.Module, x: Tensor, mean: Tensor, log_std: Tensor
 
     100 targets a row, samples first, as in the public code; alpha is its ``beta``.
     """
-    targets = mean + torch.exp(log_std) * torch.randn((100, *mean.shape), device=mean.device, dtype=mean.dtype)
-    return -functional.energy_loss(
-        x, targets, alpha=float(self.beta), sample_dim=0, target_dim=0, reduction="none"  # type: ignore[arg-type]
-    )  # fmt: skip
+    beta = float(self.beta)  # type: ignore[arg-type]
+    if is_replaced(self, "distance") or not 0 < beta <= 2 or x.shape[0] < 2:
+        return type(self).energy_score(self, x, mean, log_std)  # type: ignore[attr-defined]
+    targets = mean + torch.exp(log_std) * torch.randn((100, *mean.shape), device=mean.device)
+    return -functional.energy_loss(x, targets, alpha=beta, sample_dim=0, target_dim=0, reduction="none")
 
 
 def _is_calm(module: nn.Module) -> bool:
@@ -291,25 +271,36 @@ def accelerate(model: nn.Module) -> Replaced:
     kinds: list[str] = []
     methods: dict[str, str] = {}
     found: list[tuple[nn.Module, str, Any]] = []
+
+    def add(module: Any, name: str, function: Any, path: str, what: str) -> None:
+        """Note a method to replace, but for one that somebody has replaced on the instance."""
+        if not is_replaced(module, name):
+            found.append((module, name, function))
+            methods[path] = what
+
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if _is_ear_model(module):
-            found.append((module, "forward_loss", _ear_model_forward_loss))
-            methods[f"{prefix}forward_loss"] = "masked tokens only, each projected once"
+            add(
+                module,
+                "forward_loss",
+                _ear_model_forward_loss,
+                f"{prefix}forward_loss",
+                "masked tokens only, each projected once",
+            )
         if _is_ear_loss(module):
             kinds.append("EAR")
-            found += [(module, "forward", _ear_loss_forward), (module.net, "forward", _ear_net_forward)]
-            methods[f"{prefix}forward"] = "fused energy loss, one projection a row"
-            methods[f"{prefix}net.forward"] = "fused MLP generator"
+            add(module, "forward", _ear_loss_forward, f"{prefix}forward", "fused energy loss, one projection a row")
+            add(module.net, "forward", _ear_net_forward, f"{prefix}net.forward", "fused MLP generator")
         elif _is_mar_loss(module):
             kinds.append("MAR")
-            found.append((module.net, "forward", _mar_net_forward))
-            methods[f"{prefix}net.forward"] = "fused MLP blocks and final layer (the diffusion loss is unchanged)"
+            what = "fused MLP blocks and final layer (the diffusion loss is unchanged)"
+            add(module.net, "forward", _mar_net_forward, f"{prefix}net.forward", what)
         elif _is_calm(module):
             kinds.append("CALM")
-            found.append((module, "energy_score", _calm_energy_score))
-            methods[f"{prefix}energy_score"] = "fused energy score, 100 Gaussian targets a row"
-    if not found:
+            what = "fused energy score, 100 Gaussian targets a row"
+            add(module, "energy_score", _calm_energy_score, f"{prefix}energy_score", what)
+    if not kinds:
         children = ", ".join(name for name, _ in model.named_children()) or "none"
         raise UnknownModelError(
             f"{type(model).__name__} is not a model that accelerate() knows: no submodule has the public EAR score "
@@ -320,10 +311,10 @@ def accelerate(model: nn.Module) -> Replaced:
         )
     for path, module in model.named_modules():
         if public_blocks.is_block(module):
-            found.append((module, "forward", public_blocks.forward))
-            methods[f"{path.rpartition('.')[0] or path}.*.forward"] = "each timm block is one operation"
+            blocks = f"{path.rpartition('.')[0] or path}.*.forward"
+            add(module, "forward", public_blocks.forward, blocks, "each timm block is one operation")
     for module, name, function in found:
-        setattr(module, name, MethodType(function, module))
+        replace_method(module, name, function)
     for entry in entry_points(group=PLUGINS):
         for path, module in model.named_modules():
             done = entry.load()(module)

@@ -20,6 +20,8 @@ from ear_kernels.functional import (
     project,
     self_attention,
 )
+from ear_kernels.public_blocks import read_block
+from ear_kernels.runtime.plain import are_modules_watched, is_plain, work_together
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 
@@ -38,12 +40,18 @@ class TransformerBlock(Block):
     """timm's pre-norm ViT block, its parameters and its maths, with its memory-bound parts in our kernels.
 
     The MLP's dropout, residual and the next norm are one operation. So a block hands its MLP's output on as
-    ``pending``, and the block after adds it.
+    ``pending``, and the block after adds it. Weights are read where that is what calling the submodules would do
+    (:mod:`ear_kernels.runtime.plain`); otherwise timm's forward calls them.
     """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, proj_drop: float = 0.0, **options: Any) -> None:
+        super().__init__(width, heads, mlp_ratio, proj_drop=proj_drop, **options)
+        self.rate = proj_drop
+        """What is dropped of the MLP's output where the block hands it on."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, pending: Pending | None = None, seeds: Tensor | None = None
-    ) -> tuple[Tensor, Pending]:
+    ) -> tuple[Tensor, Pending | None]:
         """
         Args:
             hidden: the residual stream ``[B, L, C]``.
@@ -52,31 +60,40 @@ class TransformerBlock(Block):
             seeds: int64 ``[3, 1]``, what the kernels' dropout draws from.
 
         Returns:
-            The residual stream without this block's MLP, and that MLP's pending output.
+            The residual stream without this block's MLP, and that MLP's pending output. Where a submodule does more
+            than its weights say, timm's forward runs: the whole residual stream, and None.
         """
+        rate = self.rate if self.training else 0.0
+        # What torch.compile makes of the operations is its own affair.
+        found = None if torch.compiler.is_compiling() else read_block(self, hidden)
+        if found is None or found[0].fc2_bias is None or found[1].dropouts != (rate, rate, rate):
+            return super().forward(hidden if pending is None else settled(hidden, pending, rate)), None
+        weights: Any = found[0]
+        options = found[1]
         seed = seeds.unbind() if seeds is not None else (None, None, None)
-        attention: Any = self.attn
-        mlp: Any = self.mlp
-        first, second = mlp.fc1, mlp.fc2
-        norm1: Any = self.norm1
-        norm2: Any = self.norm2
-        dropout = mlp.drop1.p if self.training else 0.0
-        attention_dropout = attention.attn_drop.p if self.training else 0.0
-        qkv = (attention.qkv.weight, attention.qkv.bias, attention.num_heads)
+        qkv = (weights.qkv_weight, weights.qkv_bias, options.heads)
+        norms = (weights.norm1_weight, weights.norm1_bias), (weights.norm2_weight, weights.norm2_bias)
         if pending is None:
-            mixed = self_attention(norm1(hidden), *qkv, dropout=attention_dropout)
+            norm1: Any = self.norm1
+            mixed = self_attention(norm1(hidden), *qkv, dropout=options.attention_dropout)
         else:
-            rates: Any = {"dropout": dropout, "attention_dropout": attention_dropout}
+            rates: Any = {"dropout": rate, "attention_dropout": options.attention_dropout}
             hidden, mixed = norm_self_attention(
-                pending[0], hidden, norm1.weight, norm1.bias, pending[1], *qkv, **rates, eps=norm1.eps, seed=seed[0]
+                pending[0], hidden, *norms[0], pending[1], *qkv, **rates, eps=options.eps[0], seed=seed[0]
             )
-        projected = project(mixed, attention.proj.weight)
-        weights = (norm2.weight, norm2.bias, attention.proj.bias, first.weight, first.bias, second.weight, None)
+        projected = project(mixed, weights.proj_weight)
+        mlp = (weights.proj_bias, weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, None)
         hidden, out = norm_gelu_mlp(
-            projected, hidden, *weights, dropout=dropout, eps=norm2.eps, seeds=(seed[1], seed[2])
+            projected, hidden, *norms[1], *mlp, dropout=rate, eps=options.eps[1], seeds=(seed[1], seed[2])
         )
         # A copy: FSDP frees a block's gathered parameters when it returns.
-        return hidden, (out, second.bias.clone())
+        return hidden, (out, weights.fc2_bias.clone())
+
+
+def settled(hidden: Tensor, pending: Pending, rate: float) -> Tensor:
+    """The residual stream with what is pending added, after dropout."""
+    branch = pending[0] + pending[1].to(pending[0].dtype)
+    return hidden + nn.functional.dropout(branch, rate)
 
 
 def sinusoid_2d(num_tokens: int, width: int) -> Tensor:
@@ -168,7 +185,7 @@ class Backbone(nn.Module):
             run_blocks: does the work of :meth:`run_blocks`, which does it if None.
         """
         batch = tokens_BLD.shape[0]
-        embedded_BLC = self.z_proj(tokens_BLD)
+        embedded_BLC = self.z_proj(tokens_BLD.to(self.mask_token.dtype))
         embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
@@ -181,21 +198,27 @@ class Backbone(nn.Module):
         pending.
         """
         dropout = self.config.dropout if self.training else 0.0
-        blocks = list(self.decoder_blocks)[part]
+        blocks: list[Any] = list(self.decoder_blocks)[part]
+        # Those of what each block hands on.
+        rates = [getattr(block, "rate", 0.0) if block.training else 0.0 for block in blocks]
         seeds = None
         if dropout and hidden.is_cuda:
             seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
         with sdpa_kernel(ATTENTION, set_priority=True):
             for number, block in enumerate(blocks):
                 own = None if seeds is None else seeds[3 * number : 3 * number + 3]
+                if pending is not None and number and block.training != blocks[number - 1].training:
+                    hidden, pending = settled(hidden, pending, rates[number - 1]), None
                 hidden, pending = block(hidden, pending, own)
         if part.stop is not None:
             return hidden, pending
-        last = None if seeds is None else seeds[-1]
         # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
         norm: Any = self.decoder_norm
-        assert pending is not None
-        options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
-        _, normed = dropout_add_layer_norm(pending[0], hidden, norm.weight, norm.bias, pending[1], **options)
-        return normed
+        plain = rates[-1] == dropout and is_plain(norm, nn.LayerNorm) and not are_modules_watched()
+        if pending is not None and plain and work_together(hidden, (norm.weight, norm.bias)):
+            last = None if seeds is None else seeds[-1]
+            options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
+            return dropout_add_layer_norm(pending[0], hidden, norm.weight, norm.bias, pending[1], **options)[1]
+        normed = norm(hidden if pending is None else settled(hidden, pending, rates[-1]))
+        return normed if dtype is None else normed.to(dtype)

@@ -15,15 +15,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ear_kernels import FusedMLPGenerator
+from ear_kernels.head import linear_parameters, norm_parameters
+from ear_kernels.public_blocks import is_block, read_block
 from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
 from ear_kernels.runtime.launching import processor
+from ear_kernels.runtime.plain import are_modules_watched, is_replaced, runs_forward
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
+from ear_model.model.backbone import Backbone, TransformerBlock
 from ear_model.sampling.decoding import Progress, SamplingModel, decode_tokens, steps_of
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.incremental import IncrementalDecoding
 from ear_model.sampling.weights import Weights
+from ear_model.scores import EnergyScore
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 PRECISIONS = get_args(Precision)
@@ -35,12 +41,16 @@ KEPT = 3
 def compute_dtype(precision: str, parameter: Tensor) -> torch.dtype:
     """What sampling computes in: "auto" is autocast's dtype where it is on, bfloat16 on a GPU, else the parameters'.
 
+    Parameters of another dtype than float32 stay what they are.
+
     Raises:
         ValueError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be {' or '.join(map(repr, PRECISIONS))}")
     device = parameter.device.type
+    if parameter.dtype != torch.float32:
+        return parameter.dtype
     if precision == "auto" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if precision in ("bf16", "fp8") or (precision == "auto" and device == "cuda"):
@@ -174,21 +184,39 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def is_plain(module: Any) -> bool:
-    """Whether reading a module's weights is what calling it does: no hooks, no parametrisation, no wrapper."""
-    for child in module.modules():
-        hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
-        if hooks or hasattr(child, "parametrizations") or not _calls_its_class(child):
-            return False
-        if isinstance(child, nn.Linear | nn.LayerNorm) and type(child) not in (nn.Linear, nn.LayerNorm):
-            return False
-    return True
+def is_plain(model: Any) -> bool:
+    """Whether what the engine reads and bypasses is what calling a model's modules does.
+
+    No hooks anywhere, plain modules (:mod:`ear_kernels.runtime.plain`) of one device, float32, our own methods.
+    """
+    backbone, score = model.backbone, model.score
+    position, norm = backbone.decoder_pos_embed_learned, backbone.decoder_norm
+    own = all(getattr(type(backbone), name, method) is method for name, method in BYPASSED.items())
+    if not own or type(score).sample is not EnergyScore.sample or type(score.generator) is not FusedMLPGenerator:
+        return False
+    if are_modules_watched() or position.dtype != torch.float32 or is_replaced(backbone, "run_blocks"):
+        return False
+    if not all(runs_forward(module) and "parametrizations" not in module._modules for module in model.modules()):
+        return False
+    width = position.shape[2]
+    embed, last = linear_parameters(backbone.z_proj, width), norm_parameters(norm, width)
+    generator = score.generator.plain_parameters()
+    if embed is None or last is None or generator is None:
+        return False
+    return all(_is_read(block, position) for block in backbone.decoder_blocks) and all(
+        type(tensor) is nn.Parameter and tensor.dtype == torch.float32 and tensor.device == position.device
+        for tensor in (*embed, *last, *generator[0], *generator[1])
+    )
 
 
-def _calls_its_class(module: nn.Module) -> bool:
-    """Whether ``forward`` is the class's, or what :func:`ear_kernels.accelerate` put in its place."""
-    replaced = module.__dict__.get("forward")
-    return replaced is None or getattr(replaced, "__module__", "").startswith("ear_kernels.")
+BYPASSED = {"forward": Backbone.forward, "run_blocks": Backbone.run_blocks}
+"""Methods of a backbone that the engine does the work of."""
+
+
+def _is_read(block: Any, position: Tensor) -> bool:
+    """Whether a block of ours or timm's is no more than its float32 weights, biases included."""
+    found = read_block(block, position) if type(block) is TransformerBlock or is_block(block) else None
+    return found is not None and all(tensor is not None and tensor.dtype == torch.float32 for tensor in found[0])
 
 
 class Engines:
@@ -252,7 +280,7 @@ class Engines:
         That is asked while the GPU works: reading all submodules and parameters takes the host milliseconds.
         """
         engine = self._kept.get((len(labels_B), sampling.guidance != 1, numbers))
-        if engine is None or not self._may_capture(labels_B):
+        if engine is None or not self._may_capture(labels_B) or model.score.generator.plain_parameters() is None:
             return None
         rewind = draws.mark(labels_B.device)
         engine.weights.start_check()

@@ -6,12 +6,13 @@ imported: a model has the attributes that its checkpoints name, and ``sample_tok
 """
 
 import math
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ear_kernels.public_models import plain_head
+from ear_kernels.runtime.plain import is_replaced, replace_method
 from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.model.masking import unmasking_schedule
@@ -61,7 +62,7 @@ class _Score(EnergyScore):
     def __init__(self, scoreloss: Any, config: ModelConfig) -> None:
         with torch.device("meta"):
             super().__init__(config)
-        own = dict(scoreloss.net.named_parameters())
+        own = dict(scoreloss.net.named_parameters(remove_duplicate=False))
         for path, module in self.generator.named_modules():
             for name in module._parameters:
                 module._parameters[name] = own[f"{path}.{name}" if path else name]
@@ -126,11 +127,17 @@ def swap(model: Any) -> str | None:
     """Give a public EAR model our ``sample_tokens``; returns what it does, None if this is no such model."""
     if not all(hasattr(model, name) for name in NAMES):
         return None
-    if "sample_tokens" in vars(model) and getattr(model.sample_tokens, "__func__", None) is not sample_tokens:
+    if is_replaced(model, "sample_tokens"):
         return None  # somebody else's, on the instance
     model._sampling_engines = _Engines()
-    model.sample_tokens = MethodType(sample_tokens, model)
+    replace_method(model, "sample_tokens", sample_tokens)
     return "the steps as CUDA graphs"
+
+
+def _is_read(model: Any) -> bool:
+    """Whether a model's head is no more than its weights, and what the engine does in their place is its class's."""
+    bypassed = is_replaced(model, "forward_mae_decoder") or is_replaced(model.scoreloss, "sample")
+    return not bypassed and plain_head(model.scoreloss, model.mask_token) is not None
 
 
 def sample_tokens(
@@ -151,10 +158,11 @@ def sample_tokens(
     """
     infer_temperature = more.pop("temperature", infer_temperature)
     engines: _Engines = self._sampling_engines
-    view, device = engines.view(self), self.mask_token.device
+    device = self.mask_token.device
     wanted = torch.full((bsz,), -1, device=device) if labels is None else labels.to(device).long()
     known = cfg_schedule in ("linear", "constant") and len(wanted) == bsz and not more
-    if self.training or not known or not engines.takes(view, wanted):
+    view = engines.view(self) if known and wanted.is_cuda and not self.training and _is_read(self) else None
+    if view is None or not engines.takes(view, wanted):
         public = type(self).sample_tokens
         return public(self, bsz, num_iter, cfg, cfg_schedule, labels, infer_temperature, progress, **more)
     setting = SamplingConfig(num_iter, float(cfg), cfg_schedule, float(infer_temperature))  # type: ignore[arg-type]

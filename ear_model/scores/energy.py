@@ -37,10 +37,13 @@ class EnergyScore(nn.Module):
         self.energy_loss.tau = value
 
     def draw_noise(self, *shape: int, like: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
-        """Noise vectors ``[*shape, noise_dim]``: uniform on [-0.5, 0.5), or standard normal."""
-        if self.noise == "gaussian":
-            return draws.randn(*shape, self.generator.noise_dim, device=like.device)
-        return draws.rand(*shape, self.generator.noise_dim, device=like.device) - 0.5
+        """Noise vectors ``[*shape, noise_dim]``: uniform on [-0.5, 0.5), or standard normal.
+
+        Drawn in float32, given in the dtype of ``like``.
+        """
+        draw = draws.randn if self.noise == "gaussian" else draws.rand
+        noise = draw(*shape, self.generator.noise_dim, device=like.device)
+        return (noise if self.noise == "gaussian" else noise - 0.5).to(like.dtype)
 
     def loss(self, hidden_RC: Tensor, targets_RD: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
         """The energy loss of paper Eq. 10 over all pairs of samples, a scalar in float32."""

@@ -8,7 +8,7 @@ from ear_kernels import LowCopies
 from ear_model.ear import EAR
 from ear_model.model.backbone import Backbone
 from ear_model.model.masking import possible_num_masked
-from ear_model.training.graphs import CapturedBlocks, CapturedLoss
+from ear_model.training.graphs import CapturedBlocks, CapturedLoss, is_plain
 from ear_model.training.loss import TrainingLoss
 
 
@@ -49,6 +49,7 @@ class Engine:
     ) -> None:
         """From now on steps of ``images`` images replay CUDA graphs; steps of other sizes go on without.
 
+        A model with hooks, wrapped layers or computed weights goes on without graphs: they would leave these out.
         To be called in training mode, on a GPU, with the parameters where they will stay.
 
         Args:
@@ -58,6 +59,8 @@ class Engine:
             num_masked: numbers of masked tokens an image that will occur; all that can if None.
         """
         model, config = self.model, self.model.config
+        if not is_plain(model):
+            return
         if use_bf16:
             blocks, generator = model.backbone.decoder_blocks, model.score.generator
             self.copies = LowCopies([*blocks.parameters(), *generator.parameters()])

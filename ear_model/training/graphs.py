@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ear_kernels import LowCopies
+from ear_kernels import FusedEnergyLoss, FusedMLPGenerator, LowCopies
+from ear_kernels.head import norm_parameters
+from ear_kernels.public_blocks import read_block
 from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
+from ear_kernels.runtime.plain import are_modules_watched, runs_forward
 from ear_model.config import ModelConfig, RunConfig
 from ear_model.draws import TORCH_DRAWS, Draws
-from ear_model.model.backbone import Backbone
+from ear_model.ear import EAR
+from ear_model.model.backbone import Backbone, TransformerBlock
+from ear_model.scores import EnergyScore
 from ear_model.training.loss import TrainingLoss
 
 
@@ -52,6 +57,44 @@ def wanted(config: RunConfig) -> bool:
     return allowed and can_capture(config.model, use_bf16=train.precision in ("auto", "bf16"))
 
 
+def is_plain(model: EAR) -> bool:
+    """Whether graphs of a model in training would leave out nothing: no hooks, wrappers or computed weights."""
+    return _read_blocks(model.backbone) is not None and _read_score(model.score) is not None
+
+
+def _where(parameters: Iterable[Tensor | None]) -> tuple:
+    """What a capture depends on of parameters: where they lie and whether they are trained."""
+    return tuple(None if each is None else (each.data_ptr(), each.requires_grad) for each in parameters)
+
+
+def _read_blocks(backbone: Backbone) -> tuple | None:
+    """What a capture of the blocks depends on; None where it would leave something out."""
+    norm: Any = backbone.decoder_norm
+    position, width = backbone.decoder_pos_embed_learned, backbone.config.width
+    last = norm_parameters(norm, width)
+    if last is None or are_modules_watched():
+        return None
+    found: list[Any] = [norm.eps, _where(last)]
+    for block in backbone.decoder_blocks:
+        read = None
+        if type(block) is TransformerBlock and runs_forward(block) and block.training == backbone.training:
+            read = read_block(block, position)
+        rate = block.rate if block.training else 0.0
+        if read is None or read[1].dropouts != (rate, rate, rate):
+            return None
+        found += [rate, read[1], _where(read[0])]
+    return tuple(found)
+
+
+def _read_score(score: EnergyScore) -> tuple | None:
+    """What a capture of the loss depends on; None where it would leave something out."""
+    generator, loss = score.generator, score.energy_loss
+    plain = generator.plain_parameters() if type(generator) is FusedMLPGenerator else None
+    if plain is None or not runs_forward(generator) or type(loss) is not FusedEnergyLoss or not runs_forward(loss):
+        return None
+    return loss.alpha, loss.tau, loss.eps, loss.reduction, _where([loss.feature_weights, *plain[0], *plain[1]])
+
+
 class _GivesGradients:
     """Hands out gradients of parameters in memory that its next replay overwrites, so that nobody notices."""
 
@@ -74,7 +117,8 @@ class _GivesGradients:
 class CapturedBlocks(_GivesGradients):
     """Graphs of :meth:`Backbone.run_blocks` in training for one batch size, to be called in its place.
 
-    Other batch sizes, and calls in eval mode or without gradients, go on without the graphs. The graphs read the
+    Other batch sizes, and calls in eval mode or without gradients, go on without the graphs; so do calls after a
+    hook, a wrapper, another dropout, a parameter that lies elsewhere or one that is frozen. The graphs read the
     parameters where they lie, so an optimiser that changes them in place needs nothing else; dropout draws anew at
     every replay.
 
@@ -91,6 +135,7 @@ class CapturedBlocks(_GivesGradients):
         position = backbone.decoder_pos_embed_learned
         self.shape = (batch, *position.shape[1:])
         super().__init__([*backbone.decoder_blocks.parameters(), *backbone.decoder_norm.parameters()])
+        self._captured = _read_blocks(backbone)
         random_state = torch.cuda.get_rng_state(position.device)
         # The graphs' gradients come from the stream of the capture; autograd waits for it, and would warn of that.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
@@ -114,7 +159,8 @@ class CapturedBlocks(_GivesGradients):
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """:meth:`Backbone.run_blocks` of ``hidden``."""
-        if not (self.backbone.training and torch.is_grad_enabled() and hidden.shape == self.shape):
+        wanted = self.backbone.training and torch.is_grad_enabled() and hidden.shape == self.shape
+        if not wanted or self._captured is None or _read_blocks(self.backbone) != self._captured:
             return self.backbone.run_blocks(hidden)
         self.keep_gradients()
         pending: tuple = ()
@@ -180,8 +226,8 @@ class CapturedLoss(_GivesGradients):
     """Graphs of a loss and its gradients, one for each number of tokens, to be called in its place.
 
     They share their memory. Other numbers of tokens, and calls in eval mode or without gradients, go on without the
-    graphs. The graphs read the parameters where they lie. Another tau, or other parameters that are trained, are
-    captured anew.
+    graphs; so do those of a score with hooks, wrappers or computed weights. The graphs read the parameters where they
+    lie. Another tau, or other parameters that are trained, are captured anew.
 
     Args:
         plain: the loss, of a score on a GPU and in training mode.
@@ -205,17 +251,15 @@ class CapturedLoss(_GivesGradients):
         self.grad_hidden = torch.zeros_like(self._hidden)
         self.gradients: list[Tensor] = []
         self.replays = 0
-        self._options: tuple = ()
+        self._options: tuple | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._capture()
 
-    def _present_options(self) -> tuple:
-        trained = (parameter.requires_grad for parameter in self._parameters)
-        return self.score.tau, *trained
-
     def _prepare(self) -> None:
         """What the graphs are captured for, and where their gradients go."""
-        self._options = self._present_options()
+        self._options = _read_score(self.score)
+        self._parameters = list(self.score.generator.parameters())
+        self._copied.clear()
         self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters if parameter.requires_grad]
 
     def _run(self, count: int) -> None:
@@ -259,7 +303,8 @@ class CapturedLoss(_GivesGradients):
     def takes(self, hidden_RC: Tensor) -> bool:
         """Whether there is a graph for these hidden states."""
         wanted = self.score.training and torch.is_grad_enabled()
-        return wanted and hidden_RC.shape[0] in self._graphs and hidden_RC.dtype == torch.float32
+        fits = wanted and hidden_RC.shape[0] in self._graphs and hidden_RC.dtype == torch.float32
+        return fits and _read_score(self.score) is not None
 
     def __call__(self, hidden_RC: Tensor, targets_RD: Tensor, draws: Draws = TORCH_DRAWS) -> Tensor:
         """The loss of these with noise that is drawn anew, a scalar in float32; its backward takes no time."""
@@ -267,7 +312,7 @@ class CapturedLoss(_GivesGradients):
         if not self.takes(hidden_RC):
             return self.plain.with_noise(hidden_RC, targets_RD, noise_RnE)
         self.keep_gradients()
-        if self._options != self._present_options():
+        if self._options != _read_score(self.score):
             self._capture()
         count = hidden_RC.shape[0]
         for buffer, given in ((self._hidden, hidden_RC), (self._targets, targets_RD), (self._noise, noise_RnE)):

@@ -61,7 +61,8 @@ class TrainingLoss:
                 loss = self._loss_of(hidden, targets_RD[part], noise_RnE[part])
                 if size < count:
                     loss = loss * (hidden.shape[0] / count)
-            grad_hidden, *gradients = torch.autograd.grad(loss, [hidden, *wanted])
+            # A parameter that a wrapper leaves out has a gradient of 0.
+            grad_hidden, *gradients = torch.autograd.grad(loss, [hidden, *wanted], materialize_grads=True)
             parts.append(grad_hidden)
             total += loss.detach()
             if sums:
