@@ -20,8 +20,9 @@ from ear_kernels.functional import (
     project,
     self_attention,
 )
+from ear_kernels.head import norm_parameters
 from ear_kernels.public_blocks import read_block
-from ear_kernels.runtime.plain import are_modules_watched, is_plain, work_together
+from ear_kernels.runtime.plain import are_modules_watched, work_together
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 
@@ -71,7 +72,7 @@ class TransformerBlock(Block):
         weights: Any = found[0]
         options = found[1]
         seed = seeds.unbind() if seeds is not None else (None, None, None)
-        qkv = (weights.qkv_weight, weights.qkv_bias, options.heads)
+        qkv: Any = (weights.qkv_weight, weights.qkv_bias, options.heads)
         norms = (weights.norm1_weight, weights.norm1_bias), (weights.norm2_weight, weights.norm2_bias)
         if pending is None:
             norm1: Any = self.norm1
@@ -215,10 +216,10 @@ class Backbone(nn.Module):
         # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
         dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
         norm: Any = self.decoder_norm
-        plain = rates[-1] == dropout and is_plain(norm, nn.LayerNorm) and not are_modules_watched()
-        if pending is not None and plain and work_together(hidden, (norm.weight, norm.bias)):
+        plain = None if are_modules_watched() or rates[-1] != dropout else norm_parameters(norm, hidden.shape[-1])
+        if pending is not None and plain is not None and work_together(hidden, plain):
             last = None if seeds is None else seeds[-1]
             options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
-            return dropout_add_layer_norm(pending[0], hidden, norm.weight, norm.bias, pending[1], **options)[1]
+            return dropout_add_layer_norm(pending[0], hidden, *plain, pending[1], **options)[1]
         normed = norm(hidden if pending is None else settled(hidden, pending, rates[-1]))
         return normed if dtype is None else normed.to(dtype)
