@@ -220,6 +220,6 @@ class Backbone(nn.Module):
         if pending is not None and plain is not None and work_together(hidden, plain):
             last = None if seeds is None else seeds[-1]
             options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
-            return dropout_add_layer_norm(pending[0], hidden, *plain, pending[1], **options)[1]
+            return dropout_add_layer_norm(pending[0], hidden, plain[0], plain[1], pending[1], **options)[1]
         normed = norm(hidden if pending is None else settled(hidden, pending, rates[-1]))
         return normed if dtype is None else normed.to(dtype)

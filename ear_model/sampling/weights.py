@@ -210,9 +210,12 @@ class Weights:
         return Block(block.attn.num_heads, _norm(block.norm1), norm2=_norm(block.norm2), linears=linears, **own)
 
 
-def addresses(model: Any) -> tuple[int, ...]:
-    """Where the parameters lie."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
+def addresses(model: Any) -> tuple[float, ...]:
+    """Where the parameters lie, and the numbers that graphs hold beside them."""
+    found: list[float] = [parameter.data_ptr() for parameter in model.parameters()]
+    for block in model.backbone.decoder_blocks:
+        found += block.norm1.eps, block.norm2.eps, block.attn.num_heads
+    return *found, model.backbone.decoder_norm.eps
 
 
 def _linears(block: Any) -> dict[str, nn.Linear]:
