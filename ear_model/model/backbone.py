@@ -201,7 +201,7 @@ class Backbone(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         blocks: list[Any] = list(self.decoder_blocks)[part]
         # Those of what each block hands on.
-        rates = [getattr(block, "rate", 0.0) if block.training else 0.0 for block in blocks]
+        rates = [self.config.dropout if block.training else 0.0 for block in blocks]
         seeds = None
         if dropout and hidden.is_cuda:
             seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
