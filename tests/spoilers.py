@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -13,8 +13,9 @@ Spoiler = Callable[[nn.Module, str], object]
 
 
 def lora(model: nn.Module, path: str) -> None:
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=[path], init_lora_weights=False)
-    inject_adapter_in_model(config, model)
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[path], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
 
 
 def old_weight_norm(model: nn.Module, path: str) -> None:
