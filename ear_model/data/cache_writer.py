@@ -119,7 +119,7 @@ class CacheWriter:
         locked.mkdir(exist_ok=True)
         lock.enter_context(DirectoryLock(locked))
         self._require_same(path, plan)  # once more: another process may have begun it meanwhile
-        if self.world_size == 1:
+        if self.world_size == 1:  # before the room is counted, which they take
             remove_temporaries(self.cache)
             remove_temporaries(self.cache / BUILD)
         self._todo = [shard for shard in range(self.num_shards) if self._finished(shard) is None]
@@ -191,6 +191,9 @@ class CacheWriter:
                 return None
             manifest = Manifest(**{**vars(self.manifest), "shards": whole})
             save_manifest(self.cache, manifest)
+            # What killed processes left. Every shard is there, so nobody writes one.
+            remove_temporaries(self.cache, "shard-*")
+            remove_temporaries(self.cache / BUILD)
             return manifest
 
     def _write_missing(self, quiet: bool) -> list[str]:

@@ -87,8 +87,8 @@ def find_images(
             raise ValueError(f"{root}: the class folder {name!r} has a name that is not UTF-8; rename it") from None
         if not paths and not allow_empty:
             raise ValueError(
-                f"{root / name} has no files of {', '.join(suffixes)}; fill or remove this class, or take it "
-                "without images by --allow-empty"
+                f"{root / name} has no files of {', '.join(suffixes)}; fill or remove this class; "
+                "`ear cache`, train-tokenizer and train-judge take it by --allow-empty"
             )
     if not any(found.values()):
         raise ValueError(f"{root} has no files of {', '.join(suffixes)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ear_model.data.cache import draw_latents
-from ear_model.data.image_tree import find_images
+from ear_model.data.images import find_images
 from ear_model.tokenizers.config import KL16_LATENT_SCALE
 
 KEYS = ("moments", "moments_flip")

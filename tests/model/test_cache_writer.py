@@ -199,6 +199,10 @@ def test_leftovers_of_killed_runs_are_removed(tree, tmp_path):
     assert len(LatentCache(out)) == 11  # never read
     write(tree, out)
     assert not list(out.rglob(".tmp-*"))
+    (out / left[0]).write_bytes(b"half")
+    (out / left[2]).write_bytes(b"half")
+    write(tree, out, rank=1, world_size=2)
+    assert not list(out.rglob(".tmp-*"))
 
 
 def alive(pid):
