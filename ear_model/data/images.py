@@ -94,7 +94,8 @@ def open_image(path: str | Path) -> "Image.Image":
             orientation = _orientation(image)
             # Pillow warns of a palette's transparency, which is dropped anyway.
             image.info.pop("transparency", None)
-            colours = image.convert("RGB")
+            # A conversion to what it is would be a copy.
+            colours: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
         turn = _turns().get(orientation)
         return colours if turn is None else colours.transpose(turn)
     except Exception as error:  # damaged files make Pillow raise errors of a dozen kinds

@@ -87,6 +87,17 @@ def test_the_command_reads_every_directory_once(tree, tmp_path, capsys):
     assert LatentCache(out).labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_tree_is_the_same_however_it_is_named(tree, tmp_path, monkeypatch):
+    """From within, from beside, with a dot in its path, and by a link to it."""
+    (tmp_path / "link").symlink_to("tree")
+    for where, root in ((tree, "."), (tmp_path, "tree"), (tmp_path, "tree/../tree/"), (tmp_path, tmp_path / "link")):
+        monkeypatch.chdir(where)
+        found = find_images(root)
+        assert names(found) == PLAIN
+        assert found.files_digest(0, 6) == find_images(tree).files_digest(0, 6)
+        assert all((found.root / path).is_file() for path in found.paths)
+
+
 def test_only_regular_files_are_read(tree, capsys):
     """A pipe would be waited for, for ever."""
     os.mkfifo(tree / "cat" / "pipe.png")
@@ -226,18 +237,25 @@ def commands(tree, tmp_path):
 
 
 def test_tokenizer_and_judge_take_empty_classes_too(tree, tmp_path, capsys):
+    """And remove what killed ones left where they write."""
     (tree / "bird").mkdir()
+    for name in ("judge.safetensors", "small.safetensors", "small.safetensors.partial"):
+        (tmp_path / f".tmp-7-{name}").write_bytes(b"half")
     for command in commands(tree, tmp_path):
         assert cli.main(command) == 1
         assert "bird has no files of" in capsys.readouterr().err
         assert cli.main([*command, "--allow-empty"]) == 0
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_tokenizer_and_judge_name_all_images_that_can_not_be_read(tree, tmp_path, capsys):
-    for name in ("cat/1.png", "dog/0.png", "dog/2.png"):
+    bad = ("cat/0.png", "dog/0.png", "dog/2.png")
+    for name in bad:
         (tree / name).write_bytes((tree / name).read_bytes()[:60])
-    for command in commands(tree, tmp_path):
+    judge, tokenizer = commands(tree, tmp_path)
+    size = judge.index("--image-size")
+    for command in (judge, judge[:size] + judge[size + 2 :], tokenizer):
         assert cli.main(command) == 1
         said = capsys.readouterr().err
         assert said.splitlines()[-1].startswith("ear: error: 3 images can't be read: ")
-        assert all(name in said for name in ("cat/1.png", "dog/0.png", "dog/2.png"))
+        assert all(name in said for name in bad)
