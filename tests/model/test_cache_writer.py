@@ -175,9 +175,9 @@ def test_another_process_is_kept_out(tree, tmp_path, capsys):
     options = ["--tokenizer", "pixels", "--image-size", "16", "--shard-size", "4", "--workers", "0"]
     with DirectoryLock(out):
         assert cli.main(["cache", str(tree), *options, "--out", str(out)]) == 1
-        assert "another process is writing in" in capsys.readouterr().err
+        assert "is writing in" in capsys.readouterr().err
         assert write(tree, out, rank=1, world_size=2) is not None  # has a lock of its own
-    with DirectoryLock(out / "build" / "process-1"), pytest.raises(ValueError, match="another process"):
+    with DirectoryLock(out / "build" / "process-1"), pytest.raises(ValueError, match="is writing in"):
         write(tree, out, rank=1, world_size=2)
     (out / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match="begun with other options"):
