@@ -1,8 +1,12 @@
-"""What `torchrun` says of this process, in environment variables; without it a process is alone."""
+"""What `torchrun` says of this process, in environment variables; processes that end with the one they serve."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 # torchrun ends the others as soon as one process ends; the main one is to report the error first.
@@ -42,3 +46,28 @@ def end_process(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that ends (Linux).
+
+    Args:
+        parent: the process that started this one; if it has ended already, so does this.
+        number: the signal.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def begin_worker(parent: int, *_: object) -> None:
+    """To be called first in a worker process: it ends with its parent, which Ctrl-C and SIGHUP are for."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def worker_initializer() -> Callable[..., None]:
+    """:func:`begin_worker` for the workers that this process starts, such as a DataLoader's ``worker_init_fn``."""
+    return partial(begin_worker, os.getpid())

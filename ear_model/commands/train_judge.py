@@ -1,5 +1,6 @@
 """``ear train-judge``: train the classifier that scores samples."""
 
+import glob
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ class TrainJudge:
     """Image tree to test the judge on; a tenth of every class of the first tree is held out if not given."""
     image_size: int = 0
     """Images are resized to this; the first image's shorter side if 0."""
+    allow_empty: bool = False
+    """Take folders without images as classes too."""
     max_per_class: int = 0
     """At most so many images of a class; all of them if 0."""
     config: Annotated[JudgeConfig, tyro.conf.arg(name="")] = field(default_factory=JudgeConfig)
@@ -33,24 +36,28 @@ class TrainJudge:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for trees that a judge can't be trained on."""
     command = parse_command(TrainJudge, arguments, "ear train-judge")
+    from ear_model.data.image_tree import find_images
     from ear_model.data.images import first_image_size, load_tree, split_classes
     from ear_model.devices import resolve_device
     from ear_model.evaluation.judge import train_judge
-    from ear_model.files import require_writable
+    from ear_model.files import remove_temporaries, require_writable
 
     device = resolve_device(command.device)
-    size = command.image_size or first_image_size(command.tree)
+    found = find_images(command.tree, allow_empty=command.allow_empty)
+    size = command.image_size or first_image_size(found)
     if size < 8 or command.max_per_class < 0:
         raise ValueError(
             f"image_size is {size} and max_per_class {command.max_per_class}; they must be at least 8 and 0"
         )
     require_writable(command.out)
+    remove_temporaries(command.out.parent, glob.escape(command.out.name))
     config = command.config
-    tree = load_tree(command.tree, size, command.max_per_class, config.seed)
+    tree = load_tree(found, size, command.max_per_class, config.seed)
     if command.test is not None:
-        train, held_out = tree, load_tree(command.test, size, command.max_per_class, config.seed)
+        test = find_images(command.test, allow_empty=command.allow_empty)
+        train, held_out = tree, load_tree(test, size, command.max_per_class, config.seed)
     else:
-        smallest = int(tree.labels.bincount(minlength=len(tree.class_names)).min())
+        smallest = int(tree.labels.unique(return_counts=True)[1].min())
         if smallest < 2:
             raise ValueError(f"{command.tree} has a class of {smallest} images; give more, or --test TREE")
         held, kept = split_classes(tree.labels, max(1, smallest // 10), config.seed)

@@ -29,6 +29,8 @@ class TrainTokenizer:
     """How to train."""
     model: AutoencoderConfig = SMALL
     """Shape of the autoencoder."""
+    allow_empty: bool = False
+    """Take folders without images too."""
     workers: int = min(8, os.cpu_count() or 1)
     """Threads that decode images."""
     device: str = "auto"
@@ -44,6 +46,7 @@ def run(arguments: list[str]) -> int:
     started = time.perf_counter()
     try:
         given: Any = {"device": resolve_device(command.device), "threads": command.workers}
+        given["allow_empty"] = command.allow_empty
         report = train_autoencoder(command.images, command.out, command.model, command.training, **given)
     except KeyboardInterrupt:
         print("ear: interrupted; the same command goes on from the last .partial file", file=sys.stderr)

@@ -4,6 +4,8 @@ Several processes (``torchrun``) share the shards out among them by number and n
 whoever finds all of them finished writes the manifest.
 """
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,19 +17,27 @@ from torch.utils.data import DataLoader, Dataset
 
 from ear_model.data.cache_format import BUILD, DTYPES, MANIFEST, Manifest, Shard, file_sha256, save_manifest
 from ear_model.data.config import CacheOptions
-from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import read_json, require_writable, write_json
+from ear_model.data.image_tree import SHOWN, ImageTree, find_images, named
+from ear_model.data.images import UnreadableImageError, read_image, to_float
+from ear_model.errors import RunError
+from ear_model.files import (
+    DirectoryLock,
+    read_json,
+    remove_temporaries,
+    require_writable,
+    write_atomically,
+    write_json,
+)
+from ear_model.processes import worker_initializer
 from ear_model.progress import Progress
 from ear_model.tensor_files import write_tensors
 from ear_model.tokenizers.latent import AutoencoderTokenizer
-
-SHOWN_ERRORS = 20
 
 _Batch = tuple[Tensor | None, list[str]]  # images, None if some can't be read; what can't be read
 
 
 class CacheWriter:
-    """Encodes a tree of images into a cache directory.
+    """Encodes a tree of images into a cache directory, which is locked from here to the end of :meth:`run`.
 
     Args:
         images: the tree, a folder a class.
@@ -39,7 +49,7 @@ class CacheWriter:
 
     Raises:
         ValueError: a bad tree; sizes that don't fit; a directory that holds something else, or a cache of another
-            tree or other options; too little space.
+            tree or other options, or that another process writes in; too little space.
     """
 
     def __init__(
@@ -60,7 +70,7 @@ class CacheWriter:
             raise ValueError(f"image size is {options.image_size}; this tokenizer needs a multiple of {factor}")
         self.cache, self.tokenizer, self.options, self.shard_size = cache, tokenizer, options, options.shard_size
         self.rank, self.world_size = rank, world_size
-        self.tree: ImageTree = find_images(images)
+        self.tree: ImageTree = find_images(images, allow_empty=options.allow_empty)
         side = options.image_size // factor
         self.manifest = Manifest(
             kind="pixels" if tokenizer is None else "moments",
@@ -76,7 +86,9 @@ class CacheWriter:
             classes=self.tree.classes,
             shards=(),
         )
-        self._prepare()
+        with contextlib.ExitStack() as stack:
+            self._prepare(stack)
+            self._lock = stack.pop_all()
 
     def _bounds(self, shard: int) -> tuple[int, int]:
         return shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.tree))
@@ -88,8 +100,8 @@ class CacheWriter:
     def _record(self, shard: int) -> Path:
         return self.cache / BUILD / f"shard-{shard:05d}.json"
 
-    def _prepare(self) -> None:
-        """Refuse another plan's directory; write this one's."""
+    def _prepare(self, lock: contextlib.ExitStack) -> None:
+        """Refuse another plan's directory; lock and write this one's."""
         plan: dict[str, Any] = asdict(self.manifest)
         for name in ("shards", "classes", "weights"):  # the names' digest and the weights' checksum say it
             del plan[name]
@@ -100,6 +112,29 @@ class CacheWriter:
             "shard_size": self.shard_size,
         }
         path = self.cache / BUILD / "plan.json"
+        self._require_same(path, plan)
+        # Every job has a first process, so two jobs exclude each other; its processes need not meet.
+        locked = self.cache / BUILD / f"process-{self.rank}" if self.rank else self.cache
+        require_writable(path)
+        locked.mkdir(exist_ok=True)
+        lock.enter_context(DirectoryLock(locked))
+        self._require_same(path, plan)  # once more: another process may have begun it meanwhile
+        if self.world_size == 1:  # before the room is counted, which they take
+            remove_temporaries(self.cache)
+            remove_temporaries(self.cache / BUILD)
+        self._todo = [shard for shard in range(self.num_shards) if self._finished(shard) is None]
+        row_bytes = DTYPES[self.manifest.dtype].itemsize
+        for side in self.manifest.row_shape():
+            row_bytes *= side
+        missing = sum(last - first for first, last in map(self._bounds, self._todo))
+        require_writable(path, needed_bytes=missing * row_bytes)
+        if not path.is_file():
+            write_json(path, plan)
+        if self._todo:
+            (self.cache / MANIFEST).unlink(missing_ok=True)
+
+    def _require_same(self, path: Path, plan: dict[str, Any]) -> None:
+        """Raise ValueError unless the directory is of this plan, whose file is ``path``, or can become it."""
         if path.is_file():
             stored = read_json(path)
             changed = [name for name in plan if stored.get(name) != plan[name]]
@@ -116,16 +151,6 @@ class CacheWriter:
             not self.cache.is_dir() or any(entry.name != BUILD for entry in self.cache.iterdir())
         ):
             raise ValueError(f"{self.cache} exists and is no cache that was begun; give a new --out")
-        self._todo = [shard for shard in range(self.num_shards) if self._finished(shard) is None]
-        row_bytes = DTYPES[self.manifest.dtype].itemsize
-        for side in self.manifest.row_shape():
-            row_bytes *= side
-        missing = sum(last - first for first, last in map(self._bounds, self._todo))
-        require_writable(path, needed_bytes=missing * row_bytes)
-        if not path.is_file():
-            write_json(path, plan)
-        if self._todo:
-            (self.cache / MANIFEST).unlink(missing_ok=True)
 
     def _finished(self, shard: int, *, compare: bool = True) -> Shard | None:
         """The shard if it is written and whole; ``compare``: and if its images are what they were."""
@@ -151,8 +176,28 @@ class CacheWriter:
             The manifest if the cache is whole, None while other processes still work on their parts.
 
         Raises:
-            ValueError: images that can't be read, all of them named (the first 20); the other shards are kept.
+            ValueError: images that can't be read, all of them (the first 20 by name, and the others in a file of the
+                cache); the other shards are kept. RunError: a process that decodes images was killed.
         """
+        listing = self.cache / BUILD / f"unreadable-{self.rank}.txt"
+        with self._lock:
+            listing.unlink(missing_ok=True)
+            errors = self._write_missing(quiet)
+            if errors:
+                raise ValueError(_words(errors, listing))
+            shards = [self._finished(shard, compare=False) for shard in range(self.num_shards)]
+            whole = tuple(shard for shard in shards if shard is not None)
+            if len(whole) < self.num_shards:
+                return None
+            manifest = Manifest(**{**vars(self.manifest), "shards": whole})
+            save_manifest(self.cache, manifest)
+            # What killed processes left. Every shard is there, so nobody writes one.
+            remove_temporaries(self.cache, "shard-*")
+            remove_temporaries(self.cache / BUILD)
+            return manifest
+
+    def _write_missing(self, quiet: bool) -> list[str]:
+        """Write this process's part; returns the images that can't be read, each with the reason."""
         mine = [shard for shard in self._todo if shard % self.world_size == self.rank]
         batches = [batch for shard in mine for batch in self._batches(shard)]
         # Threads of a worker would only compete with the other workers.
@@ -162,30 +207,18 @@ class CacheWriter:
             num_workers=min(self.options.workers, len(batches)),
             collate_fn=_collate,
             persistent_workers=False,
+            worker_init_fn=worker_initializer(),
         )
         errors: list[str] = []
         total = len(self.tree)
         done = total - sum(last - first for first, last in map(self._bounds, self._todo))
         share = sum(last - first for first, last in map(self._bounds, mine))
-        with Progress(done + share, done, "image", quiet=quiet) as progress:
+        with Progress(done + share, done, "image", quiet=quiet) as progress, _killed_workers_named():
             decoded = iter(loader) if batches else iter(())
             for shard in mine:
                 errors += self._write_shard(shard, decoded, progress)
             next(decoded, None)  # asked for more than there is, the loader ends its workers
-        if errors:
-            shown = "; ".join(errors[:SHOWN_ERRORS])
-            more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
-            raise ValueError(
-                f"{len(errors)} images can't be read: {shown}{more}. Shards without them are written. Put readable "
-                "files in their place and run the same command again, or remove them and give a new --out"
-            )
-        shards = [self._finished(shard, compare=False) for shard in range(self.num_shards)]
-        whole = tuple(shard for shard in shards if shard is not None)
-        if len(whole) < self.num_shards:
-            return None
-        manifest = Manifest(**{**vars(self.manifest), "shards": whole})
-        save_manifest(self.cache, manifest)
-        return manifest
+        return errors
 
     def _batches(self, shard: int) -> list[list[int]]:
         first, last = self._bounds(shard)
@@ -196,8 +229,7 @@ class CacheWriter:
         """Encode and write one shard; returns what could not be read, and then writes nothing."""
         first, last = self._bounds(shard)
         name = f"shard-{shard:05d}.safetensors"
-        for leftover in self.cache.glob(f".tmp-*-{name}"):  # of a killed run; this shard is ours alone
-            leftover.unlink(missing_ok=True)
+        remove_temporaries(self.cache, name)  # this shard is ours alone
         # Before the images are read: one that changes while we read must be noticed.
         files_sha256 = self.tree.files_digest(first, last)
         rows = torch.empty((last - first, *self.manifest.row_shape()), dtype=DTYPES[self.manifest.dtype])
@@ -231,6 +263,33 @@ class CacheWriter:
             return self.tokenizer.encode(floats).unsqueeze(1).cpu()
         both = self.tokenizer.encode(torch.cat([floats, floats.flip(3)]))
         return torch.stack(both.chunk(2), dim=1).cpu()
+
+
+def _words(errors: list[str], listing: Path) -> str:
+    """What to say of images that can't be read; if there are many, all of them go into the file ``listing``."""
+    where = ""
+    if len(errors) > SHOWN:
+        text = os.fsencode("".join(f"{error}\n" for error in errors))
+        write_atomically(listing, lambda temporary: temporary.write_bytes(text))
+        where = f" (all of them are in {listing})"
+    return (
+        f"{len(errors)} images can't be read: {named(errors)}{where}. Shards without them are written. Put readable "
+        "files in their place and run the same command again, or remove them and give a new --out"
+    )
+
+
+@contextlib.contextmanager
+def _killed_workers_named() -> Iterator[None]:
+    """The loader's error of a worker that was killed as a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a process that decodes images was killed, perhaps for want of memory; whole shards are kept, the same "
+            "command goes on, with fewer --workers if you like"
+        ) from error
 
 
 class _Decoded(Dataset):

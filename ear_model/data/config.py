@@ -23,6 +23,8 @@ class CacheOptions:
     """Images encoded at once."""
     shard_size: int = 4096
     """Images of a shard, which is held in memory while it is made."""
+    allow_empty: bool = False
+    """Take folders without images as classes too."""
 
     def __post_init__(self) -> None:
         check_range(self, "at least 0", "workers")

@@ -6,6 +6,7 @@ network and a discriminator.
 """
 
 import functools
+import glob
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
 from ear_model.draws import seeded_generator
-from ear_model.files import require_writable, write_atomically
+from ear_model.files import remove_temporaries, require_writable, write_atomically
 from ear_model.progress import Progress
 from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
@@ -58,6 +59,7 @@ def train_autoencoder(
     *,
     device: torch.device | str = "cpu",
     threads: int = 4,
+    allow_empty: bool = False,
     quiet: bool = False,
 ) -> TokenizerReport:
     """Train an autoencoder and write it, with its latent scale, to ``out``.
@@ -72,11 +74,12 @@ def train_autoencoder(
         training: how to train it.
         device: where.
         threads: threads that decode images.
+        allow_empty: take a tree with folders that hold no images.
         quiet: no progress bar.
 
     Raises:
-        ValueError: a bad tree, sizes that don't fit, ``out`` that exists or can't be written, an OUT.partial of other
-            settings; a loss that is not finite, with its step.
+        ValueError: a bad tree, images that can't be read, sizes that don't fit, ``out`` that exists or can't be
+            written, an OUT.partial of other settings; a loss that is not finite, with its step.
     """
     device = torch.device(device)
     if out.suffix != ".safetensors":
@@ -89,7 +92,7 @@ def train_autoencoder(
         raise ValueError(f"image size is {training.image_size}; it must be a multiple of {config.downsampling}")
     if threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1")
-    everything = ImageFolderData(images, training.image_size)
+    everything = ImageFolderData(images, training.image_size, allow_empty=allow_empty)
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(everything)))
     held_out = min(len(everything) // 10, MAX_HELD_OUT)
     train, test = everything.select(order[held_out:]), everything.select(order[: held_out or MAX_HELD_OUT])
@@ -104,6 +107,7 @@ def train_autoencoder(
         "images": everything.tree.names_digest(),
     }
     step = _resume(partial, settings, model, optimizer)
+    remove_temporaries(out.parent, f"{glob.escape(out.name)}*")
     require_writable(out, needed_bytes=sum(parameter.numel() * 16 for parameter in model.parameters()))
     # Before the prefetcher: what its threads do on the GPU would break a capture.
     steps.capture()

@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from ear_model import cli
-from ear_model.data import cache_format
+from ear_model.data import cache_format, cache_writer
 from ear_model.data.cache import LatentCache
+from ear_model.errors import RunError
+from ear_model.files import DirectoryLock
 from ear_model.tokenizers.config import AutoencoderConfig
 from ear_model.tokenizers.kl16 import AutoencoderKL
 from ear_model.tokenizers.latent import save_autoencoder
@@ -127,6 +129,129 @@ def test_unreadable_images_are_named_and_can_be_replaced(tree, tmp_path):
         (tree / name).write_bytes(good)
     write(tree, out)
     assert len(LatentCache(out)) == 11
+
+
+def test_many_unreadable_images_are_listed_in_a_file(tmp_path):
+    """All of them at once, after the shards without them: the message names 20."""
+    root, out = tmp_path / "tree", tmp_path / "cache"
+    write_tree(root, {"ant": 30, "bee": 8}, size=16)
+    bad = [root / "ant" / f"{index}.png" for index in range(25)]
+    for path in bad:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"25 images can't be read: .*; and 5 more \(all of them are in") as error:
+        write(root, out)
+    listing = out / "build" / "unreadable-0.txt"
+    assert str(listing) in str(error.value)
+    assert sorted(listing.read_text().split("\n")[:-1]) == sorted(f"{path} (it is empty)" for path in bad)
+    assert shards(out) == ["shard-00008.safetensors", "shard-00009.safetensors"]
+    for path in bad:
+        path.write_bytes((root / "bee" / "0.png").read_bytes())
+    write(root, out)
+    assert not listing.exists()
+    assert len(LatentCache(out)) == 38
+
+
+def test_images_that_vanish_are_named(tree, tmp_path, monkeypatch):
+    """Removed, or made a folder, after the tree was listed: the other shards are written."""
+    out, find = tmp_path / "cache", cache_writer.find_images
+
+    def then_removed(root, **options):
+        found = find(root, **options)
+        (root / "ant" / "1.png").unlink()
+        (root / "cat" / "0.png").unlink()
+        (root / "cat" / "0.png").mkdir()
+        return found
+
+    monkeypatch.setattr(cache_writer, "find_images", then_removed)
+    with pytest.raises(ValueError, match=r"2 images can't be read: .*1.png \(No such file.*0.png \(it is no regular"):
+        write(tree, out)
+    assert shards(out) == ["shard-00001.safetensors"]
+
+
+def test_another_process_is_kept_out(tree, tmp_path, capsys):
+    """The directory is locked while it is written, by whole jobs or by processes of one, and free afterwards."""
+    out = tmp_path / "cache"
+    write(tree, out)
+    options = ["--tokenizer", "pixels", "--image-size", "16", "--shard-size", "4", "--workers", "0"]
+    with DirectoryLock(out):
+        assert cli.main(["cache", str(tree), *options, "--out", str(out)]) == 1
+        assert "is writing in" in capsys.readouterr().err
+        assert write(tree, out, rank=1, world_size=2) is not None  # has a lock of its own
+    with DirectoryLock(out / "build" / "process-1"), pytest.raises(ValueError, match="is writing in"):
+        write(tree, out, rank=1, world_size=2)
+    (out / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="begun with other options"):
+        write(tree, out, flips=False)
+    (tree / "bee" / "1.png").write_bytes(b"")
+    (out / "build" / "shard-00001.json").unlink()
+    with pytest.raises(ValueError, match="can't be read"):
+        write(tree, out)
+    with DirectoryLock(out):  # neither error has left it locked
+        pass
+
+
+def test_leftovers_of_killed_runs_are_removed(tree, tmp_path):
+    out = tmp_path / "cache"
+    write(tree, out)
+    left = [".tmp-7-shard-00009.safetensors", ".tmp-7-manifest.json", "build/.tmp-7-shard-00000.json"]
+    for name in left:
+        (out / name).write_bytes(b"half")
+    assert len(LatentCache(out)) == 11  # never read
+    write(tree, out)
+    assert not list(out.rglob(".tmp-*"))
+    (out / left[0]).write_bytes(b"half")
+    (out / left[2]).write_bytes(b"half")
+    write(tree, out, rank=1, world_size=2)
+    assert not list(out.rglob(".tmp-*"))
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="asks /proc for child processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(number, tmp_path):
+    """Also where they wait to hand over images that nobody will take."""
+    tree = tmp_path / "tree"
+    write_tree(tree, {"a": 300}, size=16)
+    options = ["--tokenizer", "pixels", "--image-size", "16", "--workers", "2", "--batch-size", "1"]
+    options += ["--shard-size", "1", "--out", str(tmp_path / "cache")]
+    program = [sys.executable, "-m", "ear_model.cli", "cache", str(tree), *options]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cache" / "build").glob("shard-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        workers = [int(pid) for pid in file.read().split()]
+    assert len(workers) >= 2
+    process.send_signal(number)
+    process.wait(60)
+    deadline = time.monotonic() + 4  # torch's own workers look for their parent every 5 seconds
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+
+
+def test_a_killed_worker_is_one_line(tree, tmp_path, monkeypatch):
+    """Such as by a machine without memory: what is kept is said, and the lock is given up."""
+    out = tmp_path / "cache"
+    read = cache_writer.read_image
+
+    def killed(path, size):
+        if path.name == "3.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_writer, "read_image", killed)
+        with pytest.raises(RunError, match=r"process that decodes images was killed.*whole shards are kept"):
+            write(tree, out, workers=1)
+    assert len(write(tree, out)) == 11
 
 
 def test_processes_share_the_shards(tree, weights, tmp_path):
