@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from ear_model.data.cache_format import BUILD, DTYPES, MANIFEST, Manifest, Shard, file_sha256, save_manifest
 from ear_model.data.config import CacheOptions
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import read_json, require_writable, write_json
+from ear_model.files import require_writable, write_json
+from ear_model.json_files import read_json
 from ear_model.progress import Progress
 from ear_model.tensor_files import write_tensors
 from ear_model.tokenizers.latent import AutoencoderTokenizer
@@ -140,7 +141,10 @@ class CacheWriter:
                 f"{self.cache}: images of shard {shard} (from {first} on) were changed since it was written; remove "
                 f"{record} to write that shard anew, or give a new --out"
             )
-        found = Shard(**values)
+        try:
+            found = Shard(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{record} is damaged ({error}); remove it to write that shard anew") from error
         path = self.cache / found.file
         return found if path.is_file() and path.stat().st_size == found.size else None
 
