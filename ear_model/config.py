@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ear_model.errors import shown
+
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
 # Fields that stored configurations may lack, by class: added later, with the value for what was done before.
@@ -49,7 +51,7 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 @functools.cache
-def _type_hints(cls: Any) -> dict[str, Any]:
+def _type_hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -60,21 +62,17 @@ def check_types(config: Any) -> None:
         TypeError: a value of another type; true and false are no numbers. ValueError: a number that is not finite or
             is an integer of more than 63 bits, or a word that is none of a Literal's.
     """
-    for name, kind in _type_hints(type(config)).items():
+    kinds: dict[str, Any] = _type_hints(config.__class__)
+    for name, kind in kinds.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
             # Not `in`: a list would be compared with the words, True with 1.
             if not any(type(value) is type(word) and value == word for word in get_args(kind)):
-                raise ValueError(f"{name} is {_shown(value)}; it must be {' or '.join(map(repr, get_args(kind)))}")
+                raise ValueError(f"{name} is {shown(value)}; it must be {' or '.join(map(repr, get_args(kind)))}")
         elif not _fits(value, kind):
-            raise TypeError(f"{name} is {_shown(value)}; it must be {_words(kind)}")
-        elif isinstance(value, Real) and not (math.isfinite(value) and (kind is float or abs(int(value)) < 2**63)):
+            raise TypeError(f"{name} is {shown(value)}; it must be {_words(kind)}")
+        elif isinstance(value, (int, float)) and not (math.isfinite(value) and (kind is float or abs(value) < 2**63)):
             raise ValueError(f"{name} is {value}; it must be finite and, as an integer, below 2^63")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -343,7 +341,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {_shown(values)} is no configuration of {cls.__name__}")
+        raise ValueError(f"{where}: {shown(values)} is no configuration of {cls.__name__}")
     values = {**_ADDED_FIELDS.get(cls.__name__, {}), **values}
     known = {entry.name for entry in dataclasses.fields(cls)}
     if set(values) != known:

@@ -24,8 +24,8 @@ def read_torch(path: Path) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path} is {'no regular file' if path.exists() else 'not there'}")
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):

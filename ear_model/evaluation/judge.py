@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ear_model.data.images import LabelledImages, to_float
+from ear_model.errors import shown
 from ear_model.evaluation.config import JudgeConfig
 from ear_model.json_files import parse_json
 from ear_model.model.weights import on_meta
@@ -88,9 +89,9 @@ class Judge:
             values = parse_json(metadata["config"], "config")
             names = parse_json(metadata["class_names"], "class_names")
             if not isinstance(values, dict) or not isinstance(values.get("channels"), list):
-                raise ValueError(f"its config is {values!r:.80}")
+                raise ValueError(f"its config is {shown(values)}")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"class_names are {names!r:.80}; they must be a list of texts")
+                raise ValueError(f"class_names are {shown(names)}; they must be a list of texts")
             if len(names) < 2 or len(set(names)) < len(names):
                 raise ValueError("class_names are fewer than two, or not different")
             config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
@@ -118,7 +119,7 @@ class Judge:
 
 def _count(metadata: dict[str, str], key: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,8}", metadata[key], re.ASCII):
-        raise ValueError(f"{key} is {metadata[key]!r:.80}; it must be an integer of at least 1")
+        raise ValueError(f"{key} is {shown(metadata[key])}; it must be an integer of at least 1")
     return int(metadata[key])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_model.errors import shown
 from ear_model.json_files import parse_json
 from ear_model.model.weights import on_meta
 from ear_model.tensor_files import read_tensors, usable_weights, without_wrappers, write_tensors
@@ -151,13 +152,13 @@ def _read_safetensors(path: Path) -> tuple[AutoencoderConfig, float, dict[str, T
     try:
         version, values = description["version"], dict(description["config"])
         if version != FORMAT_VERSION:
-            raise ValueError(f"version {version!r:.80}; this program reads {FORMAT_VERSION}")
+            raise ValueError(f"version {shown(version)}; this program reads {FORMAT_VERSION}")
         values = {**_ADDED_FIELDS, **values}
         if set(values) != {field.name for field in fields(AutoencoderConfig)}:
             raise ValueError(f"fields {sorted(values)}")
         scale = description["latent_scale"]
         if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-            raise ValueError(f"latent_scale is {scale!r:.80}; it must be a number")
+            raise ValueError(f"latent_scale is {shown(scale)}; it must be a number")
         return AutoencoderConfig(**values), float(scale), tensors
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata do not describe an autoencoder that we know ({error})") from error

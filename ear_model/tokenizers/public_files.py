@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ear_model.errors import shown
 from ear_model.json_files import read_json
 from ear_model.tensor_files import check_numbers
 from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
@@ -124,7 +125,7 @@ def _scale(path: Path, stored: Any, config: AutoencoderConfig, is_diffusers: boo
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if value is not None:
-            raise ValueError(f"{settings}: {SCALE_FIELD} is {value!r:.80}; it must be a number")
+            raise ValueError(f"{settings}: {SCALE_FIELD} is {shown(value)}; it must be a number")
     if replace(config, decoder_attention=False) == KL16:
         return KL16_LATENT_SCALE
     if is_diffusers:

@@ -21,6 +21,7 @@ from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
 from ear_model.draws import seeded_generator
+from ear_model.errors import shown
 from ear_model.files import require_writable, write_atomically
 from ear_model.progress import Progress
 from ear_model.tensor_files import usable_weights
@@ -276,7 +277,7 @@ def _resume(partial: Path, settings: dict[str, Any], model: AutoencoderKL, optim
         raise ValueError(f"{partial} was begun with another {' and '.join(changed)}; remove it to begin anew")
     step, weights = state.get("step"), state.get("model")
     if type(step) is not int or not 0 <= step < settings["training"]["steps"] or not isinstance(weights, dict):
-        raise ValueError(f"{partial}: step is {step!r:.80}; it is damaged, remove it to begin anew")
+        raise ValueError(f"{partial}: step is {shown(step)}; it is damaged, remove it to begin anew")
     model.load_state_dict(usable_weights(partial, model.state_dict(), weights))
     names = [name for name, _ in model.named_parameters()]
     checked_moments(state.get("optimizer"), [names], dict(model.named_parameters()), str(partial))

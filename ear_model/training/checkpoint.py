@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ear_model.config import ModelConfig, TrainConfig
 from ear_model.ear import EAR
+from ear_model.errors import shown
 from ear_model.files import flush, write_atomically
 from ear_model.model.weights import check_fit, load_weights, on_meta, save_weights
 from ear_model.run_dir import (
@@ -124,7 +125,7 @@ def _check_state(state: dict[str, Any], model: EAR, train: TrainConfig, path: Pa
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
     step = state["step"]
     if type(step) is not int or step != step_of(path):
-        raise ValueError(f"{where}: step is {step!r:.80}; {path.name} is the directory of another")
+        raise ValueError(f"{where}: step is {shown(step)}; {path.name} is the directory of another")
     moments = moments_by_name(state["optimizer"], model, train.parameter_groups, where)
     if step and not moments:
         raise ValueError(f"{where}: the optimiser has no state after {step} steps")
@@ -137,10 +138,10 @@ def _check_state(state: dict[str, Any], model: EAR, train: TrainConfig, path: Pa
             found = tuple(group[name]) if isinstance(group.get(name), list) else group.get(name)
             if isinstance(found, Tensor) or found != expected[name]:
                 raise ValueError(
-                    f"{where}: {name} of the optimiser is {found!r:.80}; {CONFIG_FILE} says {expected[name]}"
+                    f"{where}: {name} of the optimiser is {shown(found)}; {CONFIG_FILE} says {expected[name]}"
                 )
         if not is_number(group.get("lr")):
-            raise ValueError(f"{where}: lr of the optimiser is {group.get('lr')!r:.80}; it must be a number")
+            raise ValueError(f"{where}: lr of the optimiser is {shown(group.get('lr'))}; it must be a number")
     state["optimizer"]["state"] = states
     _check_generators(state, "", where)
     others = state.get("process_rng", [None])
@@ -174,10 +175,10 @@ def check_public(public: Any, where: str) -> None:
         raise ValueError(f"{where}: public is no dict")
     for name in ("epoch", "step"):
         if type(public.get(name)) is not int or not 0 <= public[name] < 2**31:
-            raise ValueError(f"{where}: {name} of public is {public.get(name)!r:.80}; it must be a count")
+            raise ValueError(f"{where}: {name} of public is {shown(public.get(name))}; it must be a count")
     for name in ("scaler", "args"):
         if not isinstance(public.get(name), (dict, type(None))):
-            raise ValueError(f"{where}: {name} of public is {public[name]!r:.80}; it must be a dict")
+            raise ValueError(f"{where}: {name} of public is {shown(public[name])}; it must be a dict")
     groups = public.get("param_groups")
     if groups is not None and not (
         isinstance(groups, list) and len(groups) == 3 and all(isinstance(group, dict) for group in groups)

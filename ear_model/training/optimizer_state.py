@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ear_model.config import TrainConfig
 from ear_model.ear import EAR
+from ear_model.errors import shown
 from ear_model.tensor_files import WEIGHT_DTYPES
 from ear_model.training import optim
 
@@ -89,14 +90,16 @@ def checked_moments(
 def _check_options(group: dict[str, Any], where: str) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if name in group and not is_number(group[name]):
-            raise ValueError(f"{where}: {name} of the optimiser is {group[name]!r:.80}; a number from 0 on is needed")
+            raise ValueError(
+                f"{where}: {name} of the optimiser is {shown(group[name])}; a number from 0 on is needed"
+            )
     betas = group.get("betas", (0.9, 0.95))
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) and b < 1 for b in betas):
-        raise ValueError(f"{where}: betas of the optimiser are {betas!r:.80}; they must be two numbers in [0, 1)")
+        raise ValueError(f"{where}: betas of the optimiser are {shown(betas)}; they must be two numbers in [0, 1)")
     for name in _OFF:
         # By identity first: a comparison with a tensor is a tensor.
         if group.get(name) is not None and group[name] is not False:
-            raise ValueError(f"{where}: the optimiser has {name} {group[name]!r:.80}; it must be off")
+            raise ValueError(f"{where}: the optimiser has {name} {shown(group[name])}; it must be off")
 
 
 def is_number(value: Any) -> bool:
@@ -111,7 +114,7 @@ def _entries(state: Any, parameter: Tensor, of: str, where: str) -> dict[str, Te
     unknown = [name for name in state if name not in names]
     # amsgrad's, which some versions write empty.
     if any(state[name] is not None for name in unknown):
-        raise ValueError(f"{where}: the optimiser's state {of} holds {unknown[:3]!r:.80}; AdamW's has {names}")
+        raise ValueError(f"{where}: the optimiser's state {of} holds {shown(unknown[:3])}; AdamW's has {names}")
     entries = {"step": _step(state.get("step"), of, where)}
     for name in MOMENTS:
         tensor = state.get(name)
@@ -133,8 +136,7 @@ def _step(value: Any, of: str, where: str) -> Tensor:
     else:
         number = value
     if not is_number(number) or number != int(number) or number > 2**31:
-        shown = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
-        raise ValueError(f"{where}: step {of} is {shown}; it must be a count")
+        raise ValueError(f"{where}: step {of} is {shown(value)}; it must be a count")
     if isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim == 0:
         return value
     return torch.tensor(float(number))

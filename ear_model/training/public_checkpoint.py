@@ -18,6 +18,7 @@ from ear_model.config import ModelConfig, RunConfig, from_dict, to_dict
 from ear_model.data.sources import load_training_data
 from ear_model.draws import seeded_generator
 from ear_model.ear import EAR
+from ear_model.errors import shown
 from ear_model.files import require_writable, write_atomically
 from ear_model.json_files import parse_json
 from ear_model.model.weights import check_blocks, check_fit, on_meta, public_key
@@ -79,7 +80,7 @@ def import_run(
         model_config = infer_model(public.weights, public.args, num_heads, str(source))
         cached = public.args.get("cached_path")
         if not isinstance(cached, (str, type(None))):
-            raise ValueError(f"{source}: cached_path in args is {cached!r:.80}; it must be text")
+            raise ValueError(f"{source}: cached_path in args is {shown(cached)}; it must be text")
         config = RunConfig(data="npz", data_path=cached or "", model=model_config)
     model = _meta_model(config.model, source)
     weights = check_fit(model, public.weights, source)

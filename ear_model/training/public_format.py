@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ear_model.config import Config, ModelConfig, RunConfig, TrainConfig
+from ear_model.errors import shown
 from ear_model.model.weights import BLOCKS, GENERATOR_BLOCKS, count_blocks, our_key
 from ear_model.presets import MODELS
 from ear_model.tensor_files import without_wrappers
@@ -73,7 +74,7 @@ def read_public(path: Path) -> PublicCheckpoint:
             raise ValueError(f"{path}: model_ema has other tensors than model")
     epoch = content.get("epoch", 0)
     if type(epoch) is not int or not 0 <= epoch < 2**31:
-        raise ValueError(f"{path}: epoch is {epoch!r:.80}; it must be a count from 0 on")
+        raise ValueError(f"{path}: epoch is {shown(epoch)}; it must be a count from 0 on")
     for name in ("optimizer", "scaler"):
         if not isinstance(content.get(name), (dict, type(None))):
             raise ValueError(f"{path}: {name} is {type(content[name]).__name__}; it must be a state dict")
@@ -106,12 +107,10 @@ def _arguments(args: Any, path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_plain(value: Any) -> bool:
-    # No deeper than read_torch lets files be.
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+def _is_plain(value: Any, levels: int = 2) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(each, levels - 1) for each in inner)
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -187,7 +186,7 @@ def infer_training(args: dict[str, Any], step: int, epoch: int, where: str = "ar
         given["batch_size"] = images * processes * given["accumulate"]
     schedule = args.get("lr_schedule") or "constant"
     if schedule not in ("constant", "cosine"):
-        raise ValueError(f"{where}: lr_schedule in args is {schedule!r:.80}; it must be 'constant' or 'cosine'")
+        raise ValueError(f"{where}: lr_schedule in args is {shown(schedule)}; it must be 'constant' or 'cosine'")
     steps, warmup = paper.steps, 0
     if args.get("epochs") is not None and step:
         steps = round(_number(args, "epochs", 0, where) * per_epoch)
@@ -246,7 +245,7 @@ def _number(
     is_good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_good or not (least <= value < 2**63) or (whole and value != int(value)):
         kind = "an integer" if whole else "a number"
-        raise ValueError(f"{where}: {name} in args is {value!r:.80}; it must be {kind} from {least} on")
+        raise ValueError(f"{where}: {name} in args is {shown(value)}; it must be {kind} from {least} on")
     return value
 
 
