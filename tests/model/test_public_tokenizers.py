@@ -1,4 +1,4 @@
-"""Autoencoders in the layouts of latent-diffusion and of diffusers, and other files that only look like tokenizers."""
+"""Autoencoders in the layouts of latent-diffusion and of diffusers, and files that only look like some."""
 
 import json
 import re
@@ -171,5 +171,5 @@ def test_metadata_that_are_something_else(tmp_path, description):
 
 
 def test_training_options_are_checked_by_field():
-    with pytest.raises(TypeError, match="steps is 1.5"):
+    with pytest.raises(TypeError, match=r"steps is 1\.5"):
         TokenizerTraining(steps=1.5)  # type: ignore[arg-type]
