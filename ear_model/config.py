@@ -5,16 +5,22 @@ directory and in the metadata of every weight file.
 """
 
 import dataclasses
+import functools
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ear_model.errors import shown
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
 # Fields that stored configurations may lack, by class: added later, with the value for what was done before.
 _ADDED_FIELDS: dict[str, dict[str, Any]] = {
     "ModelConfig": {"masking": "truncated_normal", "position_init": "normal"},
+    "TrainConfig": {"min_lr": 0.0},
     "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random"},
 }
 
@@ -41,12 +47,57 @@ def check_range(config: Any, wanted: str, *names: str) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be {wanted}")
 
 
-def _check_choices(config: Any) -> None:
-    """Raise ValueError unless every field of a Literal type holds one of its words."""
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            words = " or ".join(map(repr, get_args(kind)))
-            raise ValueError(f"{name} is {getattr(config, name)!r}; it must be {words}")
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def check_types(config: Any) -> None:
+    """Make sure that every field of a dataclass holds what its annotation says.
+
+    Raises:
+        TypeError: a value of another type; true and false are no numbers. ValueError: a number that is not finite or
+            is an integer of more than 63 bits, or a word that is none of a Literal's.
+    """
+    kinds: dict[str, Any] = _type_hints(config.__class__)
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            # Not `in`: a list would be compared with the words, True with 1.
+            if not any(type(value) is type(word) and value == word for word in get_args(kind)):
+                raise ValueError(f"{name} is {shown(value)}; it must be {' or '.join(map(repr, get_args(kind)))}")
+        elif not _fits(value, kind):
+            raise TypeError(f"{name} is {shown(value)}; it must be {_words(kind)}")
+        elif isinstance(value, (int, float)) and not (math.isfinite(value) and (kind is float or abs(value) < 2**63)):
+            raise ValueError(f"{name} is {value}; it must be finite and, as an integer, below 2^63")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            inner = inner[:1] * len(value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    return isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        count = "any number of" if inner[-1] is Ellipsis else str(len(inner))
+        return f"{count} values, each {_words(inner[0])}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(_words, get_args(kind)))
+    return _WORDS.get(kind) or ("nothing" if kind is type(None) else f"a {kind.__name__}")
 
 
 def _check_divides(config: Any, name: str, divisor: str) -> None:
@@ -103,6 +154,7 @@ class ModelConfig:
     """Share of images whose class is replaced by the null class in training (for guidance)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = ("image_size", "channels", "patch_size", "num_classes", "width", "depth", "num_heads", "class_tokens")
         check_range(self, "at least 1", *sizes, "generator_width", "generator_depth", "noise_dim")
         check_range(self, "positive", "mlp_ratio")
@@ -110,7 +162,6 @@ class ModelConfig:
         check_range(self, "at least 2", "num_samples")
         check_range(self, "in (0, 1]", "min_mask_ratio")
         check_range(self, "in [0, 1)", "dropout", "attention_dropout", "label_dropout")
-        _check_choices(self)
         _check_divides(self, "image_size", "patch_size")
         _check_divides(self, "width", "num_heads")
 
@@ -149,8 +200,7 @@ class SamplingConfig:
         return self.guidance != 1 and self.guidance_from <= 1 - left / num_tokens < self.guidance_to
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int):
-            raise ValueError(f"steps is {self.steps}; it must be an integer")
+        check_types(self)
         check_range(self, "at least 1", "steps")
         check_range(self, "at least 0 and finite", "guidance", "temperature", "guidance_from")
         check_range(self, "positive and finite", "guidance_to")
@@ -158,7 +208,6 @@ class SamplingConfig:
             raise ValueError(
                 f"guidance_from is {self.guidance_from}; it must be below guidance_to, {self.guidance_to}"
             )
-        _check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -181,6 +230,8 @@ class TrainConfig:
     """Learning rate after the warm-up."""
     warmup_steps: int = 62_500
     """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate that the cosine schedule ends at."""
     weight_decay: float = 0.02
     """AdamW weight decay of the backbone's matrices and embeddings."""
     beta1: float = 0.9
@@ -219,16 +270,26 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every")
         check_range(self, "at least 1", *counts, "loss_chunks", "rows_per_noise")
         check_range(self, "positive", "lr", "finetune_lr", "generator_lr_scale", "clip")
-        check_range(self, "at least 0", "warmup_steps", "finetune_steps", "weight_decay", "seed")
+        check_range(self, "at least 0", "warmup_steps", "finetune_steps", "weight_decay", "seed", "min_lr")
         check_range(self, "in [0, 1)", "beta1", "beta2", "ema")
         check_range(self, "in (0, 1]", "tau", "finetune_tau")
-        _check_choices(self)
         _check_divides(self, "batch_size", "accumulate")
         if self.finetune_steps > self.steps:
             raise ValueError(f"finetune_steps is {self.finetune_steps}; it must not exceed steps, {self.steps}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}; it must not exceed lr, {self.lr}")
+
+    def is_finetuning(self, step: int) -> bool:
+        """Whether step (from 0) belongs to the tau fine-tuning phase at the end of the run."""
+        return step >= self.steps - self.finetune_steps
+
+    def tau_of(self, step: int) -> float:
+        """Weight of the loss's diversity term in step ``step`` (from 0)."""
+        return self.finetune_tau if self.is_finetuning(step) else self.tau
 
 
 @dataclass(frozen=True)
@@ -247,6 +308,9 @@ class RunConfig:
     """The training."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How to sample by default."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -277,21 +341,20 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {values!r} is no configuration of {cls.__name__}")
+        raise ValueError(f"{where}: {shown(values)} is no configuration of {cls.__name__}")
     values = {**_ADDED_FIELDS.get(cls.__name__, {}), **values}
     known = {entry.name for entry in dataclasses.fields(cls)}
     if set(values) != known:
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        unknown, missing = sorted(map(str, set(values) - known)), sorted(known - set(values))
         raise ValueError(
             f"{where}: {cls.__name__} of another version (unknown fields {unknown}, missing fields {missing})"
         )
-    hints = get_type_hints(cls)
+    hints = _type_hints(cls)
+    parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(hints[name])}
+    built = {name: _build(hints[name], value, where) for name, value in parts.items()}
     try:
-        return cls(
-            **{
-                name: _build(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
-                for name, value in values.items()
-            }
-        )
+        return cls(**{**values, **built})
     except TypeError as error:
         raise ValueError(f"{where}: {cls.__name__} holds a value of the wrong type ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {cls.__name__}: {error}") from error

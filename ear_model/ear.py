@@ -11,9 +11,9 @@ from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
-from ear_model.model.weights import load_into, load_weights
+from ear_model.model.weights import check_fit, load_weights, on_meta
 from ear_model.presets import model_config
-from ear_model.run_dir import AVERAGES_FILE, WEIGHTS_FILE, latest_checkpoint
+from ear_model.run_dir import AVERAGES_FILE, CONFIG_FILE, WEIGHTS_FILE, latest_checkpoint, load_config, step_of
 from ear_model.sampling.decoding import Progress
 from ear_model.sampling.engine import Engines, Precision
 from ear_model.scores import EnergyScore
@@ -58,7 +58,8 @@ class EAR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> "EAR":
-        """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights.
+        """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights, and
+        the tau that its last step was trained with.
 
         Args:
             run_dir: what ``ear train --out`` wrote.
@@ -68,10 +69,17 @@ class EAR(nn.Module):
         Raises:
             ValueError: no run directory, no checkpoint in it, or a file that is damaged or foreign.
         """
-        path = latest_checkpoint(Path(run_dir)) / (AVERAGES_FILE if ema else WEIGHTS_FILE)
+        run_dir = Path(run_dir)
+        checkpoint, run = latest_checkpoint(run_dir), load_config(run_dir)
+        path = checkpoint / (AVERAGES_FILE if ema else WEIGHTS_FILE)
         config, tensors = load_weights(path)
+        if config != run.model:
+            raise ValueError(f"{path} holds another architecture than {run_dir / CONFIG_FILE}")
+        # Compared before there is memory for the model: a small file may name a huge one.
+        weights = check_fit(on_meta(lambda: cls(config), path), tensors, path)
         model = cls(config)
-        load_into(model, tensors, path)
+        model.load_state_dict(weights)
+        model.score.tau = run.train.tau_of(max(0, step_of(checkpoint) - 1))
         return model.to(device).eval()
 
     def forward(

@@ -1,5 +1,16 @@
 """Errors of a run that the command line reports in one line."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a few words, however large or deeply nested it is."""
+    return " ".join(_SHORT.repr(value).split())[:200]
+
 
 class RunError(RuntimeError):
     """What went wrong while a run was going on, not for a mistake in what was asked for."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from ear_model.json_files import read_json
+
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, flushed: bool = True) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush it to the disk, and rename it into place."""
@@ -62,17 +64,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a dict as JSON, atomically."""
     text = json.dumps(values, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a dict from JSON. Raises ValueError if it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged (no object)")
-    return values
 
 
 def begin_directory(

@@ -8,18 +8,19 @@ RUN/checkpoints/step_00000250/         the last whole checkpoint
     trainer.pt                         optimiser, random generators, position in the data
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ear_model.config import RunConfig, from_dict, to_dict
-from ear_model.files import read_json, write_json
+from ear_model.files import write_json
+from ear_model.json_files import parse_json, read_json
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE, AVERAGES_FILE = "model.safetensors", "ema.safetensors"
+_LOGGED = ("step", "loss")  # what every line of metrics has
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -50,6 +51,13 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Steps of the checkpoint in that directory."""
+    match = _STEP_NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """The last whole checkpoint. Raises ValueError if there is none."""
     load_config(run_dir)
@@ -60,11 +68,24 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; a last line that was cut off is left out."""
-    lines = []
-    for text in (run_dir / METRICS_FILE).read_text().splitlines():
+    """The lines of RUN/metrics.jsonl, each with a "step" and a "loss"; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: not there, or a line that is something else.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = parse_json(text, f"{path}, line {number},")
+            if not isinstance(line, dict) or not all(type(line.get(name)) in (int, float) for name in _LOGGED):
+                raise ValueError(f"{path}, line {number}, is damaged (no step and loss)")
+        except ValueError:
+            if number == len(texts):
+                break
+            raise
+        lines.append(line)
     return lines

@@ -14,12 +14,14 @@ from ear_model.run_dir import load_config
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a trained model on samples and write RUN/evaluation.json."""
+    """Score a trained model on samples and write RUN/evaluation.json, or --out."""
 
     run: tyro.conf.Positional[Path]
     """Run directory of the trained model."""
     scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = field(default_factory=ScoringConfig)
     """What to score with."""
+    out: Path | None = None
+    """File to write the scores to, in place of RUN/evaluation.json, such as for a run that can't be written in."""
     seed: int = 0
     """The same seed gives the same scores."""
     tokenizer: str = ""
@@ -38,14 +40,17 @@ def run(arguments: list[str]) -> int:
     from ear_model.files import require_writable
     from ear_model.sampling.decoder import Decoder
 
+    out = command.out or command.run / EVALUATION_FILE
+    if command.out is not None and (out.exists() or out.is_symlink()):
+        raise ValueError(f"{out} exists already; give a new --out")
     device = resolve_device(command.device)
     config = load_config(command.run)
     if command.tokenizer:
         config = dataclasses.replace(config, tokenizer=command.tokenizer)
     decoder = Decoder(config, device)
     scoring = Scoring(config, command.scoring, decoder, command.device)
-    require_writable(command.run / EVALUATION_FILE)
+    require_writable(out)
     model = EAR.from_pretrained(command.run, device=device)
-    print(scoring.score(model, command.run, seed=command.seed))
-    print(f"scores: {command.run / EVALUATION_FILE}")
+    print(scoring.score(model, command.run, seed=command.seed, out=out))
+    print(f"scores: {out}")
     return 0

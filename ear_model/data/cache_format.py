@@ -11,10 +11,9 @@ image, side by side so that one image is one read. Pixels are kept once: their m
 
 import contextlib
 import hashlib
-import json
-import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from ear_model.config import RunConfig
-from ear_model.files import read_json, write_json
+from ear_model.config import RunConfig, check_types
+from ear_model.files import write_json
+from ear_model.json_files import read_json
 
 FORMAT = "ear_model_cache"
 VERSION = 1
@@ -43,6 +43,9 @@ class Shard:
     size: int
     """Bytes."""
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,12 @@ def load_manifest(cache: Path) -> Manifest:
     try:
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
         for name in ("image_shape", "classes"):
-            values[name] = tuple(values[name])
+            # Not of a text, which would be one of letters.
+            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         manifest = Manifest(**values)
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write the cache anew by `ear cache`") from error
+        raise ValueError(f"{path} is damaged ({error!s:.300}); write the cache anew by `ear cache`") from error
     return manifest
 
 
@@ -130,17 +134,31 @@ def _check_manifest(manifest: Manifest) -> None:
         if not good:
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
 
-    require("kind", manifest.kind in ("moments", "pixels"))
+    check_types(manifest)
     require("dtype", manifest.dtype in (("uint8",) if manifest.kind == "pixels" else ("fp16", "fp32")))
-    require("latent_scale", math.isfinite(manifest.latent_scale) and manifest.latent_scale > 0)
-    require("classes", len(manifest.classes) > 0)
-    shape = manifest.image_shape
-    require("image_shape", len(shape) == 3 and all(isinstance(side, int) and side > 0 for side in shape))
-    require("image_size", all(side * manifest.downsampling == manifest.image_size for side in shape[1:]))
-    for shard in manifest.shards:
-        if shard.count < 1 or Path(shard.file).name != shard.file:
-            raise ValueError(f"shard {shard}")
+    require("latent_scale", manifest.latent_scale > 0)
+    require("downsampling", manifest.downsampling > 0)
+    require("classes", are_class_names(manifest.classes) and len(manifest.classes) > 0)
+    require("image_shape", all(side > 0 for side in manifest.image_shape))
+    require(
+        "image_size", all(side * manifest.downsampling == manifest.image_size for side in manifest.image_shape[1:])
+    )
     require("shards", len(manifest.shards) > 0)
+    for shard in manifest.shards:
+        if shard.count < 1 or not is_file_name(shard.file) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"shard {shard}")
+    if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
+        raise ValueError("shards has a file twice")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether this is the name of something in a directory, and points nowhere else."""
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+
+
+def are_class_names(names: Sequence[Any]) -> bool:
+    """Whether these can be different directories."""
+    return all(isinstance(name, str) and is_file_name(name) for name in names) and len(set(names)) == len(names)
 
 
 def class_names(config: RunConfig) -> tuple[str, ...] | None:
@@ -148,14 +166,11 @@ def class_names(config: RunConfig) -> tuple[str, ...] | None:
     if config.data != "cache" or not config.data_path:
         return None
     try:
-        names = json.loads((Path(config.data_path) / MANIFEST).read_text())["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = read_json(Path(config.data_path) / MANIFEST).get("classes")
+    except (OSError, ValueError):
         return None
     # They become directories: nothing that points elsewhere.
-    usable = isinstance(names, list) and all(
-        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
-    )
-    return tuple(names) if usable and len(set(names)) == len(names) else None
+    return tuple(names) if isinstance(names, list) and are_class_names(names) else None
 
 
 def verify_shards(cache: Path, manifest: Manifest, verify: Verify = "full") -> None:

@@ -22,12 +22,12 @@ from ear_model.data.images import UnreadableImageError, read_image, to_float
 from ear_model.errors import RunError
 from ear_model.files import (
     DirectoryLock,
-    read_json,
     remove_temporaries,
     require_writable,
     write_atomically,
     write_json,
 )
+from ear_model.json_files import read_json
 from ear_model.processes import worker_initializer
 from ear_model.progress import Progress
 from ear_model.tensor_files import write_tensors
@@ -165,7 +165,10 @@ class CacheWriter:
                 f"{self.cache}: images of shard {shard} (from {first} on) were changed since it was written; remove "
                 f"{record} to write that shard anew, or give a new --out"
             )
-        found = Shard(**values)
+        try:
+            found = Shard(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{record} is damaged ({error}); remove it to write that shard anew") from error
         path = self.cache / found.file
         return found if path.is_file() and path.stat().st_size == found.size else None
 

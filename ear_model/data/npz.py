@@ -1,6 +1,5 @@
 """Training from a latent cache of the public EAR and MAR code: ``<class>/<file>.npz``."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from ear_model.data.cache import draw_latents
 from ear_model.data.images import find_images
+from ear_model.npz_files import read_npz
 from ear_model.tokenizers.config import KL16_LATENT_SCALE
 
 KEYS = ("moments", "moments_flip")
@@ -63,12 +63,11 @@ class NpzCache:
     def _load(self, index: int, key: str) -> np.ndarray:
         path = self.tree.root / self.tree.paths[index]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if key not in arrays:
-                    raise ValueError(f"it holds {sorted(arrays.files)}, no {key!r}")
-                values = arrays[key]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no file of an EAR or MAR latent cache ({error}); write it again") from error
+            (values,) = read_npz(path, (key,))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; {path.name} is no file of an EAR or MAR latent cache, write it again"
+            ) from error
         if values.ndim != 3 or values.shape[0] % 2 or values.dtype.kind != "f" or 0 in values.shape:
             raise ValueError(f"{path}: {key} is {values.dtype} {values.shape}; floating-point [2 c, h, w] is needed")
         if self._shape is None:
@@ -78,7 +77,10 @@ class NpzCache:
                 f"{path}: {key} is {values.shape}, the cache's other files are {self._shape}; "
                 "a cache can't mix resolutions: cache those images again"
             )
-        return values.astype(np.float32, copy=False)
+        values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinite values; write it again")
+        return values
 
 
 def load_npz_cache(path: Path, tokenizer: Path | None = None) -> NpzCache:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ear_model.config import check_range
+from ear_model.config import check_range, check_types
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,12 @@ class JudgeConfig:
     """Seed of weights, order and shifts."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.channels, tuple) and len(self.channels) != 4:
+            raise ValueError(f"channels are {self.channels}; give four positive numbers")
+        check_types(self)
         check_range(self, "positive", "epochs", "batch_size", "lr")
         check_range(self, "at least 0", "weight_decay", "shift", "seed")
-        if len(self.channels) != 4 or min(self.channels) < 1:
+        if min(self.channels) < 1:
             raise ValueError(f"channels are {self.channels}; give four positive numbers")
 
 
@@ -56,6 +59,7 @@ class ScoringConfig:
     """Images sampled at a time; other sizes give other samples."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "at least 1", "num", "batch_size")
         if (self.judge is None) != (self.real is None):
             given, missing = ("--judge", "--real TREE") if self.real is None else ("--real", "--judge FILE")

@@ -82,18 +82,20 @@ def evaluate_digits(
     ]
 
 
-def save_evaluation(run_dir: Path, results: Sequence[Any], **more: Any) -> Path:
-    """Write RUN/evaluation.json: the first setting's scores at the top level, the others under "other_settings".
+def save_evaluation(run_dir: Path, results: Sequence[Any], out: Path | None = None, **more: Any) -> Path:
+    """Write RUN/evaluation.json, or ``out``: the first setting's scores at the top level, the others under
+    "other_settings".
 
     Args:
         run_dir: the run.
         results: a dataclass of scores for each setting; may be empty.
+        out: the file, if not the run's own.
         **more: further entries.
     """
     content: dict[str, Any] = {}
     if results:
         content = {**asdict(results[0]), "other_settings": [asdict(result) for result in results[1:]]}
-    path = run_dir / EVALUATION_FILE
+    path = out or run_dir / EVALUATION_FILE
     write_json(path, {**content, **more})
     return path
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ear_model.config import SamplingConfig
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
+from ear_model.npz_files import read_npz
 
 # uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
 Extractor = Callable[[Tensor], Sequence[Tensor]]
@@ -42,14 +43,21 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path} is not there; give an .npz statistics file with mu and sigma")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, covariance = file["mu"], file["sigma"]
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is no statistics file with mu and sigma ({error})") from error
+        mean, covariance = read_npz(path, ("mu", "sigma"))
+    except ValueError as error:
+        raise ValueError(f"{error}; it is no statistics file with mu and sigma") from error
+    for name, values in (("mu", mean), ("sigma", covariance)):
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} is {values.dtype}; it must be real numbers")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; it is damaged")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}; they must be [F] and [F, F]"
         )
+    tolerance = 1e-3 * float(np.abs(covariance).max(initial=0))
+    if len(mean) == 0 or (np.diag(covariance) < 0).any() or not np.allclose(covariance, covariance.T, 0, tolerance):
+        raise ValueError(f"{path}: sigma is no covariance matrix; it must be symmetric, with variances from 0 on")
     return mean, covariance
 
 

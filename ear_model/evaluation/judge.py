@@ -4,6 +4,7 @@ Shapes: N images, K classes, F features, S image size.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ear_model.data.images import LabelledImages, to_float
+from ear_model.errors import shown
 from ear_model.evaluation.config import JudgeConfig
-from ear_model.tensor_files import read_tensors, write_tensors
+from ear_model.json_files import parse_json
+from ear_model.model.weights import on_meta
+from ear_model.tensor_files import check_shapes, read_tensors, usable_weights, write_tensors
 
 FORMAT = "ear_judge 1"
 
@@ -82,15 +86,41 @@ class Judge:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no judge (format {metadata.get('format')!r}; this program reads {FORMAT!r})")
         try:
-            values = json.loads(metadata["config"])
+            values = parse_json(metadata["config"], "config")
+            names = parse_json(metadata["class_names"], "class_names")
+            if not isinstance(values, dict) or not isinstance(values.get("channels"), list):
+                raise ValueError(f"its config is {shown(values)}")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"class_names are {shown(names)}; they must be a list of texts")
+            if len(names) < 2 or len(set(names)) < len(names):
+                raise ValueError("class_names are fewer than two, or not different")
             config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
-            class_names = tuple(json.loads(metadata["class_names"]))
-            model = _network(config, len(class_names))
-            model.load_state_dict(tensors)
-            size, accuracy, held_out = (metadata[key] for key in ("image_size", "accuracy", "num_held_out"))
-            return cls(model.to(device), class_names, int(size), config, float(accuracy), int(held_out))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            size, held_out = (_count(metadata, key) for key in ("image_size", "num_held_out"))
+            accuracy = float(metadata["accuracy"])
+            if not 0 <= accuracy <= 1:
+                raise ValueError(f"accuracy is {accuracy}; it must be in 0..1")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged judge ({error})") from error
+        expected = on_meta(lambda: _network(config, len(names)), path).state_dict()
+        counters = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
+        wrong = [name for name in counters if name in tensors and tensors[name].dtype != expected[name].dtype]
+        if wrong:
+            raise ValueError(f"{path} is a damaged judge ({wrong[0]} is {tensors[wrong[0]].dtype})")
+        check_shapes(path, {name: tensor.shape for name, tensor in expected.items()}, tensors)
+        weights = usable_weights(
+            path,
+            {name: tensor for name, tensor in expected.items() if name not in counters},
+            {name: tensor for name, tensor in tensors.items() if name not in counters},
+        )
+        model = _network(config, len(names))
+        model.load_state_dict({**tensors, **weights})
+        return cls(model.to(device), tuple(names), size, config, accuracy, held_out)
+
+
+def _count(metadata: dict[str, str], key: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", metadata[key], re.ASCII):
+        raise ValueError(f"{key} is {shown(metadata[key])}; it must be an integer of at least 1")
+    return int(metadata[key])
 
 
 def _network(config: JudgeConfig, num_classes: int) -> ResNet:

@@ -81,8 +81,8 @@ class Scoring:
                 f"{list(names[:3])}..."
             )
 
-    def score(self, model: EAR, run_dir: Path, *, seed: int = 0) -> str:
-        """Sample, score, write RUN/evaluation.json; returns the scores as text."""
+    def score(self, model: EAR, run_dir: Path, *, seed: int = 0, out: Path | None = None) -> str:
+        """Sample, score, write RUN/evaluation.json (or ``out``); returns the scores as text."""
         results: list[Any] = []
         texts, more = [], {}
         if self.judge is not None:
@@ -104,7 +104,7 @@ class Scoring:
             )
             more["fidelity"] = dataclasses.asdict(result)
             texts.append(fidelity.report_fidelity([result]))
-        digits.save_evaluation(run_dir, results, **more)
+        digits.save_evaluation(run_dir, results, out, **more)
         return "\n".join(texts)
 
     def _sample(

@@ -18,7 +18,6 @@ from ear_model.files import (
     DirectoryLock,
     begin_directory,
     is_whole_png,
-    read_json,
     remove_temporaries,
     require_same,
     require_writable,
@@ -26,6 +25,7 @@ from ear_model.files import (
     write_atomically,
     write_json,
 )
+from ear_model.json_files import read_json
 from ear_model.progress import Progress
 from ear_model.sampling.images import Sampler
 

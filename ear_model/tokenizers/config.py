@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ear_model.config import check_range
+from ear_model.config import check_range, check_types
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class AutoencoderConfig:
     """Channels of the images."""
     attention: bool = True
     """Attention after the residual blocks of the encoder's last level; both middles always have it."""
+    decoder_attention: bool = False
+    """Attention after the residual blocks of the decoder's first level, at the resolution of the latents."""
     norm_groups: int = 32
     """Groups of the norms. With one channel a group, a norm would take every channel's mean away, and with it the
     colour of the whole image: leave at least four channels a group, as KL-16 does."""
@@ -28,13 +30,15 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         # Metadata of a file gives a list.
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("channels", "residual_blocks", "latent_channels", "image_channels", "norm_groups"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be an integer of at least 1")
+        check_types(self)
+        counts = ("channels", "residual_blocks", "latent_channels", "image_channels", "norm_groups")
+        check_range(self, "at least 1", *counts)
         if self.channels % self.norm_groups:
             raise ValueError(f"channels is {self.channels}; it must be a multiple of norm_groups, {self.norm_groups}")
-        if not self.multipliers or any(not isinstance(factor, int) or factor < 1 for factor in self.multipliers):
-            raise ValueError(f"multipliers are {self.multipliers}; they must be integers of at least 1, one a level")
+        if not 1 <= len(self.multipliers) <= 16 or min(self.multipliers) < 1:
+            raise ValueError(
+                f"multipliers are {self.multipliers}; they must be integers of at least 1, one a level, 16 at most"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -72,6 +76,7 @@ class TokenizerTraining:
     """On a GPU, replay forward and backward as one CUDA graph: launching their kernels takes longer than they run."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "at least 1", "image_size", "steps", "batch_size", "checkpoint_every")
         check_range(self, "positive and finite", "lr", "clip")
         check_range(self, "at least 0 and finite", "kl_weight")

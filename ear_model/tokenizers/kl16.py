@@ -159,7 +159,8 @@ class ConvDecoder(nn.Module):
         self.up = nn.ModuleList()
         for level, width in enumerate(widths):
             inputs, resample = widths[min(level + 1, last)], "up" if level else None
-            self.up.append(Level(inputs, width, config.residual_blocks + 1, groups, False, resample))
+            attention = config.decoder_attention and level == last
+            self.up.append(Level(inputs, width, config.residual_blocks + 1, groups, attention, resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 

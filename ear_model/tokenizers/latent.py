@@ -8,19 +8,27 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ear_model.tensor_files import check_shapes, read_tensors, write_tensors
+from ear_model.errors import shown
+from ear_model.json_files import parse_json
+from ear_model.model.weights import on_meta
+from ear_model.tensor_files import read_tensors, usable_weights, without_wrappers, write_tensors
 from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
+from ear_model.tokenizers.public_files import IGNORED_PREFIXES, read_public
+from ear_model.torch_files import read_torch
 
 # One entry of the metadata: safetensors writes several in a random order, and a file's checksum would change with it.
 METADATA_KEY = "ear_model_autoencoder"
 FORMAT_VERSION = 1
-# Of the code that trained the public autoencoder: its discriminator and perceptual loss, no part of the model.
-IGNORED_PREFIXES = ("loss.",)
+# Fields that stored shapes may lack: added later, with the value for what was done before.
+_ADDED_FIELDS = {"decoder_attention": False}
+# Where pickles keep a state dict: MAR's file and latent-diffusion's; diffusers' is the file itself.
+STATE_KEYS = ("model", "state_dict")
 
 
 @dataclass
@@ -74,13 +82,15 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
 
     Args:
         path: ``*.safetensors`` of :func:`save_autoencoder` (its shape and latent scale are in the metadata), or a
-            pickle with the layout of the public ``kl16.ckpt``: a dict whose "model" holds the 312 tensors of KL-16.
-            Its ``loss.*`` entries, which no image passes through, are ignored.
+            public file, safetensors or pickle, in the layout of latent-diffusion (``kl16.ckpt``, ``state_dict``
+            files, whole diffusion models) or of diffusers' AutoencoderKL. Its latent scale is the file's
+            ``scale_factor``, or ``scaling_factor`` of a ``config.json`` beside it; else KL-16's for that shape, and
+            diffusers' default 0.18215 in that layout. Entries that no image passes through are ignored.
         device: where to put it.
 
     Raises:
-        ValueError: not there, damaged, a pickle that is more than tensors, or tensors that are missing, unknown, of
-            another shape or not finite, named.
+        ValueError: not there, damaged, a pickle that is more than tensors, or a latent scale that is
+            not known, or tensors that are missing, unknown, of another shape or not finite, named.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,13 +98,18 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
     if path.suffix == ".safetensors":
         config, scale, tensors = _read_safetensors(path)
     else:
-        config, scale, tensors = KL16, KL16_LATENT_SCALE, _read_public(path)
+        tensors, is_kl16 = _read_pickle(path)
+        config, scale = KL16, KL16_LATENT_SCALE
+        if not is_kl16:
+            config, scale, tensors = read_public(path, tensors)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{path}: its latent scale is {scale}; it must be positive and finite")
+    if config.residual_blocks > len(tensors):  # before so many are made
+        raise ValueError(f"{path}: residual_blocks is {config.residual_blocks}; it holds {len(tensors)} tensors")
     # Every weight comes from the file: no time is spent on an initialisation.
-    with torch.device("meta"):
-        autoencoder = AutoencoderKL(config)
-    expected = autoencoder.state_dict()
-    _check_tensors(path, expected, tensors)
-    autoencoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
+    autoencoder = on_meta(lambda: AutoencoderKL(config), path)
+    weights = usable_weights(path, autoencoder.state_dict(), tensors)
+    autoencoder.load_state_dict(weights, assign=True)
     return AutoencoderTokenizer(autoencoder.to(device), scale)
 
 
@@ -109,45 +124,41 @@ def save_autoencoder(path: Path, autoencoder: AutoencoderKL, latent_scale: float
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(description)})
 
 
-def _read_public(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> tuple[dict[str, Any], bool]:
+    """The tensors, and whether they are under the key of ``kl16.ckpt``, which is of KL-16 alone."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Whatever the reader trips over in a foreign file, none of it was executed.
-        reason = " ".join(str(error).split())[:200]
+        stored = read_torch(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} can't be read as tensors alone ({type(error).__name__}: {reason}); it is damaged, or a pickle "
-            "that wants to run code, which is refused. Give kl16.ckpt or a .safetensors file of `ear train-tokenizer`"
+            f"{error}; a file that is damaged, or a pickle that wants to run code, which is refused: give kl16.ckpt "
+            "or a .safetensors file of `ear train-tokenizer`"
         ) from error
-    tensors = stored.get("model") if isinstance(stored, dict) else None
-    if not isinstance(tensors, dict):
+    tensors = next((stored[key] for key in STATE_KEYS if key in stored), stored) if isinstance(stored, dict) else None
+    if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
         held = sorted(map(str, stored))[:5] if isinstance(stored, dict) else type(stored).__name__
         raise ValueError(f'{path} has no dict of tensors under the key "model", as kl16.ckpt has; it holds {held}')
-    return {str(name): value for name, value in tensors.items() if not str(name).startswith(IGNORED_PREFIXES)}
+    named = without_wrappers({str(name): value for name, value in tensors.items()}, path)
+    is_kl16 = STATE_KEYS[0] in stored
+    if is_kl16:
+        named = {name: value for name, value in named.items() if not name.startswith(IGNORED_PREFIXES)}
+    return named, is_kl16
 
 
 def _read_safetensors(path: Path) -> tuple[AutoencoderConfig, float, dict[str, Tensor]]:
     metadata, tensors = read_tensors(path)
     if METADATA_KEY not in metadata:
-        raise ValueError(f"{path} is no autoencoder of ours ({METADATA_KEY} is not in its metadata)")
+        return read_public(path, without_wrappers(tensors, path))
+    description = parse_json(metadata[METADATA_KEY], f"{path}: {METADATA_KEY} in its metadata")
     try:
-        description = json.loads(metadata[METADATA_KEY])
-        version, values = description["version"], description["config"]
+        version, values = description["version"], dict(description["config"])
         if version != FORMAT_VERSION:
-            raise ValueError(f"version {version!r}; this program reads {FORMAT_VERSION}")
+            raise ValueError(f"version {shown(version)}; this program reads {FORMAT_VERSION}")
+        values = {**_ADDED_FIELDS, **values}
         if set(values) != {field.name for field in fields(AutoencoderConfig)}:
             raise ValueError(f"fields {sorted(values)}")
-        return AutoencoderConfig(**values), float(description["latent_scale"]), tensors
+        scale = description["latent_scale"]
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            raise ValueError(f"latent_scale is {shown(scale)}; it must be a number")
+        return AutoencoderConfig(**values), float(scale), tensors
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata do not describe an autoencoder that we know ({error})") from error
-
-
-def _check_tensors(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path}: {name} is {kind}; it must be a floating-point tensor")
-    check_shapes(path, {name: parameter.shape for name, parameter in expected.items()}, tensors)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged")

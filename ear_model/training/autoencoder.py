@@ -22,11 +22,15 @@ from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
 from ear_model.draws import seeded_generator
+from ear_model.errors import shown
 from ear_model.files import remove_temporaries, require_writable, write_atomically
 from ear_model.progress import Progress
+from ear_model.tensor_files import usable_weights
 from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
+from ear_model.torch_files import read_torch
+from ear_model.training.optimizer_state import checked_moments
 
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
@@ -268,19 +272,21 @@ def _resume(partial: Path, settings: dict[str, Any], model: AutoencoderKL, optim
     """Load OUT.partial if it is there; returns the steps done."""
     if not partial.is_file():
         return 0
-    try:
-        state = torch.load(partial, map_location="cpu", weights_only=True)
-        stored = state["settings"]
-    except Exception as error:
-        raise ValueError(
-            f"{partial} is damaged or foreign ({type(error).__name__}); remove it to begin anew"
-        ) from error
+    state = read_torch(partial)
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise ValueError(f"{partial} is damaged or foreign; remove it to begin anew")
+    stored = state["settings"]
     if stored != settings:
         changed = [name for name in settings if stored.get(name) != settings[name]]
         raise ValueError(f"{partial} was begun with another {' and '.join(changed)}; remove it to begin anew")
-    model.load_state_dict(state["model"])
+    step, weights = state.get("step"), state.get("model")
+    if type(step) is not int or not 0 <= step < settings["training"]["steps"] or not isinstance(weights, dict):
+        raise ValueError(f"{partial}: step is {shown(step)}; it is damaged, remove it to begin anew")
+    model.load_state_dict(usable_weights(partial, model.state_dict(), weights))
+    names = [name for name, _ in model.named_parameters()]
+    checked_moments(state.get("optimizer"), [names], dict(model.named_parameters()), str(partial))
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return step
 
 
 def _read(data: ImageFolderData, device: torch.device) -> Iterator[Tensor]:

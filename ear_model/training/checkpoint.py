@@ -13,11 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig
+from ear_model.config import ModelConfig, TrainConfig
 from ear_model.ear import EAR
+from ear_model.errors import shown
 from ear_model.files import flush, write_atomically
-from ear_model.model.weights import load_weights, save_weights
-from ear_model.run_dir import CONFIG_FILE, checkpoint_dir, checkpoint_steps, latest_checkpoint, load_config
+from ear_model.model.weights import check_fit, load_weights, on_meta, save_weights
+from ear_model.run_dir import (
+    AVERAGES_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    checkpoint_dir,
+    checkpoint_steps,
+    latest_checkpoint,
+    load_config,
+    step_of,
+)
+from ear_model.torch_files import read_torch
+from ear_model.training import optim
+from ear_model.training.optimizer_state import is_number, moments_by_name, number_moments
+
+TRAINER_FILE = "trainer.pt"
 
 
 def save_checkpoint(
@@ -43,9 +58,9 @@ def save_checkpoint(
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_weights(temporary / "model.safetensors", weights or dict(model.named_parameters()), model.config)
-    save_weights(temporary / "ema.safetensors", averages, model.config)
-    write_atomically(temporary / "trainer.pt", lambda path: torch.save(trainer_state, path))
+    save_weights(temporary / WEIGHTS_FILE, weights or dict(model.named_parameters()), model.config)
+    save_weights(temporary / AVERAGES_FILE, averages, model.config)
+    write_atomically(temporary / TRAINER_FILE, lambda path: torch.save(trainer_state, path))
     flush(temporary)
     if final.exists():
         shutil.rmtree(final)
@@ -58,11 +73,15 @@ def save_checkpoint(
 
 
 def load_trainer_state(path: Path) -> dict[str, Any]:
-    """What :func:`save_checkpoint` wrote as ``trainer_state``; no code in the file is ever run."""
-    try:
-        return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign ({type(error).__name__})") from error
+    """What :func:`save_checkpoint` wrote as ``trainer_state``; no code in the file is ever run.
+
+    Raises:
+        ValueError: not there, damaged or foreign.
+    """
+    state = read_torch(path / TRAINER_FILE)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path / TRAINER_FILE} is damaged or foreign: it holds no dict")
+    return state
 
 
 @dataclass(frozen=True)
@@ -80,22 +99,88 @@ def load_checkpoint(run_dir: Path) -> Checkpoint:
     """The last checkpoint of a run.
 
     Raises:
-        ValueError: none is there; a file is missing, damaged, foreign, or of another model than the run's.
+        ValueError: none is there; a file is missing, damaged, foreign, or of another model or training than the
+            run's; an entry of the trainer's state that does not fit its parameter.
     """
     path = latest_checkpoint(run_dir)
-    expected = load_config(run_dir).model
+    run = load_config(run_dir)
     tensors = []
-    for name in ("model.safetensors", "ema.safetensors"):
+    for name in (WEIGHTS_FILE, AVERAGES_FILE):
         config, named = load_weights(path / name)
-        if config != expected:
+        if config != run.model:
             raise ValueError(f"{path / name} holds another architecture than {run_dir / CONFIG_FILE}")
-        tensors.append(named)
-    weights, averages = tensors
-    shapes, other = ({name: tensor.shape for name, tensor in named.items()} for named in tensors)
-    if shapes != other:
-        raise ValueError(f"{path}: model.safetensors and ema.safetensors hold different tensors")
+        model = on_meta(lambda: EAR(run.model), path / name)
+        tensors.append(check_fit(model, named, path / name))
     state = load_trainer_state(path)
+    _check_state(state, model, run.train, path)
+    weights, averages = tensors
+    return Checkpoint(path, run.model, weights, averages, state)
+
+
+def _check_state(state: dict[str, Any], model: EAR, train: TrainConfig, path: Path) -> None:
+    """Raise ValueError unless a trainer can go on from this; its moments become float32."""
+    where = str(path / TRAINER_FILE)
     missing = {"optimizer", "step", "cpu_rng", "cuda_rng"} - state.keys()
     if missing:
-        raise ValueError(f"{path / 'trainer.pt'} lacks {', '.join(sorted(missing))}")
-    return Checkpoint(path, expected, weights, averages, state)
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+    step = state["step"]
+    if type(step) is not int or step != step_of(path):
+        raise ValueError(f"{where}: step is {shown(step)}; {path.name} is the directory of another")
+    moments = moments_by_name(state["optimizer"], model, train.parameter_groups, where)
+    if step and not moments:
+        raise ValueError(f"{where}: the optimiser has no state after {step} steps")
+    states, numbers = number_moments(moments, model, train.parameter_groups)
+    groups, own = state["optimizer"]["param_groups"], optim.make_optimizer(model, train).state_dict()["param_groups"]
+    for group, expected, indices in zip(groups, own, numbers, strict=True):
+        if group["params"] != indices:
+            raise ValueError(f"{where}: params of the optimiser are not numbered from 0 on")
+        for name in ("weight_decay", "lr_scale", "betas", "eps"):
+            found = tuple(group[name]) if isinstance(group.get(name), list) else group.get(name)
+            if isinstance(found, Tensor) or found != expected[name]:
+                raise ValueError(
+                    f"{where}: {name} of the optimiser is {shown(found)}; {CONFIG_FILE} says {expected[name]}"
+                )
+        if not is_number(group.get("lr")):
+            raise ValueError(f"{where}: lr of the optimiser is {shown(group.get('lr'))}; it must be a number")
+    state["optimizer"]["state"] = states
+    _check_generators(state, "", where)
+    others = state.get("process_rng", [None])
+    if not isinstance(others, list) or not all(other is None or isinstance(other, dict) for other in others):
+        raise ValueError(f"{where}: process_rng is no list of states of random generators")
+    for index, other in enumerate(others):
+        if other is not None:
+            _check_generators(other, f" of process {index}", where)
+    check_public(state.get("public"), where)
+
+
+def _check_generators(state: dict[str, Any], of: str, where: str) -> None:
+    found = state.get("cpu_rng")
+    try:
+        torch.Generator().set_state(found)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{where}: cpu_rng{of} is no state of a random generator") from error
+    on_gpu = state.get("cuda_rng")
+    # Seed and offset; which GPU there is does not matter.
+    if on_gpu is not None and not (
+        isinstance(on_gpu, Tensor) and on_gpu.dtype == torch.uint8 and tuple(on_gpu.shape) == (16,)
+    ):
+        raise ValueError(f"{where}: cuda_rng{of} is no state of a random generator")
+
+
+def check_public(public: Any, where: str) -> None:
+    """Raise ValueError unless this is what a converted run keeps of its public checkpoint, or None."""
+    if public is None:
+        return
+    if not isinstance(public, dict):
+        raise ValueError(f"{where}: public is no dict")
+    for name in ("epoch", "step"):
+        if type(public.get(name)) is not int or not 0 <= public[name] < 2**31:
+            raise ValueError(f"{where}: {name} of public is {shown(public.get(name))}; it must be a count")
+    for name in ("scaler", "args"):
+        if not isinstance(public.get(name), (dict, type(None))):
+            raise ValueError(f"{where}: {name} of public is {shown(public[name])}; it must be a dict")
+    groups = public.get("param_groups")
+    if groups is not None and not (
+        isinstance(groups, list) and len(groups) == 3 and all(isinstance(group, dict) for group in groups)
+    ):
+        raise ValueError(f"{where}: param_groups of public are no three groups of an optimiser")

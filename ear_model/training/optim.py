@@ -41,16 +41,16 @@ def make_optimizer(model: EAR, config: TrainConfig) -> FusedAdamW:
 
 def is_finetuning(step: int, config: TrainConfig) -> bool:
     """Whether step (from 0) belongs to the tau fine-tuning phase at the end of the run."""
-    return step >= config.steps - config.finetune_steps
+    return config.is_finetuning(step)
 
 
 def tau(step: int, config: TrainConfig) -> float:
     """Weight of the loss's diversity term in step ``step`` (from 0)."""
-    return config.finetune_tau if is_finetuning(step, config) else config.tau
+    return config.tau_of(step)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
+    """Learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant or cosine to min_lr."""
     if is_finetuning(step, config):
         return config.finetune_lr
     if step < config.warmup_steps:
@@ -59,7 +59,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr
     last = config.steps - config.finetune_steps
     progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

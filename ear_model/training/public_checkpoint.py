@@ -14,15 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from ear_model.config import ModelConfig, RunConfig, from_dict, to_dict
 from ear_model.data.sources import load_training_data
 from ear_model.draws import seeded_generator
 from ear_model.ear import EAR
+from ear_model.errors import shown
 from ear_model.files import require_writable, write_atomically
-from ear_model.model.weights import check_fit, public_key
+from ear_model.json_files import parse_json
+from ear_model.model.weights import check_blocks, check_fit, on_meta, public_key
 from ear_model.presets import RUNS
 from ear_model.run_dir import CONFIG_FILE, load_config, save_config
+from ear_model.tensor_files import check_numbers
 from ear_model.training import checkpoint, optim
+from ear_model.training.optimizer_state import moments_by_name, number_moments
 from ear_model.training.public_format import infer_model, infer_training, public_arguments, read_public
 
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
@@ -34,67 +38,9 @@ def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {public_key(name): tensor for name, tensor in tensors.items()}
 
 
-def _meta_model(config: ModelConfig) -> EAR:
+def _meta_model(config: ModelConfig, where: Path | str = "the model") -> EAR:
     """The model without memory: names, shapes and their order."""
-    with torch.device("meta"):
-        return EAR(config)
-
-
-# Optimiser states
-
-
-def _grouped_names(model: EAR, grouping: Literal["paper", "public"]) -> list[list[str]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optim.parameter_groups(model, replace(TrainConfig(), parameter_groups=grouping))
-    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-
-
-def moments_by_name(
-    optimizer: dict[str, Any], model: EAR, grouping: Literal["paper", "public"], where: str
-) -> dict[str, dict[str, Tensor]]:
-    """An AdamW state by parameter name.
-
-    Raises:
-        ValueError: groups of other sizes, or moments of other shapes than ``grouping`` of ``model`` has.
-    """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    expected = _grouped_names(model, grouping)
-    try:
-        indices = [list(group["params"]) for group in optimizer["param_groups"]]
-        states = optimizer["state"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{where}: 'optimizer' is no state of a torch optimiser ({error!r})") from error
-    if [len(group) for group in indices] != [len(group) for group in expected]:
-        raise ValueError(
-            f"{where}: the optimiser has groups of {[len(group) for group in indices]} parameters; "
-            f"EAR's has {[len(group) for group in expected]}"
-        )
-    moments = {}
-    for group, names in zip(indices, expected, strict=True):
-        for index, name in zip(group, names, strict=True):
-            if index not in states:
-                continue
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensor = states[index].get(key)
-                if tensor is None or tensor.shape != shapes[name]:
-                    shape = None if tensor is None else tuple(tensor.shape)
-                    raise ValueError(f"{where}: {key} of {name} has shape {shape}; it must be {tuple(shapes[name])}")
-            moments[name] = states[index]
-    return moments
-
-
-def number_moments(
-    moments: dict[str, dict[str, Tensor]], model: EAR, grouping: Literal["paper", "public"]
-) -> tuple[dict[int, dict[str, Tensor]], list[list[int]]]:
-    """The inverse of :func:`moments_by_name`: states by number, and the numbers of each group."""
-    groups = _grouped_names(model, grouping)
-    names = [name for group in groups for name in group]
-    states = {index: moments[name] for index, name in enumerate(names) if name in moments}
-    numbers = iter(range(len(names)))
-    return states, [[next(numbers) for _ in group] for group in groups]
-
-
-# The two directions
+    return on_meta(lambda: EAR(config), where)
 
 
 def import_run(
@@ -122,19 +68,26 @@ def import_run(
     public = read_public(source)
     own = public.args.get(OWN_CONFIG)
     if own is not None:
-        config = from_dict(RunConfig, json.loads(own), f"{source}: {OWN_CONFIG}")
+        where = f"{source}: {OWN_CONFIG} in args"
+        if not isinstance(own, str):
+            raise ValueError(f"{where} is {type(own).__name__}; it must be text")
+        config = from_dict(RunConfig, parse_json(own, where), where)
+        check_blocks(config.model, public.weights, source)
         if num_heads not in (None, config.model.num_heads):
             raise ValueError(f"--num-heads is {num_heads}; {source} was written with {config.model.num_heads}")
     else:
+        check_numbers(source, public.weights)
         model_config = infer_model(public.weights, public.args, num_heads, str(source))
-        config = RunConfig(data="npz", data_path=str(public.args.get("cached_path", "")), model=model_config)
-    model = _meta_model(config.model)
-    check_fit(model, public.weights, source)
-    if public.averages is not None:
-        check_fit(model, public.averages, source)
+        cached = public.args.get("cached_path")
+        if not isinstance(cached, (str, type(None))):
+            raise ValueError(f"{source}: cached_path in args is {shown(cached)}; it must be text")
+        config = RunConfig(data="npz", data_path=cached or "", model=model_config)
+    model = _meta_model(config.model, source)
+    weights = check_fit(model, public.weights, source)
+    averages = weights if public.averages is None else check_fit(model, public.averages, source)
     moments = {}
     if public.optimizer is not None:
-        if list(public.weights) != [name for name, _ in model.named_parameters()]:
+        if list(weights) != [name for name, _ in model.named_parameters()]:
             raise ValueError(
                 f"{source}: its tensors are in another order than the public code's, so the numbers of its optimiser "
                 "can't be understood"
@@ -142,7 +95,7 @@ def import_run(
         moments = moments_by_name(public.optimizer, model, "public", str(source))
     step = max((int(state["step"]) for state in moments.values()), default=0)
     if own is None:
-        train = infer_training(public.args, step, public.epoch)
+        train = infer_training(public.args, step, public.epoch, str(source))
         if public.optimizer is not None and "betas" in public.optimizer["param_groups"][0]:
             beta1, beta2 = public.optimizer["param_groups"][0]["betas"]
             train = replace(train, beta1=float(beta1), beta2=float(beta2))
@@ -152,7 +105,7 @@ def import_run(
     groups = optim.make_optimizer(model, config.train).state_dict()["param_groups"]
     if public.optimizer is not None:
         for group, theirs in zip(groups, public.optimizer["param_groups"], strict=True):
-            group["lr"] = theirs["lr"]
+            group["lr"] = theirs.get("lr", group["lr"])
     generator = seeded_generator(config.train.seed, step)
     state = {
         "optimizer": {"state": states, "param_groups": groups},
@@ -168,14 +121,14 @@ def import_run(
             "param_groups": None if public.optimizer is None else public.optimizer["param_groups"],
         },
     }
-    require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(public.weights))
+    checkpoint.check_public(state["public"], str(source))
+    require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(weights))
     save_config(out, config)
-    averages = public.weights if public.averages is None else public.averages
-    checkpoint.save_checkpoint(out, step, model, averages, state, weights=public.weights)
+    checkpoint.save_checkpoint(out, step, model, averages, state, weights=weights)
     missing = [name for name in ("averages", "optimizer") if getattr(public, name) is None]
     note = f"; the file has no {' and no '.join(missing)}, which start anew" if missing else ""
     return (
-        f"{source}: {len(public.weights)} tensors, {sum(t.numel() for t in public.weights.values()):,} parameters, "
+        f"{source}: {len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} parameters, "
         f"epoch {public.epoch}, step {step}{note}\n"
         f"run directory: {out}   go on: ear train {next(iter(RUNS))} --out {out} --resume"
     )
@@ -197,9 +150,7 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
     saved = checkpoint.load_checkpoint(run_dir)
     run = load_config(run_dir)
     where = str(saved.path)
-    model = _meta_model(saved.config)
-    for tensors in (saved.weights, saved.averages):
-        check_fit(model, tensors, saved.path)
+    model = _meta_model(saved.config, saved.path)
     state = saved.trainer_state
     public = state.get("public") or {}
     moments = moments_by_name(state["optimizer"], model, run.train.parameter_groups, where)

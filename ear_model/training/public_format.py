@@ -6,18 +6,18 @@ AdamW), ``epoch`` (the last finished one), ``scaler`` and ``args`` (an argparse.
 
 import argparse
 import math
-import pickle
-import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig, RunConfig, TrainConfig
-from ear_model.model.weights import our_key
+from ear_model.config import Config, ModelConfig, RunConfig, TrainConfig
+from ear_model.errors import shown
+from ear_model.model.weights import BLOCKS, GENERATOR_BLOCKS, count_blocks, our_key
 from ear_model.presets import MODELS
+from ear_model.tensor_files import without_wrappers
+from ear_model.torch_files import read_torch
 
 PUBLIC_CLASS_TOKENS = 64
 # Arguments of the public program that are fields of ours as they stand.
@@ -32,6 +32,7 @@ TRAIN_ARGUMENTS = {
     "train_temperature": "tau",
     "accumulation_steps": "accumulate",
     "lr": "lr",
+    "min_lr": "min_lr",
     "score_lrscale": "generator_lr_scale",
     "weight_decay": "weight_decay",
     "grad_clip": "clip",
@@ -58,42 +59,59 @@ def read_public(path: Path) -> PublicCheckpoint:
     Raises:
         ValueError: not there, damaged, a pickle of more than tensors, numbers and a Namespace, or not of EAR.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; give a checkpoint-last.pth or a run directory")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        unsafe = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        if unsafe:
-            raise ValueError(f"{path} is refused: it asks to run code on loading ({unsafe[:150]})") from error
-        raise ValueError(f"{path} is truncated or no torch file") from error
-    except Exception as error:
-        raise ValueError(f"{path} is truncated or no torch file ({type(error).__name__})") from error
+    content = read_torch(path)
     if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
         raise ValueError(f"{path} has no state dict 'model'; a checkpoint-last.pth of the public EAR code has one")
-    model = content["model"]
+    model = without_wrappers(content["model"], path)
     if any(key.startswith(("diffloss.", "encoder_blocks.")) for key in model):
         raise ValueError(f"{path} holds a MAR model (encoder, diffusion head); only EAR checkpoints can be converted")
     if not any(key.startswith("scoreloss.net.") for key in model):
         raise ValueError(f"{path} has no generator (no key begins with scoreloss.net.); it is no EAR checkpoint")
     averages = content.get("model_ema")
-    if averages is not None and not (_is_state_dict(averages) and averages.keys() == model.keys()):
-        raise ValueError(f"{path}: model_ema has other tensors than model")
-    args = content.get("args")
-    values = vars(args) if isinstance(args, argparse.Namespace) else {}
+    if averages is not None:
+        averages = without_wrappers(averages, path) if _is_state_dict(averages) else {}
+        if averages.keys() != model.keys():
+            raise ValueError(f"{path}: model_ema has other tensors than model")
+    epoch = content.get("epoch", 0)
+    if type(epoch) is not int or not 0 <= epoch < 2**31:
+        raise ValueError(f"{path}: epoch is {shown(epoch)}; it must be a count from 0 on")
+    for name in ("optimizer", "scaler"):
+        if not isinstance(content.get(name), (dict, type(None))):
+            raise ValueError(f"{path}: {name} is {type(content[name]).__name__}; it must be a state dict")
     return PublicCheckpoint(
         weights=_ours(model),
         averages=None if averages is None else _ours(averages),
         optimizer=content.get("optimizer"),
-        epoch=int(content.get("epoch", 0)),
+        epoch=epoch,
         scaler=content.get("scaler"),
-        args=values,
+        args=_arguments(content.get("args"), path),
     )
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    )
+
+
+def _arguments(args: Any, path: Path) -> dict[str, Any]:
+    """``args`` as a dict of plain values, whether they are a Namespace, a dict or missing."""
+    values = vars(args) if isinstance(args, argparse.Namespace) else {} if args is None else args
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path}: args is {type(args).__name__}; it must be an argparse.Namespace or a dict")
+    for name, value in values.items():
+        if not _is_plain(value):
+            raise ValueError(f"{path}: {name} in args is {type(value).__name__}; it must be a number, text or a list")
+    return values
+
+
+def _is_plain(value: Any, levels: int = 2) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(each, levels - 1) for each in inner)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +122,8 @@ def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int
     """The architecture, from the tensors' shapes; what no shape shows from ``args``, or the paper's value.
 
     Raises:
-        ValueError: tensors missing, or a size whose number of heads is not known.
+        ValueError: tensors missing, arguments that are no numbers or out of range, or a size whose number of heads is
+            not known.
     """
     try:
         width = weights["backbone.fake_latent"].shape[1]
@@ -115,9 +134,9 @@ def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int
         generator_width, noise_dim = weights["score.generator.noise_embed.weight"].shape
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{where} is no EAR checkpoint: {error} is missing or has another shape") from error
-    depth = _count(weights, "backbone.decoder_blocks.")
-    class_tokens = int(args.get("buffer_size", PUBLIC_CLASS_TOKENS))
-    patch_size = int(args.get("patch_size", 1))
+    depth = count_blocks(weights, BLOCKS)
+    class_tokens = int(_number(args, "buffer_size", PUBLIC_CLASS_TOKENS, where, least=1))
+    patch_size = int(_number(args, "patch_size", 1, where, least=1))
     side = math.isqrt(max(0, positions - class_tokens))
     if side < 1 or side * side + class_tokens != positions or token_dim % patch_size**2:
         raise ValueError(
@@ -132,7 +151,9 @@ def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int
                 "of attention heads; give --num-heads"
             )
         num_heads = known[width, depth]
-    return ModelConfig(
+    return _named(
+        where,
+        ModelConfig,
         image_size=side * patch_size,
         channels=token_dim // patch_size**2,
         patch_size=patch_size,
@@ -143,33 +164,36 @@ def infer_model(weights: dict[str, Tensor], args: dict[str, Any], num_heads: int
         mlp_ratio=hidden / width,
         class_tokens=class_tokens,
         generator_width=generator_width,
-        generator_depth=_count(weights, "score.generator.res_blocks."),
+        generator_depth=count_blocks(weights, GENERATOR_BLOCKS),
         noise_dim=noise_dim,
-        num_samples=2 * int(args.get("score_batch_mul", ModelConfig.num_samples // 2)),
-        **_given(args, MODEL_ARGUMENTS, ModelConfig()),
+        num_samples=2 * int(_number(args, "score_batch_mul", ModelConfig.num_samples // 2, where, least=1)),
+        **_given(args, MODEL_ARGUMENTS, ModelConfig(), where),
     )
 
 
-def _count(weights: dict[str, Tensor], prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+def infer_training(args: dict[str, Any], step: int, epoch: int, where: str = "args") -> TrainConfig:
+    """The training that goes on as the public code would: its arguments, in steps instead of epochs.
 
-
-def infer_training(args: dict[str, Any], step: int, epoch: int) -> TrainConfig:
-    """The training that goes on as the public code would: its arguments, in steps instead of epochs."""
+    Raises:
+        ValueError: arguments that are no numbers, or out of range, or an unknown schedule.
+    """
     paper = TrainConfig()
     # At any schedule of the public code `step` optimiser steps took epoch + 1 epochs.
     per_epoch = step / (epoch + 1)
-    given = _given(args, TRAIN_ARGUMENTS, paper)
-    if "batch_size" in args:
-        given["batch_size"] = int(args["batch_size"]) * int(args.get("world_size", 1)) * given["accumulate"]
-    return replace(
-        paper,
-        steps=max(step, round(args["epochs"] * per_epoch) if "epochs" in args and step else paper.steps, 1),
-        parameter_groups="public",
-        schedule="constant" if args.get("lr_schedule", "constant") == "constant" else "cosine",
-        warmup_steps=round(args["warmup_epochs"] * per_epoch) if "warmup_epochs" in args and step else 0,
-        **given,
-    )
+    given = _given(args, TRAIN_ARGUMENTS, paper, where)
+    if args.get("batch_size") is not None:
+        images, processes = (int(_number(args, name, 1, where, least=1)) for name in ("batch_size", "world_size"))
+        given["batch_size"] = images * processes * given["accumulate"]
+    schedule = args.get("lr_schedule") or "constant"
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"{where}: lr_schedule in args is {shown(schedule)}; it must be 'constant' or 'cosine'")
+    steps, warmup = paper.steps, 0
+    if args.get("epochs") is not None and step:
+        steps = round(_number(args, "epochs", 0, where) * per_epoch)
+    if step:
+        warmup = round(_number(args, "warmup_epochs", 0, where) * per_epoch)
+    fields = {"steps": max(step, steps, 1), "parameter_groups": "public", "schedule": schedule, **given}
+    return _named(where, TrainConfig, warmup_steps=warmup, **fields)
 
 
 def public_arguments(run: RunConfig) -> dict[str, Any]:
@@ -194,11 +218,40 @@ def public_arguments(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _given(args: dict[str, Any], names: dict[str, str], defaults: ModelConfig | TrainConfig) -> dict[str, Any]:
+def _given(
+    args: dict[str, Any], names: dict[str, str], defaults: ModelConfig | TrainConfig, where: str
+) -> dict[str, Any]:
     """Our fields from the public program's arguments; the default where there is none, or no rate or limit."""
     fields = {}
     for argument, name in names.items():
-        default, value = getattr(defaults, name), args.get(argument)
-        is_given = value is not None and not (value == 0 and name in ("lr", "clip"))
-        fields[name] = type(default)(value) if is_given else default
+        default = getattr(defaults, name)
+        value = _number(args, argument, default, where, whole=isinstance(default, int))
+        fields[name] = default if value == 0 and name in ("lr", "clip") else type(default)(value)
     return fields
+
+
+def _number(
+    args: dict[str, Any], name: str, default: float, where: str, *, least: float = 0, whole: bool | None = None
+) -> float:
+    """An argument that is a finite number of at least ``least``, the default if it is not given.
+
+    Args:
+        whole: whether it must be an integer; if None, where ``least`` is 1.
+    """
+    value = args.get(name)
+    if value is None:
+        return default
+    whole = least == 1 if whole is None else whole
+    is_good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_good or not (least <= value < 2**63) or (whole and value != int(value)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"{where}: {name} in args is {shown(value)}; it must be {kind} from {least} on")
+    return value
+
+
+def _named(where: str, kind: type[Config], **fields: Any) -> Config:
+    """A configuration; errors name the file."""
+    try:
+        return kind(**fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error

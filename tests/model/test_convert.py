@@ -15,7 +15,7 @@ from ear_model.ear import EAR
 from ear_model.model.weights import public_key
 from ear_model.presets import MODELS
 from ear_model.run_dir import checkpoint_steps, load_config
-from ear_model.training import checkpoint, public_checkpoint, public_format
+from ear_model.training import checkpoint, optimizer_state, public_checkpoint, public_format
 from ear_model.training.trainer import Trainer
 from tests.model.conftest import TINY, tiny_run
 
@@ -146,7 +146,7 @@ def test_run_to_public_and_back(tmp_path, grouping):
     assert a.trainer_state["step"] == b.trainer_state["step"] == 4
     # The public program's own optimiser takes the state.
     model = EAR(TINY)
-    names = public_checkpoint._grouped_names(model, "public")
+    names = optimizer_state.grouped_names(model, "public")
     own = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [own[name] for name in group]} for group in names])
     optimizer.load_state_dict(content["optimizer"])
@@ -163,7 +163,7 @@ def test_sizes_are_told_from_the_shapes(name, count):
     weights = dict(model.named_parameters())
     assert len(weights) == count
     assert public_format.infer_model(weights, {}, None, "file") == config
-    groups = public_checkpoint._grouped_names(model, "public")
+    groups = optimizer_state.grouped_names(model, "public")
     assert sum(len(group) for group in groups) == count
     moments = {key: {"step": torch.tensor(float(index))} for index, key in enumerate(weights)}
     states, numbers = public_checkpoint.number_moments(moments, model, "public")
