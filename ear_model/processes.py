@@ -1,9 +1,19 @@
-"""What `torchrun` says of this process, in environment variables; without it a process is alone."""
+"""What `torchrun` says of this process, in environment variables; processes that end with the one they serve."""
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
 from typing import NoReturn
+
+from ear_model.errors import RunError
 
 # torchrun ends the others as soon as one process ends; the main one is to report the error first.
 MAIN_REPORTS_SECONDS = 2.0
@@ -42,3 +52,45 @@ def end_process(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that ends (Linux).
+
+    Args:
+        parent: the process that started this one; if it has ended already, so does this.
+        number: the signal.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def begin_worker(parent: int, *_: object) -> None:
+    """To be called first in a worker process: it ends with its parent, which Ctrl-C and SIGHUP are for."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def worker_initializer() -> Callable[..., None]:
+    """:func:`begin_worker` for the workers that this process starts, such as a DataLoader's ``worker_init_fn``."""
+    return partial(begin_worker, os.getpid())
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes that end with this one. After an error or a signal only what they are at is finished.
+
+    Raises:
+        RunError: one of them was killed.
+    """
+    # Not forked: the caller may have started threads or a GPU.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=worker_initializer())
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise RunError("a worker process was killed, perhaps for memory; the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)

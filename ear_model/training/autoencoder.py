@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ear_model import signals
 from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
@@ -27,6 +28,7 @@ from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 
+GOES_ON = "the same command goes on"
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
 
@@ -113,6 +115,7 @@ def train_autoencoder(
     with (
         Progress(training.steps, step, "step", quiet=quiet) as progress,
         Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
+        signals.deferred(),
     ):
         while step < training.steps:
             loss = steps.step(next(prefetcher)[0], step, learning_rate(step, training))
@@ -122,10 +125,13 @@ def train_autoencoder(
                     raise ValueError(f"step {step}: the loss is {float(loss)}; lower --lr")
                 note = f"loss {float(loss):.4f}"
             progress.update(1, note)
-            if step % training.checkpoint_every == 0 and step < training.steps:
+            stop = signals.received()
+            if (stop or step % training.checkpoint_every == 0) and step < training.steps:
                 states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state = {"settings": settings, "step": step, **states}
                 write_atomically(partial, functools.partial(torch.save, state))
+            if stop:
+                raise signals.Interrupted(stop, f"stopped after step {step} of {training.steps}; {GOES_ON}")
 
     # At scale 1 the tokenizer's latents are the network's own.
     tokenizer = AutoencoderTokenizer(model, 1.0)
