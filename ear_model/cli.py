@@ -69,15 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _run(arguments)
             sys.stdout.flush()
         return status
-    except (KeyboardInterrupt, Exception) as error:
-        number = signals.received() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
-        if number is not None:  # an error after a signal comes of it: a worker that ended, a terminal that is gone
-            return _ended(number, error, getattr(error, "kept", "") or kept)
+    except KeyboardInterrupt as interrupt:
+        return _ended(signals.received() or signal.SIGINT, interrupt, getattr(interrupt, "kept", "") or kept)
+    except Exception as error:
+        number = signals.received()
+        if number is not None:  # it comes of the signal: a worker that ended, a terminal that is gone
+            return _ended(number, KeyboardInterrupt(), kept)
         return _fail(error, kept)
 
 
-def _ended(number: int, error: BaseException, kept: str) -> int:
-    interrupt = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+def _ended(number: int, interrupt: KeyboardInterrupt, kept: str) -> int:
     if not _another_process_reports(interrupt):
         what = "interrupted" if number == signal.SIGINT else f"ended by {signals.name(number)}"
         _say(f"ear: {what}; {kept}")

@@ -122,7 +122,7 @@ def _own_directory(out: Path) -> Iterator[None]:
     """
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"{out} exists already and is no directory; give a new --out")
-    is_new = not out.exists()
+    made = [each for each in (out, *out.parents) if not each.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -131,9 +131,9 @@ def _own_directory(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new:
-                with contextlib.suppress(OSError):  # not empty
-                    out.rmdir()
+            with contextlib.suppress(OSError):  # not empty
+                for each in made:
+                    each.rmdir()
 
 
 def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:

@@ -120,13 +120,14 @@ def train_autoencoder(
         while step < training.steps:
             loss = steps.step(next(prefetcher)[0], step, learning_rate(step, training))
             step += 1
-            if step % 50 == 0 or step == training.steps:  # the only wait for the device
+            stop = signals.received()
+            keep = (stop or step % training.checkpoint_every == 0) and step < training.steps
+            if keep or step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
                     raise ValueError(f"step {step}: the loss is {float(loss)}; lower --lr")
                 note = f"loss {float(loss):.4f}"
             progress.update(1, note)
-            stop = signals.received()
-            if (stop or step % training.checkpoint_every == 0) and step < training.steps:
+            if keep:
                 states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state = {"settings": settings, "step": step, **states}
                 write_atomically(partial, functools.partial(torch.save, state))

@@ -162,7 +162,7 @@ class StopSign:
     """What a signal asked of any process, known to all of them at the same call; on gloo, so that no GPU waits."""
 
     def __init__(self) -> None:
-        self._group = None
+        self._group: Any = None
         if world_size() > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
