@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from ear_model.data.cache_format import BUILD, DTYPES, MANIFEST, Manifest, Shard, file_sha256, save_manifest
 from ear_model.data.config import CacheOptions
 from ear_model.data.images import ImageTree, UnreadableImageError, find_images, read_image, to_float
-from ear_model.files import read_json, require_writable, write_json
+from ear_model.files import read_json, remove_temporaries, require_writable, write_json
+from ear_model.processes import worker_initializer
 from ear_model.progress import Progress
 from ear_model.tensor_files import write_tensors
 from ear_model.tokenizers.latent import AutoencoderTokenizer
@@ -162,6 +163,7 @@ class CacheWriter:
             num_workers=min(self.options.workers, len(batches)),
             collate_fn=_collate,
             persistent_workers=False,
+            worker_init_fn=worker_initializer(),
         )
         errors: list[str] = []
         total = len(self.tree)
@@ -185,6 +187,9 @@ class CacheWriter:
             return None
         manifest = Manifest(**{**vars(self.manifest), "shards": whole})
         save_manifest(self.cache, manifest)
+        # What killed processes left. Every shard is there, so nobody writes one.
+        remove_temporaries(self.cache, "shard-*")
+        remove_temporaries(self.cache / BUILD)
         return manifest
 
     def _batches(self, shard: int) -> list[list[int]]:
