@@ -40,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flushed: bo
 
 def _is_of_writing(error: Exception) -> bool:
     text = str(error)
-    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text
+    return type(error).__name__ == "SafetensorError" or "inline_container" in text
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -187,8 +187,8 @@ class CacheWriter:
             return None
         manifest = Manifest(**{**vars(self.manifest), "shards": whole})
         save_manifest(self.cache, manifest)
-        # What killed processes left. Every shard is there, so nobody writes one.
-        remove_temporaries(self.cache, "shard-*")
+        # What killed processes left. Every shard is there; another process may just be writing the manifest, too.
+        remove_temporaries(self.cache, "*" if self.world_size == 1 else "shard-*")
         remove_temporaries(self.cache / BUILD)
         return manifest
 

@@ -19,7 +19,7 @@ import tyro
 from ear_model.commands import cache, convert, evaluate, glyphs, sample, train, train_judge, train_tokenizer
 from ear_model.training.trainer import Trainer
 from tests.model.conftest import tiny_run, write_tree
-from tests.model.test_killed_runs import PIXELS, options, start, wait
+from tests.model.real_runs import PIXELS, options, start, wait
 
 SECONDS = 20
 WORDS = ["", " ", "five", "-", "--", "-x", "é", "\udcff", "a" * 5000, "line\nbreak", "\x1b[31mred", "None", "[]"]
