@@ -169,9 +169,9 @@ def import_run(
         },
     }
     require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(public.weights))
-    save_config(out, config)
     averages = public.weights if public.averages is None else public.averages
     checkpoint.save_checkpoint(out, step, model, averages, state, weights=public.weights)
+    save_config(out, config)  # last: a directory with it and without a checkpoint is a run that begins anew
     missing = [name for name in ("averages", "optimizer") if getattr(public, name) is None]
     note = f"; the file has no {' and no '.join(missing)}, which start anew" if missing else ""
     return (
