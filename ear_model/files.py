@@ -230,8 +230,12 @@ def _holder(descriptor: int) -> str:
 
 
 def remove_temporaries(directory: Path, pattern: str = "*") -> None:
-    """Remove what killed processes left of :func:`write_atomically` for names like ``pattern``."""
-    for path in directory.glob(f".tmp-*-{pattern}"):
+    """Remove what killed processes left of :func:`write_atomically` for names like ``pattern``.
+
+    Of all names, in a directory of our own: also what safetensors leaves, whose temporary names say nothing.
+    """
+    left = [*directory.glob(f".tmp-*-{pattern}"), *(directory.glob(".tmp??????") if pattern == "*" else ())]
+    for path in left:
         path.unlink(missing_ok=True)
 
 

@@ -33,7 +33,7 @@ class Work:
 def files(out: Path) -> dict[str, object]:
     """Every file by its name; none may be a leftover."""
     found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert not [name for name in found if ".tmp-" in name]
+    assert not [name for name in found if ".tmp" in name]
     return found
 
 
@@ -60,10 +60,10 @@ def works(tmp_path_factory) -> dict[str, Work]:
 
     glyphs = options(num_per_class=3, classes=20, size=16, workers=1)
     return {
-        "train": Work(train, trained),
         "cache": Work(lambda out: ["cache", str(folder / "tree"), "--out", str(out), *PIXELS], files),
         "glyphs": Work(lambda out: ["glyphs", "--out", str(out), *glyphs], files),
         "sample": Work(sample, files),
+        "train": Work(train, trained),
     }
 
 
@@ -107,17 +107,18 @@ def test_a_killed_command_goes_on_as_if_nothing_had_been(works, name, tmp_path):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_kills(works, tmp_path):
-    """60 kills and more of each of the four commands."""
+    """60 kills and more of each of the four commands; KILLS in the environment is another number."""
+    wanted = int(os.environ.get("KILLS", "60"))
     total = 0
     for name, work in works.items():
         folder = tmp_path / name
         folder.mkdir()
         expected, seconds = undisturbed(work, folder)
         kills = rounds = 0
-        while kills < 60:
+        while kills < wanted:
             kills += kill_until_done(work, folder, rounds, expected, seconds)
             rounds += 1
         total += kills
         print(f"{name}: {kills} kills in {rounds} runs, all with the same {len(expected)} results")
     print(f"{total} kills")
-    assert total >= 200
+    assert total >= 4 * wanted
