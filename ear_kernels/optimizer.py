@@ -44,8 +44,12 @@ class FusedAdamW(torch.optim.AdamW):
         averages: Mapping[nn.Parameter, Tensor] | None = None,
         decay: float = 0.999,
         copies: LowCopies | None = None,
+        finite: Tensor | None = None,
     ) -> None:
         """One step with the gradients over ``divisor``, then ``average = decay average + (1 - decay) weight``.
+
+        A gradient or divisor that is not finite skips the step, as ``GradScaler.step`` does: weights, moments, counts
+        of steps and averages stay as they are.
 
         On a GPU this is one pass (docs/optimizer.md); elsewhere, and for parameters that are not dense float32, it is
         torch's step and a pass each for averages and copies. Whether the gradients are divided afterwards is not
@@ -56,6 +60,8 @@ class FusedAdamW(torch.optim.AdamW):
             averages: the moving average of each parameter that has one, alike in shape and dtype.
             decay: of the averages, in [0, 1].
             copies: 16-bit copies to bring along; the next ``with copies:`` then need not cast.
+            finite: bool scalar on the parameters' device, whether all gradients are finite, where that is known, as
+                from their norm; None reads them once more.
 
         Raises:
             ValueError: a decay outside [0, 1], a divisor of several elements, an average of another shape, dtype or
@@ -65,20 +71,24 @@ class FusedAdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
         _check_update(updated, divisor, averages, decay)
+        finite = _all_finite(updated, divisor, finite)
         if updated and applies("adamw", updated[0], self._refusal(updated, averages)):
             self._make_state(updated)
-            self._one_pass(divisor, averages, decay, copies)
+            self._one_pass(divisor, finite.float(), averages, decay, copies)
             self._opt_called = True  # for learning-rate schedulers
             reached = {id(parameter) for parameter in updated}
-            left = [parameter for parameter in averages if id(parameter) not in reached]
-        else:
-            self._plain_step(divisor)
-            if copies is not None:
-                copies.refresh(everything=True)
-            left = list(averages)
-        if left:
-            weights: list[Tensor] = [parameter.detach() for parameter in left]
-            torch._foreach_lerp_([averages[parameter] for parameter in left], weights, 1 - decay)
+            for parameter, average in averages.items():
+                if id(parameter) not in reached:
+                    average.lerp_(parameter.detach(), ((1 - decay) * finite).to(average.dtype))
+            return
+        if not finite:
+            return
+        self._plain_step(divisor)
+        if copies is not None:
+            copies.refresh(everything=True)
+        if averages:
+            weights: list[Tensor] = [parameter.detach() for parameter in averages]
+            torch._foreach_lerp_(list(averages.values()), weights, 1 - decay)
 
     def _make_state(self, parameters: Iterable[nn.Parameter]) -> None:
         """What torch's first step would make."""
@@ -123,6 +133,7 @@ class FusedAdamW(torch.optim.AdamW):
     def _one_pass(
         self,
         divisor: Tensor | None,
+        finite: Tensor,
         averages: Mapping[nn.Parameter, Tensor],
         decay: float,
         copies: LowCopies | None,
@@ -144,11 +155,11 @@ class FusedAdamW(torch.optim.AdamW):
                     weight=parameter, gradient=parameter.grad, first=state["exp_avg"], second=state["exp_avg_sq"],
                     step=state["step"], average=averages.get(parameter), copy=None if copy is None else copy.tensor,
                 ))  # fmt: skip
-            torch._foreach_add_([entry.step for entry in entries], 1)
+            torch._foreach_add_([entry.step for entry in entries], [finite] * len(entries))
             launch.adamw(
                 cached.setdefault(number, launch.Tables()), entries,
-                None if divisor is None else divisor.float().reshape(1), lr=float(group["lr"]), betas=group["betas"],
-                eps=group["eps"], weight_decay=group["weight_decay"], average_rest=1 - decay,
+                None if divisor is None else divisor.float().reshape(1), finite.reshape(1), lr=float(group["lr"]),
+                betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], average_rest=1 - decay,
                 low=None if copies is None else copies.dtype,
             )  # fmt: skip
             # Of the copies, too: a backward that needs the old one then says so.
@@ -157,6 +168,18 @@ class FusedAdamW(torch.optim.AdamW):
             for parameter, copy in zip(parameters, held, strict=True):
                 if copy is not None:
                     copy.vouch(parameter)
+
+
+def _all_finite(updated: list[nn.Parameter], divisor: Tensor | None, known: Tensor | None) -> Tensor:
+    """Bool scalar: whether gradients and divisor are finite, read on their device without waiting for it."""
+    if known is None:
+        gradients = [parameter.grad for parameter in updated if parameter.grad is not None and parameter.grad.numel()]
+        # Of the largest absolute value: a norm of finite numbers may overflow.
+        largest = torch._foreach_norm(gradients, torch.inf) if gradients else []
+        known = torch.stack([each.float() for each in largest]).isfinite().all() if largest else torch.tensor(True)
+    if divisor is not None:
+        known = known & divisor.reshape(()).isfinite().to(known.device)
+    return known
 
 
 def _check_update(

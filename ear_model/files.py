@@ -1,26 +1,57 @@
 """Writing files so that a reader never sees half of one."""
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from ear_model.errors import RunError, WriteError
 from ear_model.json_files import read_json
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, flushed: bool = True) -> None:
-    """Call ``write`` on a temporary name beside ``path``, flush it to the disk, and rename it into place."""
+    """Call ``write`` on a temporary name beside ``path``, flush it to the disk, and rename it into place.
+
+    Raises:
+        WriteError: it can't be written, such as for want of room; what was at ``path`` is as it was.
+    """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
         if flushed:
             flush(temporary)
         os.replace(temporary, path)
+    except (RunError, WriteError):
+        raise
+    except Exception as error:
+        # torch and safetensors have errors of their own for a full disk, with its number in the text at best.
+        if not (isinstance(error, OSError) or _is_of_writing(error)):
+            raise
+        raise WriteError(f"can't write {path}: {_reason(error, path)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_of_writing(error: Exception) -> bool:
+    text = str(error)
+    return type(error).__name__ == "SafetensorError" or "inline_container" in text
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    if found:
+        return os.strerror(int(found[1] or found[2]))
+    free = shutil.disk_usage(path.parent).free
+    return f"the disk takes no more ({free / 1e6:.1f} MB are free)"
 
 
 def save_picture(path: Path, pixels: Any, **options: Any) -> None:
@@ -42,19 +73,25 @@ def flush(path: Path) -> None:
 
 
 def require_writable(path: Path, needed_bytes: int = 0) -> None:
-    """Make sure that a file can be written in ``path``'s directory, before the work that would fill it.
+    """Make sure that the file ``path`` can be written or replaced, before the work that would fill it.
 
     Raises:
-        ValueError: no permission, a path that is no directory, or less than ``needed_bytes`` free.
+        ValueError: no permission; a directory, a link or a device in its place; a path that is no directory where
+            one is needed; less than ``needed_bytes`` free.
     """
     directory = path.parent
+    probe = directory / f".tmp-{os.getpid()}-{path.name}"  # as long as that of the file to be renamed
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".tmp-{os.getpid()}-probe"
         probe.write_bytes(b"x")
         probe.unlink()
-    except OSError as error:
-        raise ValueError(f"can't write in {directory}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't write in {directory}: {getattr(error, 'strerror', None) or error}") from error
+    # A file that is renamed over a link or a device would take its place, not go through it.
+    mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise ValueError(f"{path} is {what}; give the name of a file to write")
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise ValueError(f"{directory} has {free / 1e6:.1f} MB free; this needs {needed_bytes / 1e6:.1f} MB")
@@ -64,6 +101,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a dict as JSON, atomically."""
     text = json.dumps(values, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def in_use(directory: Path) -> bool:
+    """Whether something is there other than an empty directory; temporary files of killed processes don't count."""
+    if not directory.is_dir():
+        return os.path.lexists(directory)
+    return any(not entry.name.startswith(".tmp-") for entry in directory.iterdir())
 
 
 def begin_directory(
@@ -90,7 +134,7 @@ def begin_directory(
     path, notes = out / manifest, notes or {}
     if path.is_file():
         require_same(out, read_json(path), settings, kind, ignored=notes)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif in_use(out):
         raise ValueError(f"{out} exists and is no {kind} (it has no {manifest}); give a new directory")
     require_writable(path, needed_bytes)
     write_json(path, {**settings, **notes})
@@ -133,8 +177,9 @@ class DirectoryLock:
         try:
             fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
+            who = _holder(self._descriptor)
             self.release()
-            raise ValueError(f"another process is writing in {self._directory}; wait for it, or end it") from None
+            raise ValueError(f"{who} is writing in {self._directory}; wait for it, or end it") from None
         except OSError as error:
             # Such as NFS, where nobody can be kept out; several processes could not wait for each other either.
             if kind == fcntl.LOCK_SH:
@@ -163,9 +208,24 @@ class DirectoryLock:
         self.release()
 
 
+def _holder(descriptor: int) -> str:
+    """Who has the lock, as far as the kernel says (Linux)."""
+    inode = os.fstat(descriptor).st_ino
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()  # 1: FLOCK ADVISORY WRITE <process> <device>:<device>:<inode> 0 EOF
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
+                return f"process {words[4]}"
+    return "another process"
+
+
 def remove_temporaries(directory: Path, pattern: str = "*") -> None:
-    """Remove what killed processes left of :func:`write_atomically` for names like ``pattern``."""
-    for path in directory.glob(f".tmp-*-{pattern}"):
+    """Remove what killed processes left of :func:`write_atomically` for names like ``pattern``.
+
+    Of all names, in a directory of our own: also what safetensors leaves, whose temporary names say nothing.
+    """
+    left = [*directory.glob(f".tmp-*-{pattern}"), *(directory.glob(".tmp??????") if pattern == "*" else ())]
+    for path in left:
         path.unlink(missing_ok=True)
 
 

@@ -1,13 +1,19 @@
 """What `torchrun` says of this process, in environment variables; processes that end with the one they serve."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import get_context
 from typing import NoReturn
+
+from ear_model.errors import RunError
 
 # torchrun ends the others as soon as one process ends; the main one is to report the error first.
 MAIN_REPORTS_SECONDS = 2.0
@@ -71,3 +77,20 @@ def begin_worker(parent: int, *_: object) -> None:
 def worker_initializer() -> Callable[..., None]:
     """:func:`begin_worker` for the workers that this process starts, such as a DataLoader's ``worker_init_fn``."""
     return partial(begin_worker, os.getpid())
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes that end with this one. After an error or a signal only what they are at is finished.
+
+    Raises:
+        RunError: one of them was killed.
+    """
+    # Not forked: the caller may have started threads or a GPU.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=worker_initializer())
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise RunError("a worker process was killed, perhaps for memory; the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log file."""
 
+import contextlib
 import sys
 import time
 
@@ -10,11 +11,13 @@ def say(line: str) -> None:
     """Print a line to the standard error, above a bar that is shown there."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
-    """A tqdm bar, or lines where the output is no terminal.
+    """A tqdm bar, or lines where the output is no terminal. Nothing more is shown once the output is gone, as of a
+    terminal that was closed: the work goes on.
 
     Args:
         total: units in all.
@@ -39,6 +42,12 @@ class Progress:
     def update(self, count: int = 1, note: str = "") -> None:
         """``count`` more units are done."""
         self.done += count
+        try:
+            self._show(count, note)
+        except OSError:
+            self.bar.disable, self._lines = True, False
+
+    def _show(self, count: int, note: str) -> None:
         if note:
             self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
@@ -55,4 +64,5 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()

@@ -8,7 +8,9 @@ RUN/checkpoints/step_00000250/         the last whole checkpoint
     trainer.pt                         optimiser, random generators, position in the data
 """
 
+import os
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,44 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE, AVERAGES_FILE = "model.safetensors", "ema.safetensors"
 _LOGGED = ("step", "loss")  # what every line of metrics has
+# What may change when a run goes on. How a model is spread over processes does not show in a checkpoint.
+EXTENDING = ("data_path", "tokenizer", "train.steps", "train.checkpoint_every", "train.log_every", "train.parallel")
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with its paths absolute, so that they hold in any working directory."""
+    paths = {name: getattr(config, name) for name in ("data_path", "tokenizer")}
+    return replace(config, **{name: os.path.abspath(path) for name, path in paths.items() if path})
+
+
 def save_config(run_dir: Path, config: RunConfig) -> None:
-    """Write RUN/config.json."""
-    write_json(run_dir / CONFIG_FILE, to_dict(config))
+    """Write RUN/config.json, paths absolute."""
+    write_json(run_dir / CONFIG_FILE, to_dict(with_absolute_paths(config)))
+
+
+def check_resumable(run_dir: Path, config: RunConfig) -> None:
+    """Raise ValueError, naming the options, if a run can't go on as ``config``: it differs in more than EXTENDING."""
+    stored, wanted = _flat(load_config(run_dir)), _flat(config)
+    changed = [name for name in wanted if name not in EXTENDING and stored[name] != wanted[name]]
+    if changed:
+        options = ", ".join(
+            f"--{name.replace('_', '-')} is {wanted[name]!r}, the run was begun with {stored[name]!r}"
+            for name in changed
+        )
+        raise ValueError(
+            f"{run_dir} can't go on so: {options}; --resume takes {', '.join(EXTENDING).replace('_', '-')}"
+        )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Every field by its name on the command line, such as "train.lr"."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(with_absolute_paths(config)).items():
+        flat |= (
+            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return flat
 
 
 def load_config(run_dir: Path) -> RunConfig:

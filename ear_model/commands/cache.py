@@ -1,6 +1,5 @@
 """``ear cache``: a tree of images into a cache of latents or pixels."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,11 +35,7 @@ class Cache:
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     command = parse_command(Cache, arguments, "ear cache")
-    try:
-        _write(command)
-    except KeyboardInterrupt:
-        print("ear: interrupted; the same command goes on from the last whole shard", file=sys.stderr)
-        return 130
+    _write(command)
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import re
 from typing import TypeVar
 
 import tyro
@@ -24,8 +25,12 @@ def parse_command(kind: type[Command], arguments: list[str], program: str, defau
         raise ValueError(f"{_one_line(words.getvalue())} (see `{program} --help`)") from None
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
+
 def _one_line(framed: str) -> str:
-    """The message in tyro's frame, up to its first rule, as one line."""
+    """The message in tyro's frame, up to its first rule, as one line; on a terminal tyro colours it."""
+    framed = _COLOUR.sub("", framed)
     lines = [line.strip("│ ") for line in framed.splitlines() if not line.startswith(("╭", "╰"))]
     message = itertools.takewhile(lambda line: not line.startswith("─"), lines)
     return " ".join(" ".join(message).split()) or "unusable options"

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import os
-import signal
 import socket
 import tempfile
 import threading
@@ -61,14 +60,11 @@ def run(arguments: list[str]) -> int:
         names = tuple(map(str, range(config.model.num_classes)))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     title = f"## EAR\n`{command.run}`: {parameters:.1f} million parameters, {decoder.image_size} pixels, on {device}"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="ear-serve-") as folder:
         page = Page(sampler, config.sampling, names, title, Path(folder))
         try:
             print(f"{command.run}: {page.launch(command.host, port)} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
-        except KeyboardInterrupt:
-            print("stopped")
         finally:
             page.close()
     return 0

@@ -1,7 +1,10 @@
 """``ear train``: a run directory from a preset and options, then samples and scores."""
 
+import contextlib
 import dataclasses
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.config import RunConfig
+from ear_model.config import ModelConfig, RunConfig
 from ear_model.evaluation.config import ScoringConfig
+from ear_model.files import DirectoryLock
 from ear_model.presets import EPOCH_IMAGES, MODELS, RUNS, with_model
-from ear_model.run_dir import load_config, read_metrics
+from ear_model.run_dir import check_resumable, load_config, read_metrics, with_absolute_paths
 
 if TYPE_CHECKING:
     from ear_model.ear import EAR
@@ -29,7 +33,7 @@ class Train:
     out: Path = Path("runs/digits")
     """Run directory: configuration, metrics, checkpoints and pictures."""
     resume: bool = False
-    """Go on from the last checkpoint of the run directory, with its own configuration."""
+    """Go on from the last checkpoint of --out with its configuration, which options may extend (docs/training.md)."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
     judge: Path | None = None
@@ -56,23 +60,80 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
     name, options = _take_model_name(options)
     config = RUNS[preset] if name is None else with_model(RUNS[preset], name)
-    command = parse_command(Train, options, f"ear train {preset}", Train(config=config, out=Path("runs") / preset))
+    default = Train(config=config, out=Path("runs") / preset)
+    if "--resume" in options:
+        default = _of_run(_option(options, "--out", default.out), preset, config.model if name else None)
+    command = parse_command(Train, options, f"ear train {preset}", default)
+    command = dataclasses.replace(command, config=with_absolute_paths(command.config))
     if command.dry_run:
         from ear_model.training.estimate import estimate_run
 
         print(estimate_run(command.config, command.gpus, EPOCH_IMAGES.get(preset)).report())
         return 0
     from ear_model.training import graphs
-    from ear_model.training.distributed import leave_out_gemm_workspace, prefer_expandable_segments, process_group
+    from ear_model.training.distributed import (
+        all_or_none,
+        is_main,
+        leave_out_gemm_workspace,
+        prefer_expandable_segments,
+        process_group,
+    )
 
     prefer_expandable_segments()
     if graphs.wanted(command.config):
         leave_out_gemm_workspace()
-    # A run may go on with its model spread over the processes in another way; the rest of its configuration stays.
-    switched = any(word.split("=")[0] == "--train.parallel" for word in options)
-    with process_group(command.device):
-        _train(command, switched)
+    with process_group(command.device), contextlib.ExitStack() as stack:
+        with all_or_none():
+            if is_main():
+                stack.enter_context(_own_directory(command.out))
+        _train(command, preset)
     return 0
+
+
+def _option(options: list[str], name: str, otherwise: Path) -> Path:
+    """The last value of ``--out PATH`` or ``--out=PATH``; :func:`parse_command` reports what is wrong with it."""
+    value = otherwise
+    for word, following in zip(options, [*options[1:], ""], strict=True):
+        if word == name:
+            value = Path(following)
+        elif word.startswith(f"{name}="):
+            value = Path(word.removeprefix(f"{name}="))
+    return value
+
+
+def _of_run(out: Path, preset: str, model: ModelConfig | None) -> Train:
+    """What a run to resume was begun with, for options to extend. Raises ValueError for another preset or model."""
+    from ear_model.training.run_log import preset_of
+
+    config, own = load_config(out), preset_of(out)
+    if own not in ("", preset):
+        raise ValueError(f"{out} is a run of the preset {own}, not {preset}; resume it with `ear train {own}`")
+    if model not in (None, config.model):
+        raise ValueError(f"--model is another model than that of {out}; leave it out")
+    return Train(config=config, out=out)
+
+
+@contextlib.contextmanager
+def _own_directory(out: Path) -> Iterator[None]:
+    """The lock of a run directory, made if need be, and removed again if nothing was written in it.
+
+    Raises:
+        ValueError: another process has it, or it can't be made.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"{out} exists already and is no directory; give a new --out")
+    made = [each for each in (out, *out.parents) if not each.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't make {out}: {getattr(error, 'strerror', None) or error}") from error
+    with DirectoryLock(out):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                for each in made:
+                    each.rmdir()
 
 
 def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
@@ -91,11 +152,8 @@ def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
     return name, others
 
 
-def _train(command: Train, switched: bool) -> None:
-    """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report.
-
-    A resumed run takes its own configuration, but for ``train.parallel`` if that is ``switched``.
-    """
+def _train(command: Train, preset: str) -> None:
+    """Train, then write samples.png, loss.png and (for the digits, or with a judge) evaluation.json, and report."""
     from ear_model.devices import resolve_device
     from ear_model.evaluation.scoring import Scoring
     from ear_model.sampling.decoder import Decoder
@@ -107,16 +165,14 @@ def _train(command: Train, switched: bool) -> None:
     # What would stop the pictures and scores after the training, before it.
     with distributed.all_or_none():
         if command.resume:
-            stored = load_config(out)
-            parallel = config.train.parallel if switched else stored.train.parallel
-            config = dataclasses.replace(stored, train=dataclasses.replace(stored.train, parallel=parallel))
+            check_resumable(out, config)
         options = ScoringConfig(judge=command.judge, real=command.real)
         is_scored = config.data == "digits" or options.judge is not None
         is_drawn = is_scored or bool(config.tokenizer) or config.model.channels in (1, 3)
         where = distributed.local_device(resolve_device(command.device))
         decoder = Decoder(config, where) if is_drawn else None
         scoring = Scoring(config, options, decoder, str(where)) if decoder is not None and is_scored else None
-    trainer = Trainer(config, out, resume=command.resume, device=command.device)
+    trainer = Trainer(config, out, resume=command.resume, device=command.device, preset=preset)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if trainer.is_main:
         print(

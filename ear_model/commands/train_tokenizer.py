@@ -1,7 +1,6 @@
 """``ear train-tokenizer``: a small autoencoder for one's own images."""
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +43,9 @@ def run(arguments: list[str]) -> int:
     from ear_model.training.autoencoder import train_autoencoder
 
     started = time.perf_counter()
-    try:
-        given: Any = {"device": resolve_device(command.device), "threads": command.workers}
-        given["allow_empty"] = command.allow_empty
-        report = train_autoencoder(command.images, command.out, command.model, command.training, **given)
-    except KeyboardInterrupt:
-        print("ear: interrupted; the same command goes on from the last .partial file", file=sys.stderr)
-        return 130
+    given: Any = {"device": resolve_device(command.device), "threads": command.workers}
+    given["allow_empty"] = command.allow_empty
+    report = train_autoencoder(command.images, command.out, command.model, command.training, **given)
     what = f"{report.held_out} held-out images" if report.held_out else "training images (too few to hold any out)"
     print(
         f"{command.out}: {time.perf_counter() - started:.0f} s; reconstruction of {what}: squared error "

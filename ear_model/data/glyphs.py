@@ -8,15 +8,21 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ear_model.files import begin_directory, is_whole_png, save_picture
+from ear_model.files import (
+    DirectoryLock,
+    begin_directory,
+    is_whole_png,
+    remove_temporaries,
+    require_writable,
+    save_picture,
+)
+from ear_model.processes import worker_pool
 from ear_model.progress import Progress
 
 # Characters that differ only in size, or not at all in some fonts, are there once: 0 and o are O; I and l are 1; c,
@@ -199,23 +205,27 @@ def write_tree(
         workers: processes to draw with.
 
     Raises:
-        ValueError: options out of range, a directory with something else in it, or not writable.
+        ValueError: options out of range; a directory with something else in it, that another process writes in, or
+            that can't be written. RunError: a worker was killed.
     """
     check_options(num_classes, size, split, seed)
     if num_per_class < 1 or workers < 1:
         raise ValueError(f"num_per_class is {num_per_class} and workers {workers}; both must be at least 1")
     settings = {"characters": CHARACTERS[:num_classes], "size": size, "seed": seed, "split": split}
-    # A PNG of a glyph takes under half its pixels.
-    begin_directory(out, MANIFEST, settings, "glyph tree", num_classes * num_per_class * size * size * 3 // 2)
-    for name in CLASS_NAMES[:num_classes]:
-        (out / name).mkdir(exist_ok=True)
+    needed = num_classes * num_per_class * size * size * 3 // 2  # a PNG of a glyph takes under half its pixels
+    require_writable(out / MANIFEST, needed)
     chunk = 100
     tasks = [
         (out, label, range(start, min(start + chunk, num_per_class)), seed, size, split)
         for label in range(num_classes)
         for start in range(0, num_per_class, chunk)
     ]
-    return sum(_map(_write_part, tasks, workers, min(chunk, num_per_class)))
+    with DirectoryLock(out):
+        begin_directory(out, MANIFEST, settings, "glyph tree")
+        for name in CLASS_NAMES[:num_classes]:
+            (out / name).mkdir(exist_ok=True)
+            remove_temporaries(out / name)
+        return sum(_map(_write_part, tasks, workers, min(chunk, num_per_class)))
 
 
 def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: int, split: Split) -> int:
@@ -237,8 +247,7 @@ def _map(function: Any, tasks: list[tuple], workers: int, images_per_task: int) 
         shown = stack.enter_context(Progress(len(tasks) * images_per_task, 0, "image", stays=False))
         results: Iterator[Any] = itertools.starmap(function, tasks)
         if workers > 1:
-            # Not forked: the caller may have started threads or a GPU.
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            pool = stack.enter_context(worker_pool(workers))
             results = pool.map(function, *zip(*tasks, strict=True))
         for result in results:
             yield result

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ear_model import signals
 from ear_model.data.batches import Batches
 from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
@@ -32,6 +33,7 @@ from ear_model.tokenizers.latent import AutoencoderTokenizer, save_autoencoder
 from ear_model.torch_files import read_torch
 from ear_model.training.optimizer_state import checked_moments
 
+GOES_ON = "the same command goes on"
 MAX_HELD_OUT = 256
 MAX_SCALE_IMAGES = 4096
 
@@ -121,19 +123,24 @@ def train_autoencoder(
     with (
         Progress(training.steps, step, "step", quiet=quiet) as progress,
         Prefetcher(batches, step, device, threads=threads, depth=2 * threads) as prefetcher,
+        signals.deferred(),
     ):
         while step < training.steps:
             loss = steps.step(next(prefetcher)[0], step, learning_rate(step, training))
             step += 1
-            if step % 50 == 0 or step == training.steps:  # the only wait for the device
+            stop = signals.received()
+            keep = (stop or step % training.checkpoint_every == 0) and step < training.steps
+            if keep or step % 50 == 0 or step == training.steps:  # the only wait for the device
                 if not math.isfinite(float(loss)):
                     raise ValueError(f"step {step}: the loss is {float(loss)}; lower --lr")
                 note = f"loss {float(loss):.4f}"
             progress.update(1, note)
-            if step % training.checkpoint_every == 0 and step < training.steps:
+            if keep:
                 states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state = {"settings": settings, "step": step, **states}
                 write_atomically(partial, functools.partial(torch.save, state))
+            if stop:
+                raise signals.Interrupted(stop, f"stopped after step {step} of {training.steps}; {GOES_ON}")
 
     # At scale 1 the tokenizer's latents are the network's own.
     tokenizer = AutoencoderTokenizer(model, 1.0)

@@ -16,10 +16,11 @@ from torch import Tensor
 from ear_model.config import ModelConfig, TrainConfig
 from ear_model.ear import EAR
 from ear_model.errors import shown
-from ear_model.files import flush, write_atomically
+from ear_model.files import flush, remove_temporaries, write_atomically
 from ear_model.model.weights import check_fit, load_weights, on_meta, save_weights
 from ear_model.run_dir import (
     AVERAGES_FILE,
+    CHECKPOINTS,
     CONFIG_FILE,
     WEIGHTS_FILE,
     checkpoint_dir,
@@ -57,19 +58,29 @@ def save_checkpoint(
     final = checkpoint_dir(run_dir, step)
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_weights(temporary / WEIGHTS_FILE, weights or dict(model.named_parameters()), model.config)
-    save_weights(temporary / AVERAGES_FILE, averages, model.config)
-    write_atomically(temporary / TRAINER_FILE, lambda path: torch.save(trainer_state, path))
-    flush(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    try:
+        temporary.mkdir(parents=True)
+        save_weights(temporary / WEIGHTS_FILE, weights or dict(model.named_parameters()), model.config)
+        save_weights(temporary / AVERAGES_FILE, averages, model.config)
+        write_atomically(temporary / TRAINER_FILE, lambda path: torch.save(trainer_state, path))
+        flush(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     flush(final.parent)
     for old in checkpoint_steps(run_dir):
         if old != step:
             shutil.rmtree(checkpoint_dir(run_dir, old))
     return final
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what killed processes left in a run directory; to be called by who has its lock."""
+    remove_temporaries(run_dir)
+    for directory in (run_dir / CHECKPOINTS).glob(".tmp-*"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def load_trainer_state(path: Path) -> dict[str, Any]:

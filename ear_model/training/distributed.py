@@ -158,6 +158,27 @@ def all_or_none() -> Iterator[None]:
             raise SharedError(only + message) from failure
 
 
+class StopSign:
+    """What a signal asked of any process, known to all of them at the same call; on gloo, so that no GPU waits."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        if world_size() > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def seen(self, number: int | None) -> int | None:
+        """The highest signal number of all processes, None if there is none.
+
+        Args:
+            number: of this process's signal.
+        """
+        if world_size() == 1:
+            return number
+        highest = torch.tensor([number or 0])
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
+        return int(highest) or None
+
+
 def gather_objects(value: Any) -> list[Any]:
     """``value`` of every process, in the order of their ranks (small picklable objects)."""
     if world_size() == 1:

@@ -114,7 +114,7 @@ def clipped_step(
     divisor = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
     if isinstance(optimizer, FusedAdamW) and total is norm:
         averages, decay = (ema.by_parameter(), ema.decay) if ema is not None else ({}, 0.0)
-        optimizer.update(divisor, averages, decay, copies=copies)
+        optimizer.update(divisor, averages, decay, copies=copies, finite=norm.isfinite())
         return norm
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if local:

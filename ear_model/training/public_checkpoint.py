@@ -123,8 +123,8 @@ def import_run(
     }
     checkpoint.check_public(state["public"], str(source))
     require_writable(out / CONFIG_FILE, needed_bytes=4 * _bytes(weights))
-    save_config(out, config)
     checkpoint.save_checkpoint(out, step, model, averages, state, weights=weights)
+    save_config(out, config)  # last: a directory with it and without a checkpoint is a run that begins anew
     missing = [name for name in ("averages", "optimizer") if getattr(public, name) is None]
     note = f"; the file has no {' and no '.join(missing)}, which start anew" if missing else ""
     return (

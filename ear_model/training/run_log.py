@@ -1,6 +1,8 @@
 """What a run writes beside its checkpoints: environment.json, metrics.jsonl, TensorBoard, and its progress."""
 
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from typing import Any
 import torch
 
 from ear_model.config import TrainConfig
-from ear_model.files import write_atomically, write_json
+from ear_model.errors import WriteError, words_of
+from ear_model.files import read_json, write_atomically, write_json
 from ear_model.progress import Progress
 from ear_model.run_dir import METRICS_FILE, read_metrics
 from ear_model.training import distributed, optim
 
+ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("ear-kernels", "torch", "triton", "numpy", "timm", "safetensors")
 
 
@@ -41,7 +45,8 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self.progress.__exit__(*error)
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written before
+            self.metrics.close()
         if self.board is not None:
             self.board.close()
 
@@ -56,8 +61,11 @@ class RunLog:
             "tau": optim.tau(step - 1, train),
             "images_per_second": train.batch_size * (step - self.first) / (time.perf_counter() - self.started),
         }
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise WriteError(f"can't write {self.metrics.name}: {words_of(error)}") from error
         if self.board is not None:
             for key in ("loss", "gradient_norm", "lr", "images_per_second"):
                 self.board.add_scalar(key, line[key], step)
@@ -73,10 +81,12 @@ def truncate_metrics(run_dir: Path, step: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def write_environment(run_dir: Path, device: torch.device) -> None:
+def write_environment(run_dir: Path, device: torch.device, preset: str = "") -> None:
     """Write RUN/environment.json: command, machine and versions."""
     environment = {
+        "preset": preset,
         "command": sys.argv,
+        "directory": os.getcwd(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "processes": distributed.world_size(),
@@ -85,7 +95,13 @@ def write_environment(run_dir: Path, device: torch.device) -> None:
         "git_revision": _git_revision(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json(run_dir / "environment.json", environment)
+    write_json(run_dir / ENVIRONMENT_FILE, environment)
+
+
+def preset_of(run_dir: Path) -> str:
+    """The preset that a run was begun with, "" if that is not known."""
+    path = run_dir / ENVIRONMENT_FILE
+    return str(read_json(path).get("preset", "")) if path.is_file() else ""
 
 
 def _tensorboard(run_dir: Path) -> Any:

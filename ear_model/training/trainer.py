@@ -2,23 +2,31 @@
 
 import contextlib
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ear_model import signals
 from ear_model.config import RunConfig, TrainConfig
 from ear_model.data.batches import Batches, TrainingData
 from ear_model.data.prefetch import Prefetcher
 from ear_model.data.sources import load_training_data
 from ear_model.devices import resolve_device
 from ear_model.ear import EAR
-from ear_model.errors import RunError
-from ear_model.files import require_writable
+from ear_model.errors import RunError, words_of
+from ear_model.files import in_use, require_writable
 from ear_model.model import masking
 from ear_model.model.weights import load_into
-from ear_model.run_dir import METRICS_FILE, checkpoint_dir, checkpoint_steps, load_config, save_config
+from ear_model.run_dir import (
+    METRICS_FILE,
+    check_resumable,
+    checkpoint_dir,
+    checkpoint_steps,
+    load_config,
+    save_config,
+    with_absolute_paths,
+)
 from ear_model.training import checkpoint, distributed, graphs, optim
 from ear_model.training.engine import Engine, compile_blocks
 from ear_model.training.randomness import Randomness
@@ -44,14 +52,18 @@ class Trainer:
         run_dir: where everything is written; must be new or empty, or a run to resume.
         resume: go on from the last checkpoint of ``run_dir``, written on any number of processes.
         device: "auto", "cpu", "cuda", ...
+        preset: name of the preset that ``config`` was made of, for the record.
 
     Raises:
         ValueError: a directory in use, not writable or too full; a configuration that differs from the run's in more
-            than ``train.parallel``; a number of processes that does not divide the batch.
+            than ``run_dir.EXTENDING``; a number of processes that does not divide the batch.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, resume: bool = False, device: str = "auto") -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(
+        self, config: RunConfig, run_dir: Path, *, resume: bool = False, device: str = "auto", preset: str = ""
+    ) -> None:
+        config = with_absolute_paths(config)
+        self.config, self.run_dir, self.preset = config, run_dir, preset
         train = config.train
         self.is_main = distributed.is_main()
         saved: checkpoint.Checkpoint | None = None
@@ -63,6 +75,9 @@ class Trainer:
             self._check_data(data)
             if resume and checkpoint_steps(run_dir):
                 saved = checkpoint.load_checkpoint(run_dir)
+                if saved.trainer_state["step"] > train.steps:
+                    done = saved.trainer_state["step"]
+                    raise ValueError(f"steps is {train.steps}; {run_dir} has done {done} steps already")
         # After the checks: nothing is drawn or written before they pass.
         torch.manual_seed(train.seed)
         self.model = EAR(config.model)
@@ -71,6 +86,8 @@ class Trainer:
         with distributed.all_or_none():
             if saved is not None:
                 load_into(self.model, saved.weights, saved.path / "model.safetensors")
+                if self.is_main and load_config(run_dir) != config:
+                    save_config(run_dir, config)
             else:
                 self._start_run_dir()
         self.model.to(self.device).train()
@@ -95,6 +112,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         if self.is_main:
+            checkpoint.remove_leftovers(self.run_dir)
             truncate_metrics(self.run_dir, self.step)
 
     @property
@@ -106,13 +124,9 @@ class Trainer:
         return f"{processes} processes on {self.device.type} ({self.config.train.parallel})"
 
     def _check_run_dir(self, resume: bool) -> None:
-        exists = self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir()))
         if resume:
-            saved = load_config(self.run_dir)
-            # How the model is spread over the processes does not show in a checkpoint.
-            if replace(saved, train=replace(saved.train, parallel=self.config.train.parallel)) != self.config:
-                raise ValueError(f"{self.run_dir} was trained with another configuration; resume takes its own")
-        elif exists:
+            check_resumable(self.run_dir, self.config)
+        elif in_use(self.run_dir):
             raise ValueError(f"{self.run_dir} exists already; give a new --out, or --resume to go on with it")
 
     def _start_run_dir(self) -> None:
@@ -122,7 +136,7 @@ class Trainer:
         # Weights, average and two moments, of the checkpoint that is written and of the one before.
         require_writable(self.run_dir / METRICS_FILE, needed_bytes=2 * 4 * weight_bytes)
         save_config(self.run_dir, self.config)
-        write_environment(self.run_dir, self.device)
+        write_environment(self.run_dir, self.device, self.preset)
 
     def _check_data(self, data: TrainingData) -> None:
         model = self.config.model
@@ -224,27 +238,39 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: at the step it names, on all processes; the last good checkpoint is kept.
-            LostProcessError: another process died.
+            LostProcessError: another process died. RunError: a full disk; the last checkpoint is kept.
+            Interrupted: a signal, after the step and its checkpoint (under ``signals.caught``).
         """
         with distributed.lost_process_errors(lambda: f"; training stopped, {self._kept()}"):
             try:
-                self._run(quiet)
+                with signals.deferred():
+                    self._run(quiet)
+            except OSError as error:
+                raise RunError(f"{words_of(error)}; training stopped, {self._kept()}") from error
             finally:
                 self._stop_reading()
 
     def _run(self, quiet: bool) -> None:
         train = self.config.train
         pending: list[tuple[Tensor, Tensor]] = []
+        sign = distributed.StopSign()
         with RunLog(self.run_dir, train, self.step, quiet=quiet) if self.is_main else contextlib.nullcontext() as log:
             while self.step < train.steps:
                 pending.append(self.train_step())
-                save = self.step % train.checkpoint_every == 0 or self.step == train.steps
+                stop = sign.seen(signals.received())
+                save = bool(stop) or self.step % train.checkpoint_every == 0 or self.step == train.steps
                 if not (save or self.step % train.log_every == 0):
                     continue
                 loss, norm = self._read(pending)
                 if log is not None:
                     log.record(self.step, loss, norm)
                 pending.clear()
+                if stop:
+                    # No process ends before the main one has written: torchrun then ends the others.
+                    with distributed.all_or_none():
+                        self.save()
+                    kept = f"stopped after step {self.step} of {train.steps}, its checkpoint is written"
+                    raise signals.Interrupted(stop, f"{kept}; --resume goes on")
                 if save:
                     self.save()
 

@@ -100,13 +100,30 @@ def test_extreme_gradients(monkeypatch) -> None:
         torch.testing.assert_close(one, other, rtol=3e-6, atol=1e-30)
 
 
-def test_nan_goes_through_and_stays_where_it_is(monkeypatch) -> None:
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-    values = [torch.ones(5000, device=DEVICE)]
-    gradient = torch.ones(5000, device=DEVICE)
-    gradient[4321] = float("nan")
-    weight, *_ = run("ours", values, [[gradient]], 1.0, 0.9, torch.float32)
-    assert torch.equal(weight.isnan().nonzero().flatten(), torch.tensor([4321], device=DEVICE))
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["gradient", "divisor"])
+def test_a_step_of_an_overflow_is_skipped(monkeypatch, backend, bad, where) -> None:
+    """After ``scaler.unscale_`` one infinite gradient must not reach weights, moments or averages."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+    parameters = parameters_of(draw([(3, 5), (5000,)]), torch.float32)
+    other = nn.Parameter(torch.ones(7, device=DEVICE))
+    averages = {parameter: torch.zeros_like(parameter) for parameter in (*parameters, other)}
+    optimizer = FusedAdamW(parameters)
+    copies = LowCopies(parameters, torch.float16)
+
+    def step(value: float, divisor: Tensor | None = None) -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[1].grad[4321] = value
+        optimizer.update(divisor, averages, 0.5, copies=copies)
+        state = [tensor for parameter in parameters for tensor in optimizer.state[parameter].values()]
+        return [tensor.detach().clone() for tensor in (*parameters, *averages.values(), *state)]
+
+    before = step(1.0)
+    after = step(bad) if where == "gradient" else step(1.0, torch.tensor(bad, device=DEVICE))
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(after, step(3e38), strict=True))
 
 
 def test_neighbours_are_not_written(monkeypatch) -> None:

@@ -93,7 +93,7 @@ BAD = [
     (["train", "imagenet256"], "cache"),
     (["train", "digits", "--judge", "judge.safetensors"], "without --real TREE"),
     (["train", "digits", "--judge", "judge.safetensors", "--real", "tree"], "`ear train-judge` writes it"),
-    (["train", "imagenet256", "--tokenizer", "kl16.safetensors"], "tokenizer kl16.safetensors is not there"),
+    (["train", "imagenet256", "--tokenizer", "kl16.safetensors"], "kl16.safetensors is not there"),
     (["paint"], "unknown command 'paint'"),
     (["train", "digits", "--train.stepz", "5"], "--train.stepz"),
     (["train", "digits", "--train.steps", "five"], "five"),

@@ -66,7 +66,8 @@ def server(run, tmp_path_factory):
         yield f"http://127.0.0.1:{port}/"
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=SECONDS)
-        assert (process.returncode, output) == (0, "stopped\n")
+        assert (process.returncode, output) == (130, "")
+        assert errors.endswith("ear: interrupted; the page is closed\n")
         assert "Traceback" not in errors
         assert not list(folder.glob("ear-serve-*"))
     finally:

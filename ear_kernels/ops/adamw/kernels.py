@@ -20,7 +20,7 @@ def _pointer(address, KIND: tl.constexpr):
 
 @triton.jit
 def _update(
-    entry, places, live, divisor, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps, average_rest,
+    entry, places, live, divisor, keeps, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps, average_rest,
     LOW: tl.constexpr,
 ):  # fmt: skip
     """The elements at ``places`` of the parameter at ``entry``; ``live`` is None where all of them exist."""
@@ -33,10 +33,11 @@ def _update(
         g /= tl.load(divisor)
     m = tl.load(first + places, mask=live)
     v = tl.load(second + places, mask=live)
-    m += beta1_rest * (g - m)
-    v = beta2 * v + beta2_rest * g * g
-    w -= lr_decay * w
-    w -= rate * m / (tl.sqrt(v) / root + eps)
+    # Selected, not branched: copies are written in any case.
+    m = tl.where(keeps, m, m + beta1_rest * (g - m))
+    v = tl.where(keeps, v, beta2 * v + beta2_rest * g * g)
+    stepped = w - lr_decay * w
+    w = tl.where(keeps, w, stepped - rate * m / (tl.sqrt(v) / root + eps))
     tl.store(weight + places, w, mask=live)
     tl.store(first + places, m, mask=live)
     tl.store(second + places, v, mask=live)
@@ -44,7 +45,7 @@ def _update(
     if average != 0:
         mean = _pointer(average, tl.float32)
         a = tl.load(mean + places, mask=live)
-        tl.store(mean + places, a + average_rest * (w - a), mask=live)
+        tl.store(mean + places, tl.where(keeps, a, a + average_rest * (w - a)), mask=live)
     if LOW is not None:
         copy = tl.load(entry + COPY)
         if copy != 0:
@@ -56,6 +57,7 @@ def adamw_kernel(
     table,  # [T, COLUMNS] int64
     chunks,  # [programs, 2] int32: parameter, number of the chunk in it
     divisor,  # [1] float32 or None: gradients are divided by it
+    finite,  # [1] float32: 0 if a gradient is not finite; then weights, moments and averages stay
     lr,
     lr_decay,  # lr * weight decay
     beta1_rest,  # 1 - beta1
@@ -76,14 +78,17 @@ def adamw_kernel(
     step = tl.load(_pointer(tl.load(entry + STEP), tl.float32)).to(tl.float64)
     rate = (lr / (1.0 - tl.exp2(step * log2_beta1))).to(tl.float32)
     root = tl.sqrt(1.0 - tl.exp2(step * log2_beta2)).to(tl.float32)
+    keeps = tl.load(finite) == 0
     places = begin + tl.arange(0, CHUNK)
     # Without masks where all is there: they would keep the loads from being 16 bytes wide.
     if begin + CHUNK <= size:
         _update(
-            entry, places, None, divisor, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps, average_rest, LOW
-        )
+            entry, places, None, divisor, keeps, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps,
+            average_rest, LOW,
+        )  # fmt: skip
     else:
         live = places < size
         _update(
-            entry, places, live, divisor, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps, average_rest, LOW
-        )
+            entry, places, live, divisor, keeps, lr_decay, rate, root, beta1_rest, beta2, beta2_rest, eps,
+            average_rest, LOW,
+        )  # fmt: skip

@@ -64,6 +64,7 @@ def adamw(
     tables: Tables,
     entries: list[Entry],
     divisor: Tensor | None,
+    finite: Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -72,15 +73,24 @@ def adamw(
     average_rest: float,
     low: torch.dtype | None,
 ) -> None:
-    """One AdamW step of all ``entries``; ``divisor``: float32 ``[1]``, of gradients; ``low``: the copies' dtype."""
+    """One AdamW step of all ``entries``, none where ``finite`` is 0.
+
+    Args:
+        tables, entries: what to update.
+        divisor: float32 ``[1]``, of the gradients.
+        finite: float32 ``[1]``, 1 or 0.
+        lr, betas, eps, weight_decay: of the group.
+        average_rest: 1 - decay of the averages.
+        low: the copies' dtype.
+    """
     table, chunks = tables.update(entries)
     programs = chunks.numel() // 2
     if programs == 0:
         return
     beta1, beta2 = betas
     launch(
-        kernels.adamw_kernel, (programs,), table, chunks, divisor, lr, lr * weight_decay, 1 - beta1, beta2, 1 - beta2,
-        _log2(beta1), _log2(beta2), eps, average_rest, on=table, LOW=LOW_TYPES[low], num_warps=8,
+        kernels.adamw_kernel, (programs,), table, chunks, divisor, finite, lr, lr * weight_decay, 1 - beta1, beta2,
+        1 - beta2, _log2(beta1), _log2(beta2), eps, average_rest, on=table, LOW=LOW_TYPES[low], num_warps=8,
     )  # fmt: skip
 
 
