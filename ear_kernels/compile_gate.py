@@ -98,7 +98,29 @@ def _energy_loss_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"energy loss, {sizes}, {dtype}", partial(_loss, sizes, dtype, (True, True))
             yield f"Gaussian, {sizes}, {dtype}", partial(_loss, sizes, dtype, gaussian=True)
             yield f"Gaussian, {sizes}, {dtype}, all gradients", partial(_loss, sizes, dtype, (True, True), True)
+        # The V-statistic of one sample.
+        for sizes in ((333, 1, 1, 16), (64, 1, 3, 200), (8, 1, 2, 9000)):
+            yield f"energy loss, one sample, {sizes}, {dtype}", partial(_loss, sizes, dtype, (True, True), fair=False)
+        yield f"Gaussian, one sample, {dtype}", partial(_loss, (333, 1, 3, 16), dtype, gaussian=True, fair=False)
         yield f"energy loss, fields, {dtype}, everything", partial(_loss, (8, 16, 2, 3000), dtype, **EVERYTHING)
+
+
+def _energy_loss_double() -> Iterator[tuple[str, Callable[[], None]]]:
+    """float64 with several targets and large rows, whose tiles are the hardest to compile."""
+    for sizes in (
+        (16, 2, 2, 129),
+        (64, 4, 3, 200),
+        (5, 3, 2, 300),
+        (64, 2, 5, 513),
+        (5, 2, 20, 1025),
+        (5, 4, 2, 3000),
+    ):
+        for grads in ((True, False), (True, True)):
+            for alpha in (1.0, 1.3):
+                what = f"energy loss, {sizes}, float64, gradients {grads}, alpha {alpha}"
+                yield what, partial(_loss, sizes, torch.float64, grads, alpha=alpha)
+        what = f"energy loss, {sizes}, float64, everything"
+        yield what, partial(_loss, sizes, torch.float64, **EVERYTHING)
 
 
 def _energy_loss_variants() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -298,6 +320,7 @@ def _adamw_calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def example_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of each; call them inside :func:`ear_kernels.runtime.launching.recording`."""
     yield from _energy_loss_calls()
+    yield from _energy_loss_double()
     yield from _energy_loss_variants()
     yield from _energy_distance_calls()
     yield from _generator_calls()

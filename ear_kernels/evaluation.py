@@ -5,11 +5,12 @@ from torch import Tensor
 
 from ear_kernels.ops.energy_loss import reference
 from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
-from ear_kernels.runtime.backend import choose_backend
-from ear_kernels.runtime.checks import check_device, check_floating
+from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_device, check_floating, takes_tensors
 from ear_kernels.targets import GaussianTarget
 
 
+@takes_tensors
 @torch.no_grad()
 def energy_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     """Unbiased energy distance of two point sets (paper Eq. 9 with the term of the data): no gradients.
@@ -38,11 +39,12 @@ def energy_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}; they must have the same")
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    backend = choose_backend("energy_distance", x)
-    between, first, second = _mean_distances(x.to(dtype), y.to(dtype), float(alpha), backend == "triton")
+    is_triton = applies("energy_distance", x, None)
+    between, first, second = _mean_distances(x.to(dtype), y.to(dtype), float(alpha), is_triton)
     return 2 * between - first - second
 
 
+@takes_tensors
 def energy_score(
     samples: Tensor,
     target: Tensor | GaussianTarget,
@@ -55,17 +57,17 @@ def energy_score(
     weights: Tensor | None = None,
     feature_weights: Tensor | None = None,
     reduction: str = "mean",
+    member_mask: Tensor | None = None,
 ) -> Tensor:
     """Energy score ``E|x - y|^alpha - 1/2 E|x - x'|^alpha`` of an ensemble; the CRPS where D is 1.
 
     ``fair`` takes the second mean over different samples (unbiased for the score of the distribution behind them),
-    otherwise over all n^2 pairs (the score of the empirical distribution). It is half the energy loss with tau = 1 or
-    (n - 1) / n; arguments, result and errors are those of :func:`ear_kernels.energy_loss`.
+    otherwise over all n^2 pairs (the score of the empirical distribution). It is half the energy loss with tau = 1;
+    arguments, result and errors are those of :func:`ear_kernels.energy_loss`.
     """
-    n = samples.shape[sample_dim] if -samples.ndim <= sample_dim < samples.ndim else 2
     return 0.5 * energy_loss(
-        samples, target, mask, alpha=alpha, tau=1.0 if fair else max(n - 1, 1) / n, sample_dim=sample_dim,
-        target_dim=target_dim, weights=weights, feature_weights=feature_weights, reduction=reduction,
+        samples, target, mask, alpha=alpha, fair=fair, sample_dim=sample_dim, target_dim=target_dim, weights=weights,
+        feature_weights=feature_weights, reduction=reduction, member_mask=member_mask,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from ear_kernels import functional
 from ear_kernels.head import ffn_parameters, head_parameters, linear_parameters, norm_parameters
 from ear_kernels.noise_pool import pool_arrangement
 from ear_kernels.runtime.backend import choose_backend
-from ear_kernels.runtime.checks import check_device, check_floating
+from ear_kernels.runtime.checks import check_device, check_floating, takes_tensors
 from ear_kernels.runtime.plain import are_modules_watched, is_plain, runs_forward, work_together
 from ear_kernels.targets import GaussianTarget
 
@@ -31,10 +31,13 @@ class FusedEnergyLoss(nn.Module):
         target_dim: int = -2,
         eps: float = 0.0,
         feature_weights: Tensor | None = None,
+        fair: bool = True,
     ) -> None:
         super().__init__()
-        functional.check_energy_loss_options(alpha, tau, eps, reduction)
-        self.alpha, self.tau, self.eps, self.reduction = alpha, tau, eps, reduction
+        functional.check_energy_loss_options(alpha, tau, eps, reduction, fair)
+        if feature_weights is not None:
+            check_floating("feature_weights", feature_weights)
+        self.alpha, self.tau, self.eps, self.reduction, self.fair = alpha, tau, eps, reduction, fair
         self.sample_dim, self.target_dim = sample_dim, target_dim
         self.feature_weights: Tensor | None
         self.register_buffer("feature_weights", feature_weights, persistent=False)
@@ -45,17 +48,18 @@ class FusedEnergyLoss(nn.Module):
         target: Tensor | GaussianTarget,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
+        member_mask: Tensor | None = None,
     ) -> Tensor:
         """Loss of ``samples [..., n, D]`` against ``target [..., D]``, ``[..., m, D]`` or a GaussianTarget."""
         return functional.energy_loss(
             samples, target, mask, alpha=self.alpha, tau=self.tau, eps=self.eps, reduction=self.reduction,
             sample_dim=self.sample_dim, target_dim=self.target_dim, weights=weights,
-            feature_weights=self.feature_weights,
+            feature_weights=self.feature_weights, fair=self.fair, member_mask=member_mask,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, tau={self.tau}, sample_dim={self.sample_dim}, reduction={self.reduction!r}" + (
-            f", eps={self.eps}" if self.eps else ""
+            (f", eps={self.eps}" if self.eps else "") + ("" if self.fair else ", fair=False")
         )
 
 
@@ -75,6 +79,7 @@ class FusedAdaLNBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
+    @takes_tensors
     def forward(
         self,
         hidden: Tensor,
@@ -223,16 +228,19 @@ class FusedMLPGenerator(nn.Module):
             )
         return found
 
+    @takes_tensors
     @torch.no_grad()
     def modulations(self, noise: Tensor, temperature: float = 1.0, out: Tensor | None = None) -> Tensor:
         """``[R, (3 * depth + 2) * W]`` of ``noise [R, noise_dim]``; see ``functional.generator_modulations``."""
         return functional.generator_modulations(noise, *self._read(), temperature=temperature, out=out)
 
+    @takes_tensors
     @torch.no_grad()
     def chain(self, z: Tensor, modulations: Tensor) -> Tensor:
         """Tokens ``[R, D]`` from hidden states ``[R, C]`` and modulations; see ``functional.generator_chain``."""
         return functional.generator_chain(z, modulations, *self._read())
 
+    @takes_tensors
     def forward(
         self, z: Tensor, noise: Tensor, temperature: float | Tensor = 1.0, *, noise_pool: int | None = None
     ) -> Tensor:

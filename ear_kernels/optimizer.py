@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels.runtime.backend import applies
+from ear_kernels.runtime.checks import check_tensor, takes_tensors
 from ear_kernels.runtime.copies import LowCopies
 
 
@@ -37,6 +38,7 @@ class FusedAdamW(torch.optim.AdamW):
         groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
+    @takes_tensors
     @torch.no_grad()
     def update(
         self,
@@ -65,9 +67,9 @@ class FusedAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: a decay outside [0, 1], a divisor of several elements, an average of another shape, dtype or
-                device than its parameter, a sparse gradient. Nothing has changed then.
+                device than its parameter, a sparse gradient. TypeError: no tensors. Nothing has changed then.
         """
-        averages = averages or {}
+        averages = {} if averages is None else averages
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         updated = [parameter for parameter in parameters if parameter.grad is not None]
         _check_update(updated, divisor, averages, decay)
@@ -185,6 +187,8 @@ def _all_finite(updated: list[nn.Parameter], divisor: Tensor | None, known: Tens
 def _check_update(
     updated: list[nn.Parameter], divisor: Tensor | None, averages: Mapping[nn.Parameter, Tensor], decay: float
 ) -> None:
+    if not isinstance(averages, Mapping):
+        raise TypeError(f"averages is a {type(averages).__name__}; it must map parameters to tensors")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; it must be in [0, 1]")
     if divisor is not None and divisor.numel() != 1:
@@ -194,6 +198,7 @@ def _check_update(
         if parameter.grad.layout != torch.strided:
             raise ValueError(f"a gradient has layout {parameter.grad.layout}; it must be dense")
     for parameter, average in averages.items():
+        check_tensor("an average", average)
         for what in ("shape", "dtype", "device"):
             if getattr(average, what) != getattr(parameter, what):
                 raise ValueError(

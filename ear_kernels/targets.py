@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating
+
 
 @dataclass(frozen=True)
 class GaussianTarget:
@@ -27,20 +29,11 @@ class GaussianTarget:
     num_targets: int
 
     def __post_init__(self) -> None:
-        for name, tensor in (("mean", self.mean), ("log_std", self.log_std)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        check_floating("mean", self.mean)
+        check_floating("log_std", self.log_std)
         if isinstance(self.num_targets, bool) or not isinstance(self.num_targets, int):
             raise TypeError(f"num_targets is {self.num_targets!r}; it must be an integer")
         if self.num_targets < 1:
             raise ValueError(f"num_targets is {self.num_targets}; it must be at least 1")
-        if self.log_std.device != self.mean.device:
-            raise ValueError(f"log_std is on {self.log_std.device} and mean on {self.mean.device}; put both on one")
-        shape, full = tuple(self.log_std.shape), tuple(self.mean.shape)
-        fits = len(shape) <= len(full) and all(
-            size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(full), strict=False)
-        )
-        if not fits:
-            raise ValueError(f"log_std has shape {shape}; it must broadcast to the mean's shape {full}")
+        check_device("log_std", self.log_std, self.mean, "mean")
+        check_broadcast("log_std", self.log_std, tuple(self.mean.shape), "the mean's shape")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ear_kernels.runtime.checks import check_floating
 from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
@@ -103,10 +104,9 @@ class EAR(nn.Module):
             score_loss: likewise of ``score.loss``.
 
         Raises:
-            ValueError: wrong shapes or labels out of range. TypeError: wrong dtypes.
+            ValueError: wrong shapes or labels out of range. TypeError: no tensors, or of wrong dtypes.
         """
-        if not images.is_floating_point():
-            raise TypeError(f"images have dtype {images.dtype}; they must be floating point")
+        check_floating("images", images)
         self._check_labels(labels, images.shape[0])
         tokens_BLD = self.tokenizer.encode(images)
         batch, num_tokens, token_dim = tokens_BLD.shape
@@ -170,7 +170,7 @@ class EAR(nn.Module):
         """
         interval = guidance_from, guidance_to
         sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature, *interval, order)
-        self._check_labels(labels, labels.shape[0] if labels.ndim else 0)
+        self._check_labels(labels, labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0)
         if generator is not None and draws is not None:
             raise ValueError("generator and draws were both given; give one of them")
         if generator is not None:
@@ -191,7 +191,7 @@ class EAR(nn.Module):
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            kind = labels.dtype if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
             raise TypeError(f"labels are {kind}; they must be an int64 tensor")
         if tuple(labels.shape) != (batch,):
             raise ValueError(f"labels have shape {tuple(labels.shape)}; they must be [{batch}]")

@@ -106,8 +106,16 @@ def functional_transform_is_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forward_mode_is_active() -> bool:
+    """Whether a level of forward-mode AD (``torch.autograd.forward_ad``, ``torch.func.jvp``) is open."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def applies(operation: str, tensor: Tensor, reason: str | None) -> bool:
     """Whether the kernels take the call; raises NotImplementedError if not and Triton was demanded."""
-    if reason is None and not torch.compiler.is_compiling() and functional_transform_is_active():
-        reason = "a torch.func transform, which needs the reference"
+    if reason is None and not torch.compiler.is_compiling():
+        if functional_transform_is_active():
+            reason = "a torch.func transform, which needs the reference"
+        elif forward_mode_is_active():
+            reason = "forward-mode AD, which needs the reference"
     return choose_backend(operation, tensor, f"{operation} got {reason}" if reason else "") == "triton"

@@ -1,29 +1,82 @@
 """Checks of arguments that several operations share; every message names the value and what would be right."""
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
 import torch
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def check_floating(name: str, tensor: Tensor) -> None:
+
+def takes_tensors(function: Function) -> Function:
+    """``function``, which raises TypeError by name where an argument is not the tensor that its annotation promises.
+
+    Of the annotations ``Tensor``, ``Tensor | None`` and ``list[Tensor]`` or ``tuple[Tensor, ...]``; others are left
+    to the function.
+    """
+    hints = get_type_hints(function)
+    single: dict[str, str] = {}
+    several: set[str] = set()
+    for name, hint in hints.items():
+        if hint is Tensor or set(get_args(hint)) == {Tensor, type(None)}:
+            single[name] = "a torch.Tensor" if hint is Tensor else "a torch.Tensor or None"
+        elif get_origin(hint) in (list, tuple) and set(get_args(hint)) <= {Tensor, ...}:
+            several.add(name)
+    names = tuple(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in single:
+                if not isinstance(value, Tensor) and (value is not None or single[name] == "a torch.Tensor"):
+                    check_tensor(name, value, single[name])
+            elif name in several:
+                if not isinstance(value, (list, tuple)):
+                    raise TypeError(f"{name} is a {type(value).__name__}; it must be a list of tensors")
+                for index, each in enumerate(value):
+                    check_tensor(f"{name}[{index}]", each)
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
+
+
+def check_tensor(name: str, tensor: Any, what: str = "a torch.Tensor") -> None:
+    """``tensor`` must be one: not a list, an array or None; ``what`` says what is expected."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be {what}")
+
+
+def check_floating(name: str, tensor: Any, what: str = "a torch.Tensor") -> None:
+    check_tensor(name, tensor, what)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
 
 
+def check_real(name: str, tensor: Any) -> None:
+    """``tensor`` must hold booleans or real numbers, as a mask or weights do."""
+    check_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be bool or hold real numbers")
+
+
 def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    check_tensor(name, tensor)
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; put both on one device")
 
 
-def check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
+def check_broadcast(name: str, tensor: Tensor, rows: tuple[int, ...], what: str = "the rows") -> None:
     """``tensor`` must broadcast to exactly ``rows``."""
+    check_tensor(name, tensor)
     shape = tuple(tensor.shape)
     fits = len(shape) <= len(rows) and all(
         size in (1, full) for size, full in zip(reversed(shape), reversed(rows), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name} has shape {shape}; it must broadcast to the rows {rows}")
+        raise ValueError(f"{name} has shape {shape}; it must broadcast to {what} {rows}")
 
 
 def dimension(name: str, dim: int, ndim: int) -> int:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ear_kernels.runtime.checks import check_tensor
+
 
 class Copy:
     """A copy, and the state of the parameter that it is of: ``version`` is -1 where nobody vouches for it."""
@@ -64,13 +66,16 @@ class LowCopies:
         dtype: ``torch.bfloat16`` or ``torch.float16``, the dtype that the operations compute in.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype. TypeError: no tensors.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype = torch.bfloat16) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; copies are torch.bfloat16 or torch.float16")
         self.dtype = dtype
+        parameters = list(parameters)
+        for parameter in parameters:
+            check_tensor("a parameter", parameter)
         floats = [parameter for parameter in dict.fromkeys(parameters) if parameter.dtype == torch.float32]
         self._kept = [(parameter, Copy(parameter, dtype)) for parameter in floats]
         # Aliases are found here too, and not kept alive.

@@ -1,8 +1,11 @@
 """Calls of the energy loss for tests and for the check on the GPU machine (which may lack Hypothesis)."""
 
+import random
 from dataclasses import dataclass
 
 import torch
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Problem:
     coincident: bool
     magnitude: float
     seed: int
+    fair: bool = True
 
     def options(self) -> dict:
-        return {"alpha": self.alpha, "tau": self.tau, "eps": self.eps * self.magnitude, "reduction": self.reduction}
+        return {
+            "alpha": self.alpha, "tau": self.tau, "eps": self.eps * self.magnitude, "reduction": self.reduction,
+            "fair": self.fair,
+        }  # fmt: skip
 
     def build(self, dtype: torch.dtype, device: torch.device) -> dict:
         """samples, target, mask, weights, feature_weights; the samples lie along ``sample_dim``."""
@@ -59,6 +66,33 @@ class Problem:
         if fw is not None:
             fw[0] = 1.0
         return {"samples": x, "target": y, "mask": mask, "weights": weights, "feature_weights": fw}
+
+
+def random_problem(structure: int, data: int, large: bool) -> Problem:
+    """Any call: what is compiled is of the number ``structure``, and the rest of ``data``.
+
+    ``large`` for a GPU: rows that fill tiles and whole fields.
+    """
+    draw = random.Random(structure)
+    fair = draw.random() < 0.7
+    n = draw.choice((2, 2, 2, 3, 4, 5, 8) if fair else (1, 1, 2, 3, 4))
+    features = draw.choice((1, 2, 3, 7, 16, 17, 40, 128, 129, 130, 257))
+    m = draw.choice((1, 1, 2, 2, 3, 5))
+    sizes = (1, 2, 3, 5)
+    if large:
+        features = draw.choice((features, features, features, 512, 513, 1000, 2048, 3000, 9000))
+        n, m, sizes = draw.choice((n, n, n, 16, 33)), draw.choice((m, m, 20, 100)), (1, 3, 8, 20)
+    rows = tuple(draw.choice(sizes) for _ in range(draw.choice((0, 1, 1, 2, 3))))
+    sample_dim, strided = draw.choice((-2, 0, -len(rows) - 2)), draw.random() < 0.3
+    mode, smooth, reduction = draw.choice((1.0, 1.0, 2.0, None)), draw.random() < 0.3, draw.choice(REDUCTIONS)
+    mask = draw.choice(("none", "none", "some", "broadcast", "number", "nothing"))
+    weights, feature_weights = draw.random() < 0.3, draw.random() < 0.3
+    draw = random.Random(data)
+    return Problem(
+        rows, n, m, features, sample_dim, strided, mode or draw.uniform(0.2, 1.98), draw.uniform(0.05, 1.0),
+        draw.choice((0.01, 0.1, 1.0)) if smooth else 0.0, reduction, mask, weights, feature_weights,
+        draw.random() < 0.4, draw.choice((1.0, 1.0, 1e-3, 300.0)), data, fair,
+    )  # fmt: skip
 
 
 # What a GPU compiles: two dozen structures that cover every switch, instead of hundreds.

@@ -52,8 +52,9 @@ def loss_scale(arguments: dict, options: dict, sample_dim: int) -> float:
     samples = arguments["samples"].double().movedim(sample_dim, -2)
     fw = None if arguments["feature_weights"] is None else arguments["feature_weights"].double()
     rows = reference.energy_loss_rows(
-        samples, arguments["target"].double(), options["alpha"], -options["tau"], fw, options["eps"]
-    )
+        samples, arguments["target"].double(), options["alpha"], -options["tau"], fw, options["eps"],
+        fair=options["fair"],
+    )  # fmt: skip
     rows = rows.nan_to_num(0.0, 0.0, 0.0)
     return (rows.sum() if options["reduction"] == "sum" else rows.max()).item() if rows.numel() else 0.0
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ear_kernels.ops.decoding import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_device, check_floating, kernel_refusal
+from ear_kernels.runtime.checks import check_device, check_floating, kernel_refusal, takes_tensors
 
 
+@takes_tensors
 @torch.no_grad()
 def predicted_rows(
     stream: Tensor,
@@ -63,6 +64,7 @@ def predicted_rows(
     return rows, x, normed.to(dtype)
 
 
+@takes_tensors
 @torch.no_grad()
 def guided_norm(
     branch: Tensor,
@@ -109,6 +111,7 @@ def guided_norm(
     return reference.guided_norm(branch, branch_bias, rows, weight, bias, scale, eps)
 
 
+@takes_tensors
 @torch.no_grad()
 def write_tokens(
     sampled: Tensor,
@@ -157,6 +160,7 @@ def write_tokens(
     return reference.write_tokens(sampled, tokens, start, rows, prefix, embed, position, norm).to(dtype)
 
 
+@takes_tensors
 @torch.no_grad()
 def write_rows(values: Tensor, target: Tensor, rows: Tensor, left: Tensor, count: int) -> None:
     """Write ``values [B k, N]`` to rows of ``target [G, S, N]``, for both halves, and take ``count`` off ``left``.

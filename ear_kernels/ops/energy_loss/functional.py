@@ -5,17 +5,26 @@ from torch import Tensor
 
 from ear_kernels.ops.energy_loss import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, dimension
+from ear_kernels.runtime.checks import (
+    check_broadcast,
+    check_device,
+    check_floating,
+    check_real,
+    dimension,
+    takes_tensors,
+)
 from ear_kernels.targets import GaussianTarget
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: str) -> None:
+def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: str, fair: bool = True) -> None:
     """Raise ValueError or TypeError unless the options of :func:`energy_loss` are usable."""
     for name, value in (("alpha", alpha), ("tau", tau), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not isinstance(fair, bool):
+        raise TypeError(f"fair is {fair!r} ({type(fair).__name__}); it must be True or False")
     if not 0 < alpha <= 2:
         raise ValueError(f"alpha is {alpha}; it must be in (0, 2]")
     if not 0 < tau <= 1:
@@ -26,8 +35,10 @@ def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: s
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
 
 
-def _refusal(weights: Tensor | None, feature_weights: Tensor | None) -> str | None:
+def _refusal(weights: Tensor | None, feature_weights: Tensor | None, members: Tensor | None) -> str | None:
     """Why the kernels cannot do a call of the energy loss that the reference can; None if they can."""
+    if members is not None:
+        return "a member_mask, which needs the reference"
     if torch.is_grad_enabled():
         for name, tensor in (("weights", weights), ("feature_weights", feature_weights)):
             if tensor is not None and tensor.requires_grad:
@@ -56,6 +67,7 @@ def _wrong_target(
     )
 
 
+@takes_tensors
 def energy_loss(
     samples: Tensor,
     target: Tensor | GaussianTarget,
@@ -69,6 +81,8 @@ def energy_loss(
     feature_weights: Tensor | None = None,
     eps: float = 0.0,
     reduction: str = "mean",
+    fair: bool = True,
+    member_mask: Tensor | None = None,
 ) -> Tensor:
     """Energy loss of n samples against m targets a row (paper Eq. 10; general form in docs/energy_loss.md).
 
@@ -79,7 +93,8 @@ def energy_loss(
     distance at coincident points is 0 for every alpha.
 
     Args:
-        samples: ``[..., n, D]``, n >= 2, floating point; the n samples are along ``sample_dim``.
+        samples: ``[..., n, D]``, floating point; the n samples are along ``sample_dim``. n >= 2, or n >= 1 without
+            ``fair``.
         target: ``[..., D]`` (one target a row) or ``[..., m, D]`` (as many dimensions as ``samples``; the m targets
             are along ``target_dim``), or a :class:`GaussianTarget`, whose m targets are drawn in the kernel.
         mask: broadcastable to the rows ``[...]``, bool or number; rows where it is 0 contribute nothing and get
@@ -94,55 +109,46 @@ def energy_loss(
         eps: smoothing of the distance, ``(|v|^2 + eps^2)^(alpha/2)``; keeps gradients bounded for alpha < 1.
         reduction: "mean" (over unmasked rows; over the weights where given; 0 if there are none), "sum", or
             "none" (weighted rows, masked ones 0).
+        fair: False divides the second sum by n^2, not by n (n - 1): the mean over all pairs, a sample with itself
+            among them, whose distance is 0 (with ``eps`` too). The V-statistic; tau (n - 1) / n in place of tau. One
+            sample then has a loss, of no diversity.
+        member_mask: bool or number, broadcastable to the shape of ``samples`` without its last dimension. Samples
+            where it is 0 are left out, whatever they hold, and get zero gradient: a row's means are over the rest. A
+            row with fewer than 2 left (1 without ``fair``) counts as masked. To leave out what is missing:
+            ``~samples.isnan().any(-1)``. Takes the eager backend.
 
     Returns:
         A scalar, or ``[...]`` for "none"; float32 (float64 if an input is float64).
 
     Raises:
-        ValueError: an option out of range, fewer than 2 samples, shapes or devices that do not fit.
-        TypeError: an argument that is no floating-point tensor.
+        ValueError: an option out of range, too few samples, shapes or devices that do not fit.
+        TypeError: an argument that is no tensor, or not of floating point where that is needed.
     """
-    check_energy_loss_options(alpha, tau, eps, reduction)
-    check_floating("samples", samples)
-    gaussian = target if isinstance(target, GaussianTarget) else None
-    given = target.mean if isinstance(target, GaussianTarget) else target
-    name = "target" if gaussian is None else "target.mean"
-    check_floating(name, given)
-    check_device(name, given, samples, "samples")
-    if samples.ndim < 2:
-        raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
-    samples_RnD = _in_front_of_features(samples, "sample_dim", sample_dim)
-    rows, (n, features) = samples_RnD.shape[:-2], samples_RnD.shape[-2:]
-    if n < 2:
-        raise ValueError(
-            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; "
-            "the energy loss needs at least 2"
-        )
-    if features < 1:
-        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
-    targets_RmD = None
-    if gaussian is None and given.ndim == samples.ndim:
-        targets_RmD = _in_front_of_features(given, "target_dim", target_dim)
-    elif given.ndim == samples.ndim - 1:
-        targets_RmD = given.unsqueeze(-2)
-    if targets_RmD is None or not _fits(targets_RmD, rows, features):
-        raise ValueError(_wrong_target(name, given, samples, rows, features, target_dim, gaussian is not None))
+    check_energy_loss_options(alpha, tau, eps, reduction, fair)
+    samples_RnD = _checked_samples(samples, sample_dim, fair)
+    targets_RmD = _checked_target(target, samples, samples_RnD, target_dim)
+    rows = tuple(samples_RnD.shape[:-2])
     for name, tensor in (("mask", mask), ("weights", weights)):
         if tensor is not None:
+            check_real(name, tensor)
             check_device(name, tensor, samples, "samples")
-            check_broadcast(name, tensor, tuple(rows))
+            check_broadcast(name, tensor, rows)
+    members_Rn = None if member_mask is None else _checked_members(member_mask, samples, sample_dim)
     if feature_weights is not None:
         check_floating("feature_weights", feature_weights)
         check_device("feature_weights", feature_weights, samples, "samples")
-        if tuple(feature_weights.shape) != (features,):
-            raise ValueError(f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{features}]")
-    reason = _refusal(weights, feature_weights)
-    if applies("energy_loss", samples, reason):
+        if tuple(feature_weights.shape) != (samples.shape[-1],):
+            raise ValueError(
+                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{samples.shape[-1]}]"
+            )
+    gaussian = target if isinstance(target, GaussianTarget) else None
+    if applies("energy_loss", samples, _refusal(weights, feature_weights, members_Rn)):
         # Imported here, so that importing ear_kernels needs no Triton.
         from ear_kernels.ops.energy_loss import autograd
         from ear_kernels.ops.energy_loss.launch import Options
 
-        options = Options(float(alpha), float(tau), float(eps), reduction)
+        tau = reference.fair_tau(float(tau), samples_RnD.shape[-2], fair)
+        options = Options(float(alpha), tau, float(eps), reduction)
         if gaussian is not None:
             log_std = gaussian.log_std.expand_as(gaussian.mean)
             return autograd.energy_loss_gaussian(
@@ -155,5 +161,50 @@ def energy_loss(
         )
     return reference.energy_loss(
         samples_RnD, targets_RmD, mask, weights, feature_weights,
-        alpha=float(alpha), tau=float(tau), eps=float(eps), reduction=reduction,
+        alpha=float(alpha), tau=float(tau), eps=float(eps), reduction=reduction, members_Rn=members_Rn, fair=fair,
     )  # fmt: skip
+
+
+def _checked_samples(samples: Tensor, sample_dim: int, fair: bool) -> Tensor:
+    """``[..., n, D]``: the samples, with their dimension in front of the features."""
+    check_floating("samples", samples)
+    if samples.ndim < 2:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
+    samples_RnD = _in_front_of_features(samples, "sample_dim", sample_dim)
+    n, features = samples_RnD.shape[-2:]
+    if n < (2 if fair else 1):
+        few = "at least 2, or fair=False, which defines it for 1" if fair else "at least 1"
+        raise ValueError(
+            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; "
+            f"the energy loss needs {few}"
+        )
+    if features < 1:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")
+    return samples_RnD
+
+
+def _checked_target(target: Tensor | GaussianTarget, samples: Tensor, samples_RnD: Tensor, target_dim: int) -> Tensor:
+    """``[..., m, D]``: the targets, or the mean of a GaussianTarget with m = 1."""
+    is_gaussian = isinstance(target, GaussianTarget)
+    given = target.mean if isinstance(target, GaussianTarget) else target
+    name = "target.mean" if is_gaussian else "target"
+    check_floating(name, given, "a torch.Tensor or a GaussianTarget")
+    check_device(name, given, samples, "samples")
+    rows, features = samples_RnD.shape[:-2], samples_RnD.shape[-1]
+    targets_RmD = None
+    if not is_gaussian and given.ndim == samples.ndim:
+        targets_RmD = _in_front_of_features(given, "target_dim", target_dim)
+    elif given.ndim == samples.ndim - 1:
+        targets_RmD = given.unsqueeze(-2)
+    if targets_RmD is None or not _fits(targets_RmD, rows, features):
+        raise ValueError(_wrong_target(name, given, samples, rows, features, target_dim, is_gaussian))
+    return targets_RmD
+
+
+def _checked_members(member_mask: Tensor, samples: Tensor, sample_dim: int) -> Tensor:
+    """``[..., n]``, or broadcastable to it with as many dimensions: which samples are not left out."""
+    check_real("member_mask", member_mask)
+    check_device("member_mask", member_mask, samples, "samples")
+    shape = tuple(samples.shape[:-1])
+    check_broadcast("member_mask", member_mask, shape, "the samples without their features")
+    return member_mask.expand(shape).movedim(dimension("sample_dim", sample_dim, samples.ndim), -1)

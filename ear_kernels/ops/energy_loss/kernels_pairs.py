@@ -296,7 +296,8 @@ def accumulate_samples(
     partner = x_rows[:, None, None] + (feature * x_strides[ROW_DIMS + 1])[None, None, :]
     load_mask = keep[:, None, None] & (feature < features)[None, None, :]
     outside = keep[:, None] & (sample < 0)[None, :]
-    UNROLL: tl.constexpr = N if N <= 4 else 1
+    # In float64 the registers are short.
+    UNROLL: tl.constexpr = N if N <= 4 and x.dtype != tl.float64 else 1
     for j in tl.range(0, N, loop_unroll_factor=UNROLL):
         u = x - tl.load(partner, mask=load_mask, other=0.0).to(x.dtype)
         if root is not None:

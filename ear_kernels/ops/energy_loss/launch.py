@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ear_kernels.ops.energy_loss import kernels, kernels_field
 from ear_kernels.ops.energy_loss.reference import working_dtype
-from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two
+from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two, processor
 
 MAX_ROW_DIMS = 3
 # The largest tile (samples x features, float32) that one program holds; larger rows are split over programs.
@@ -24,7 +24,7 @@ MANY_TARGETS = 16
 
 
 class Options(NamedTuple):
-    """alpha, tau, eps and reduction of :func:`ear_kernels.energy_loss`."""
+    """alpha, eps and reduction of :func:`ear_kernels.energy_loss`, and tau as of :func:`reference.fair_tau`."""
 
     alpha: float
     tau: float
@@ -70,10 +70,16 @@ def rows_config(n: int, features: int, double: bool = False) -> TileConfig | Non
 
 
 def field_config(n: int, features: int, double: bool = False) -> TileConfig:
-    """Configuration of the kernels that split the features: 8 warps, 64 elements a thread, at least 64 features."""
+    """Configuration of the kernels that split the features: 8 warps, 64 elements a thread (16 in float64), at least
+    64 features."""
     block_n = next_power_of_two(n)
-    elements = 8192 if double else 16384
+    elements = 4096 if double else 16384
     return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 8)
+
+
+def all_registers(tensor: Tensor, wanted: bool, warps: int) -> dict[str, int]:
+    """A launch option where ``wanted``: left alone, ptxas stops at 128 or 168 registers and spills the rest."""
+    return {"maxnreg": 255} if wanted and 1 < warps <= 8 and processor(tensor).major > 0 else {}
 
 
 def gradient_dtype(dtype: torch.dtype, reduction: str) -> torch.dtype:
@@ -180,7 +186,7 @@ def row_terms(
 
 def coefficients(options: Options, n: int, m: int) -> tuple[float, float]:
     """(of a target pair, of a pair of samples) in the loss."""
-    return 2.0 / (n * m), 2.0 * options.tau / (n * (n - 1))
+    return 2.0 / (n * m), 2.0 * options.tau / max(1, n * (n - 1))
 
 
 def energy_loss_forward(
@@ -244,6 +250,7 @@ def energy_loss_forward(
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
+        **all_registers(samples_RnD, double, config.num_warps),
     )  # fmt: skip
     return sum_partials(loss) if reduce else loss, gx, gy
 
@@ -270,8 +277,8 @@ def _field(
     inverse, slope = samples.new_empty((2, count * partners * n), dtype=dtype).unbind(0)
     partial = samples.new_empty((count, partner_blocks), dtype=dtype)
     sizes = {
-        "N": n, "ROW_DIMS": len(layout.row_sizes), "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d, "num_warps": config.num_warps,
+        "N": n, "ROW_DIMS": len(layout.row_sizes), "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps, **all_registers(samples, double, config.num_warps),
     }  # fmt: skip
     launch(
         kernels_field.field_norms_kernel, (count * blocks,), samples, targets, terms.mask, root, norms,

@@ -10,6 +10,7 @@ from ear_kernels.ops.energy_loss.launch import (
     MAX_TILE,
     Options,
     TileConfig,
+    all_registers,
     coefficients,
     gradient_dtype,
     gradient_like,
@@ -18,7 +19,7 @@ from ear_kernels.ops.energy_loss.launch import (
     sum_partials,
 )
 from ear_kernels.ops.energy_loss.reference import working_dtype
-from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two, processor
+from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two
 
 # Philox4x32-7 passes BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2).
 PHILOX_ROUNDS = 7
@@ -99,8 +100,6 @@ def energy_gaussian_forward(
     programs = ceil_div(count, config.block_r)
     reduce = options.reduction != "none"
     loss = samples_RnD.new_empty((programs,) if reduce else rows, dtype=dtype)
-    # Left alone, ptxas stops at 168 registers of its own accord and spills the rest.
-    unlimited = (general or double) and config.num_warps > 1 and processor(samples_RnD).major > 0
     launch(
         kernels_gaussian.energy_gaussian_kernel,
         (programs,),
@@ -120,7 +119,7 @@ def energy_gaussian_forward(
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
-        **({"maxnreg": 255} if unlimited else {}),
+        **all_registers(samples_RnD, general or double, config.num_warps),
     )  # fmt: skip
     return sum_partials(loss) if reduce else loss, gx, gmean, glog_std
 

@@ -6,6 +6,8 @@ Shapes (suffixes): R rows (any number of leading dimensions), n samples, m targe
 import torch
 from torch import Tensor
 
+from ear_kernels.runtime.backend import forward_mode_is_active
+
 CHUNK_ELEMENTS = 1 << 24
 """Distances that :func:`pairwise_sum` holds at a time."""
 
@@ -59,6 +61,16 @@ class _DistancePower(torch.autograd.Function):
         return gradient.unsqueeze(-1) * direction, None
 
 
+def _plain_distance_power(difference: Tensor, alpha: float) -> Tensor:
+    """:class:`_DistancePower` by torch's own derivatives, which exist in forward mode at any depth.
+
+    They are 0 at v = 0, too, and overflow only where ``|v|^alpha`` does.
+    """
+    norm, _ = _norm_and_direction(difference)
+    is_zero = norm == 0
+    return norm if alpha == 1 else torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, norm).pow(alpha))
+
+
 def distance_power(difference_RPD: Tensor, alpha: float, eps: float = 0.0) -> Tensor:
     """``|v|^alpha``, or ``(|v|^2 + eps^2)^(alpha/2)`` with ``eps`` > 0, over the last dimension.
 
@@ -68,6 +80,8 @@ def distance_power(difference_RPD: Tensor, alpha: float, eps: float = 0.0) -> Te
         # The smoothed distance is the plain distance of a vector with one more component, eps.
         padding = difference_RPD.new_full((*difference_RPD.shape[:-1], 1), eps)
         difference_RPD = torch.cat([difference_RPD, padding], dim=-1)
+    if not torch.compiler.is_compiling() and forward_mode_is_active():
+        return _plain_distance_power(difference_RPD, alpha)
     return _DistancePower.apply(difference_RPD, alpha)
 
 
@@ -86,21 +100,39 @@ def energy_loss_rows(
     tau: float,
     feature_weights_D: Tensor | None = None,
     eps: float = 0.0,
+    members_Rn: Tensor | None = None,
+    fair: bool = True,
 ) -> Tensor:
     """Loss of every row, [R], in the dtype of the inputs: the general form of paper Eq. 10 (docs/model.md).
 
-    ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``
+    ``2 mean_{i,k} |x_i - y_k|^alpha - tau mean_{i != j} |x_i - x_j|^alpha``, where i and j are those of the
+    ``members``; without ``fair`` the second sum is divided by their number squared. A mean of nothing is 0.
     """
-    n = samples_RnD.shape[-2]
+    n, m = samples_RnD.shape[-2], targets_RmD.shape[-2]
     first, second = torch.triu_indices(n, n, offset=1, device=samples_RnD.device)
     to_targets_RnmD = samples_RnD.unsqueeze(-2) - targets_RmD.unsqueeze(-3)
     between_RPD = samples_RnD.index_select(-2, first) - samples_RnD.index_select(-2, second)
     if feature_weights_D is not None:
         root_D = feature_weights_D.sqrt()
         to_targets_RnmD, between_RPD = to_targets_RnmD * root_D, between_RPD * root_D
-    fidelity = distance_power(to_targets_RnmD, alpha, eps).mean(dim=(-2, -1))
-    diversity = distance_power(between_RPD, alpha, eps).mean(dim=-1)
-    return 2 * fidelity - tau * diversity
+    to_targets_Rnm = distance_power(to_targets_RnmD, alpha, eps)
+    between_RP = distance_power(between_RPD, alpha, eps)
+    if members_Rn is None:
+        diversity = between_RP.sum(dim=-1) / max(1, first.numel())
+        return 2 * to_targets_Rnm.mean(dim=(-2, -1)) - fair_tau(tau, n, fair) * diversity
+    # With eps a member that was left out, and replaced by 0, would still give a distance.
+    to_targets_Rnm = torch.where(members_Rn.unsqueeze(-1), to_targets_Rnm, 0.0)
+    both_RP = members_Rn.index_select(-1, first) & members_Rn.index_select(-1, second)
+    between_RP = torch.where(both_RP, between_RP, 0.0)
+    count_R = members_Rn.sum(dim=-1).clamp(min=1).to(between_RP.dtype)
+    others_R = count_R - 1 if fair else count_R
+    pairs_R = (count_R * others_R).clamp(min=1)
+    return 2 * (to_targets_Rnm.sum(dim=(-2, -1)) / (m * count_R) - tau * between_RP.sum(dim=-1) / pairs_R)
+
+
+def fair_tau(tau: float, n: int, fair: bool) -> float:
+    """What multiplies the mean over pairs of different samples: without ``fair`` the mean is over all n^2 pairs."""
+    return tau if fair else tau * (n - 1) / n
 
 
 def energy_loss(
@@ -114,17 +146,25 @@ def energy_loss(
     tau: float,
     eps: float,
     reduction: str,
+    members_Rn: Tensor | None = None,
+    fair: bool = True,
 ) -> Tensor:
     """The reduced energy loss; arguments as checked by :func:`ear_kernels.energy_loss`."""
     dtype = working_dtype(samples_RnD, targets_RmD)
     samples_RnD, targets_RmD = samples_RnD.to(dtype), targets_RmD.to(dtype)
+    if members_Rn is not None:
+        members_Rn = members_Rn.bool().expand(samples_RnD.shape[:-1])
+        samples_RnD = torch.where(members_Rn.unsqueeze(-1), samples_RnD, 0.0)
+        # A row that has no loss, because too few are left, is one that is masked.
+        enough_R = members_Rn.sum(dim=-1) >= (2 if fair else 1)
+        mask_R = enough_R if mask_R is None else enough_R & mask_R.bool()
     if mask_R is not None:
         # Before the first subtraction: a masked row may hold NaN or Inf, and 0 * NaN is NaN in its gradient too.
         keep = mask_R.bool()[..., None, None]
         samples_RnD, targets_RmD = torch.where(keep, samples_RnD, 0.0), torch.where(keep, targets_RmD, 0.0)
     if feature_weights_D is not None:
         feature_weights_D = feature_weights_D.to(dtype)
-    rows_R = energy_loss_rows(samples_RnD, targets_RmD, alpha, tau, feature_weights_D, eps)
+    rows_R = energy_loss_rows(samples_RnD, targets_RmD, alpha, tau, feature_weights_D, eps, members_Rn, fair)
 
     row_weights_R = torch.ones_like(rows_R) if weights_R is None else weights_R.to(dtype).expand_as(rows_R)
     if mask_R is not None:

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ear_kernels.ops.generator import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_broadcast, check_device, check_floating, compute_dtype, kernel_refusal
+from ear_kernels.runtime.checks import (
+    check_broadcast,
+    check_device,
+    check_floating,
+    compute_dtype,
+    kernel_refusal,
+    takes_tensors,
+)
 
 MAX_WIDTH = 8192
 """Widest row of the kernels: one program holds a row and its column sums in registers."""
@@ -43,6 +50,7 @@ def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {list(shape)}")
 
 
+@takes_tensors
 def adaln_modulate(
     hidden: Tensor,
     shift: Tensor,
@@ -91,6 +99,7 @@ def adaln_modulate(
     return reference.adaln_modulate(hidden, shift, scale, weight, bias, eps)
 
 
+@takes_tensors
 def gated_silu_ffn(
     hidden: Tensor,
     modulated: Tensor,
@@ -144,6 +153,7 @@ def gated_silu_ffn(
     return reference.gated_silu_ffn(hidden, modulated, gate, *weights)
 
 
+@takes_tensors
 def generator_blocks(
     hidden: Tensor,
     conditioning: Tensor,
@@ -205,6 +215,7 @@ def generator_blocks(
     return reference.generator_blocks(hidden, conditioning, parameters, index, group, temperature, eps)
 
 
+@takes_tensors
 def generator_few_rows(
     z: Tensor,
     noise: Tensor,
@@ -258,6 +269,7 @@ def _check_generator(
         raise ValueError("gradients are wanted of an operation that has none; call it under torch.no_grad()")
 
 
+@takes_tensors
 def generator_modulations(
     noise: Tensor,
     inputs: list[Tensor],
@@ -306,6 +318,7 @@ def generator_modulations(
     return out
 
 
+@takes_tensors
 def generator_chain(
     z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], *, eps: float = 1e-6
 ) -> Tensor:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ear_kernels.ops.transformer import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal
+from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal, takes_tensors
 from ear_kernels.runtime.launching import processor
 
 
+@takes_tensors
 def dropout_add_layer_norm(
     branch: Tensor,
     residual: Tensor,
@@ -59,6 +60,7 @@ def dropout_add_layer_norm(
     return reference.dropout_add_layer_norm(branch, residual, weight, bias, branch_bias, dropout, eps)
 
 
+@takes_tensors
 def gelu_mlp(
     x: Tensor,
     weight_in: Tensor,
@@ -95,6 +97,7 @@ def gelu_mlp(
     return reference.gelu_mlp(x, weight_in, bias_in, weight_out, bias_out, dropout)
 
 
+@takes_tensors
 def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of multi-head attention from one linear.
 
@@ -118,6 +121,7 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> tup
     return reference.qkv_heads(x, weight, bias, heads)
 
 
+@takes_tensors
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight^T``, as ``F.linear`` without a bias, but under autocast the weight's gradient is never rounded.
 
@@ -141,6 +145,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+@takes_tensors
 def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, dropout: float = 0.0) -> Tensor:
     """Bidirectional multi-head self-attention with dropout of its weights, without the output linear.
 
@@ -167,6 +172,7 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     return mixed.transpose(1, 2).flatten(2)
 
 
+@takes_tensors
 def norm_self_attention(
     branch: Tensor,
     residual: Tensor,
@@ -217,6 +223,7 @@ def norm_self_attention(
     return x, self_attention(normed, weight, bias, heads, dropout=attention_dropout)
 
 
+@takes_tensors
 def norm_gelu_mlp(
     branch: Tensor,
     residual: Tensor,

@@ -5,9 +5,13 @@ from torch import Tensor
 
 from ear_kernels.ops.transformer import functional, reference
 from ear_kernels.ops.transformer.reference import Block, BlockOptions
-from ear_kernels.runtime.checks import check_device, check_floating
+from ear_kernels.runtime.checks import check_device, check_floating, takes_tensors
+
+BIASES = ("qkv_bias", "proj_bias", "fc1_bias", "fc2_bias")
+"""What a block may have as None."""
 
 
+@takes_tensors
 def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
     """``x + dropout(attention(LN(x)))``, and the same of ``MLP = Linear(dropout(GELU(Linear)))`` after it.
 
@@ -44,6 +48,11 @@ def transformer_block(x: Tensor, block: Block, options: BlockOptions) -> Tensor:
 
 
 def _check(x: Tensor, block: Block, options: BlockOptions) -> None:
+    if not isinstance(block, Block):
+        raise TypeError(f"block is a {type(block).__name__}; it must be a Block")
+    for name, tensor in zip(Block._fields, block, strict=True):
+        if tensor is not None or name not in BIASES:
+            check_floating(name, tensor)
     functional._check_qkv(x, block.qkv_weight, block.qkv_bias, options.heads)
     for rate in (options.attention_dropout, *options.dropouts):
         functional._check_dropout(rate)
@@ -53,7 +62,6 @@ def _check(x: Tensor, block: Block, options: BlockOptions) -> None:
     shapes |= {"fc2_weight": (width, *inner), "qkv_weight": (3 * rows, width), "qkv_bias": (3 * rows,)}
     for name, tensor in zip(Block._fields, block, strict=True):
         if tensor is not None:
-            check_floating(name, tensor)
             check_device(name, tensor, x, "x")
             wanted = shapes.get(name, vector)
             if tensor.shape != wanted:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ear_kernels.ops.transformer import reference
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal
+from ear_kernels.runtime.checks import check_device, check_floating, compute_dtype, kernel_refusal, takes_tensors
 from ear_kernels.runtime.launching import processor
 
 E4M3 = torch.float8_e4m3fn
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+@takes_tensors
 @torch.no_grad()
 def residual_norm(
     branch: Tensor | None,
@@ -76,6 +77,7 @@ def residual_norm(
     return (target if branch is None else target.copy_(x)), reference.e4m3(normed, scale, dtype)
 
 
+@takes_tensors
 @torch.no_grad()
 def gelu(
     pre: Tensor, *, scale: Tensor | None = None, dtype: torch.dtype | None = None, dependent: bool = False
@@ -108,6 +110,7 @@ def gelu(
     return reference.e4m3(y, scale, dtype)
 
 
+@takes_tensors
 @torch.no_grad()
 def attention(
     qkv: Tensor,
@@ -151,6 +154,7 @@ def attention(
     return _into(out, reference.e4m3(_wide(result, scale), scale, dtype))
 
 
+@takes_tensors
 @torch.no_grad()
 def attention_rows(
     query: Tensor, kv: Tensor, heads: int, *, out: Tensor | None = None, dependent: bool = False
@@ -188,6 +192,7 @@ def attention_rows(
     return _into(out, reference.attention_rows(query, kv, heads))
 
 
+@takes_tensors
 @torch.no_grad()
 def quantise_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` as float8_e4m3fn with one scale: its largest magnitude becomes 448.
@@ -212,6 +217,7 @@ def quantise_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     return reference.e4m3(weight.float().contiguous(), scale, E4M3), scale.view(1)
 
 
+@takes_tensors
 @torch.no_grad()
 def linear_e4m3(
     x: Tensor,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ear_kernels.runtime.backend import applies
-from ear_kernels.runtime.checks import check_device, check_floating
+from ear_kernels.runtime.checks import check_device, check_floating, takes_tensors
 from ear_kernels.runtime.launching import is_describable, is_on_hopper
 
 E4M3 = torch.float8_e4m3fn
@@ -17,6 +17,7 @@ E4M3_LARGEST = 448.0
 """The largest e4m3 number; results beyond it become it."""
 
 
+@takes_tensors
 def linear_gelu(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +56,7 @@ def linear_gelu(
     return _linear("linear_gelu", x, weight, bias, scales, out_scale, dtype, out, dependent)
 
 
+@takes_tensors
 def linear_inference(
     x: Tensor,
     weight: Tensor,
@@ -70,6 +72,7 @@ def linear_inference(
     return _linear("linear_inference", x, weight, bias, scales, out_scale, dtype, out, dependent)
 
 
+@takes_tensors
 def linear_residual(x: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
     """``stream += x W^T`` in place, by one kernel that rounds nothing in between; without a backward.
 
