@@ -200,7 +200,7 @@ def test_the_copies_hold_around_forward_and_backward(tmp_path) -> None:
     trainer.engine.copies = Copies()
     trainer.model.backbone.z_proj.weight.register_hook(lambda gradient: events.append("backward"))
     update = trainer.optimizer.update
-    trainer.optimizer.update = lambda *arguments, copies: events.append(copies) or update(*arguments)
+    trainer.optimizer.update = lambda *given, copies, **more: events.append(copies) or update(*given, **more)
     trainer.train_step()
     assert events == ["enter", "backward", "backward", "leave", trainer.engine.copies]
 

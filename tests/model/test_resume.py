@@ -59,7 +59,8 @@ def test_two_runs_of_one_directory(cache, tmp_path, capsys):
 def test_resume_refuses_what_changes_a_run(tmp_path, typed, named, capsys):
     out = tmp_path / "run"
     trainer = Trainer(tiny_run(), out, device="cpu", preset="digits")
-    trainer.step = 2
+    for _ in range(2):
+        trainer.train_step()
     trainer.save()
     stored = (out / "config.json").read_text()
     assert cli.main(["train", "digits", "--out", str(out), "--resume", "--device", "cpu", *typed]) == 1

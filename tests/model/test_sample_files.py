@@ -133,7 +133,8 @@ def test_an_npz_alone_goes_on(run, tmp_path, capsys, monkeypatch):
     options = command(run, 30, "--npz", npz, "--batch-size", 4)
     monkeypatch.setattr(tree, "save_picture", failing)
     assert cli.main(options) == 1
-    assert capsys.readouterr().err == "ear: error: [Errno 28] No space left on device\n"
+    words = "No space left on device; images of --images-out and --npz are kept, the same command goes on"
+    assert capsys.readouterr().err == f"ear: error: {words}\n"
     parts = tmp_path / "images.npz.parts"
     assert len(pngs(parts)) == 13
     assert not npz.exists()
@@ -186,7 +187,7 @@ def test_a_second_process_is_refused(run, tmp_path, capsys):
         for _ in range(2):
             assert cli.main(command(run, 10, "--images-out", out)) == 1
             error = capsys.readouterr().err
-            assert error == f"ear: error: another process is writing in {out}; wait for it, or end it\n"
+            assert error == f"ear: error: process {os.getpid()} is writing in {out}; wait for it, or end it\n"
             lock.share()
         assert not list(out.iterdir())
     assert cli.main(command(run, 10, "--images-out", out)) == 0
@@ -210,7 +211,7 @@ def test_a_second_process_is_refused(run, tmp_path, capsys):
         (["--num", "-5"], "num is -5"),
         (["--images-out", "/proc/none/images"], "can't write in /proc/none/images"),
         (["--npz", "/proc/none/a.npz"], "can't write in /proc/none"),
-        (["--npz", "/tmp"], "/tmp exists and is no set of sampled images"),
+        (["--npz", "/tmp"], "/tmp is a directory; give the name of a file"),
         (["--out", "a.png", "--npz", "a.npz"], "give one kind"),
     ],
 )
