@@ -35,6 +35,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis>=6.100",
             "peft>=0.17",
             "ipython>=8",
