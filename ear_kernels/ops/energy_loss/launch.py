@@ -70,10 +70,10 @@ def rows_config(n: int, features: int, double: bool = False) -> TileConfig | Non
 
 
 def field_config(n: int, features: int, double: bool = False) -> TileConfig:
-    """Configuration of the kernels that split the features: 8 warps, 64 elements a thread (16 in float64), at least
-    64 features."""
+    """Configuration of the kernels that split the features: 8 warps, 64 elements a thread (16 in float64, and of one
+    sample, whose 64 spill), at least 64 features."""
     block_n = next_power_of_two(n)
-    elements = 4096 if double else 16384
+    elements = 4096 if double or n == 1 else 16384
     return TileConfig(1, block_n, max(64, min(next_power_of_two(features), elements // block_n)), 8)
 
 
