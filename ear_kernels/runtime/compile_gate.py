@@ -5,8 +5,8 @@ Fails on a failed compiler pass, on a spill that ``KNOWN_SPILLS`` does not state
 on a WGMMA that takes its A operand from registers (ptxas 12.8 may use them again too early). AMD's registers and
 spills are those of the code object's notes.
 
-Needs a process in which triton was imported without TRITON_INTERPRET=1. By default sm_90 is compiled in full and the
-other targets in a fixed selection (:func:`covering`); ``--all`` compiles everything for all of them.
+Needs a process in which triton was imported without TRITON_INTERPRET=1. A fixed selection is compiled
+(:func:`covering`), or with ``--all`` everything.
 """
 
 import argparse
@@ -47,8 +47,6 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024, Processor(10, 148)),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, Processor(0, 304, is_amd=True)),
 }
-# The GPU that the configurations are chosen on: its launches are compiled one and all.
-FULL_TARGET = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -365,7 +363,7 @@ def run(
     for target in targets:
         records = recorded(target, calls())
         total = len(records)
-        if not everything and target != FULL_TARGET:
+        if not everything:
             records = covering(records)
         chosen = [(record, name) for record, name in zip(records, labels(records), strict=True) if pattern in name]
         print(f"{target}: {len(chosen)} of {total} specialisations", flush=True)

@@ -40,6 +40,14 @@ def test_launches_compile(target):
     assert result.returncode == 0, "\n".join(failed) + result.stderr[-3000:]
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_all_launches_compile_for_the_gpu_that_tables_are_made_on():
+    result = run_compiling("-m", "ear_kernels.compile_gate", "--target", "sm_90", "--all")
+    failed = [line for line in result.stdout.splitlines() if not line.startswith("ok")]
+    assert result.returncode == 0, "\n".join(failed) + result.stderr[-3000:]
+
+
 SPECIALISED = """
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
