@@ -126,7 +126,7 @@ KNOWN_SPILLS = (
         ("generator_kernel",), {"COMPUTE": "fp32"}, 32, "exact float32 products, which no mixed precision has"
     ),
     KnownSpill(("generator_kernel",), {"WEIGHT": ("bf16", "fp16")}, 24, "the fastest on an H200", triton="3.6"),
-    KnownSpill(OUTSIDE, {}, 112, NOT_HOPPER, ("sm_80", "sm_100")),
+    KnownSpill(OUTSIDE, {}, 120, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("pairwise_product_kernel",), {}, 32, NOT_HOPPER, ("sm_80",)),
     KnownSpill(("attention_kernel",), {}, 32, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("field_gradients_kernel",), {"BLOCK_N": "16"}, 16, NOT_HOPPER, ("sm_80", "sm_100")),
