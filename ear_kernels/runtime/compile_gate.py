@@ -126,6 +126,8 @@ KNOWN_SPILLS = (
         ("generator_kernel",), {"COMPUTE": "fp32"}, 32, "exact float32 products, which no mixed precision has"
     ),
     KnownSpill(("generator_kernel",), {"WEIGHT": ("bf16", "fp16")}, 24, "the fastest on an H200", triton="3.6"),
+    KnownSpill(("chain_kernel",), {"COMPUTE": "fp16"}, 8, "tiles that were chosen in bfloat16, which does not spill"),
+    KnownSpill(("energy_gaussian_kernel",), {"N": "1"}, 96, "one sample, which the V-statistic alone has"),
     KnownSpill(OUTSIDE, {}, 120, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("pairwise_product_kernel",), {}, 32, NOT_HOPPER, ("sm_80",)),
     KnownSpill(("attention_kernel",), {}, 32, NOT_HOPPER, ("sm_80", "sm_100")),
