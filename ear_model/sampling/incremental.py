@@ -32,8 +32,9 @@ MOST_PREPARED = 2**27
 """Bytes that are kept of what can be computed of all noise before the first step: 12 images of EAR-B."""
 
 ROWS_THAT_ADD = 16384
-"""From this many rows on the MLP's last product adds itself to the residual stream, and the norm after it reads less:
-on an H200 at 40,960 rows of 768 some 20 of 350 us."""
+"""From this many rows on the MLP's last product adds itself to the residual stream, and the norm after it moves half
+the bytes: at 40,960 rows of 768 the product takes 22 us more on an H200, and the norm's 189 MB less are 44 us at the
+copy rate."""
 
 
 class IncrementalDecoding:

@@ -41,10 +41,10 @@ class _Blocks(nn.Module):
 
 
 def can_capture(config: ModelConfig, *, use_bf16: bool) -> bool:
-    """Whether the blocks of this model were ever captured: with our own attention, bfloat16 and heads up to 80.
+    """Whether the blocks of this model can be captured: with our own attention, bfloat16 and heads up to 80.
 
-    A capture that fails leaves CUDA unusable, so PyTorch's attention (float32, wider heads, the eager
-    backend) is left out until it was tried.
+    A capture that fails leaves CUDA unusable, and with PyTorch's attention (float32, wider heads, the eager backend)
+    no capture is tested.
     """
     ours = TRITON_IS_INSTALLED and requested_backend() != "eager"
     return ours and use_bf16 and config.width // config.num_heads <= 80

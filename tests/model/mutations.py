@@ -352,13 +352,11 @@ def attempt_forked(number: int, folder: Path, expected: Any, *, by_command: bool
     """:func:`attempt` in a process of its own, which may crash, hang or ask for too much memory."""
     reading, writing = os.pipe()
     whole = (folder / KINDS[number % len(KINDS)].file).read_bytes()
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         os.close(reading)
         signal.alarm(SECONDS)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        outcome = "FAULT no outcome"
         try:
             outcome = attempt(number, folder, expected, by_command=by_command)
         except BaseException as error:
@@ -391,8 +389,7 @@ def main(folder: Path, first: int, count: int) -> None:
     faults = []
     for number in range(first, first + count):
         index = number % len(KINDS)
-        by_command = number // len(KINDS) % 4 == 3
-        outcome = attempt_forked(number, folder, expected[index], by_command=by_command)
+        outcome = attempt_forked(number, folder, expected[index], by_command=number // len(KINDS) % 4 == 3)
         counts[KINDS[index].file][outcome.split()[0]] += 1
         if outcome.startswith("FAULT"):
             faults.append(f"{number} {KINDS[index].file}: {outcome}")
