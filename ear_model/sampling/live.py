@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -57,7 +57,9 @@ class LiveSampler:
         self._closing = threading.Event()
         self._worker = ThreadPoolExecutor(1, "sampling")
 
-    def draw(self, labels: Tensor, setting: SamplingConfig, seed: int, *, every: int = 8) -> Iterator[View]:
+    def draw(
+        self, labels: Tensor, setting: SamplingConfig, seed: int, *, every: int = 8
+    ) -> Generator[View, None, None]:
         """Views of the sampling, some a second; the last one has the images of
         :func:`ear_model.sampling.images.sample_images`.
 

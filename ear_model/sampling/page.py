@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ class Page:
 
         self.gradio = gradio
         self.sampler, self.names, self.folder = sampler, tuple(names), folder
+        self._drawing: dict[str, threading.Event] = {}
         # Files that the browser was given are deleted when they are an hour old, looked at every ten minutes.
         with gradio.Blocks(title="EAR", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
             gradio.Markdown(title)
@@ -63,24 +65,19 @@ class Page:
                         self.grid = gradio.DownloadButton("Grid (PNG)", interactive=False, elem_id="grid")
                         self.zip = gradio.DownloadButton("Images (zip)", interactive=False, elem_id="zip")
             outputs = [self.status, self.picture, self.seed, self.grid, self.zip]
-            drawing = gradio.on(
+            # gradio's own way to cancel an event lets its last words come after "Stopped.", an error among them.
+            visit = gradio.State(secrets.token_hex)
+            gradio.on(
                 [button.click, self.seed.submit],
                 self.draw,
-                inputs,
+                [*inputs, visit],
                 outputs,
                 show_progress="hidden",
                 # The sampler has them wait for one another, and says so.
                 concurrency_limit=16,
                 api_name="draw",
             )
-            stop.click(
-                lambda: "Stopped.",
-                None,
-                self.status,
-                cancels=[drawing],
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            stop.click(self.stop, visit, None, show_progress="hidden", api_visibility="private")
 
     def _inputs(self, setting: SamplingConfig) -> list[Any]:
         """The components in the order of :meth:`draw`'s arguments."""
@@ -120,6 +117,7 @@ class Page:
         every: float,
         seed: str,
         anew: bool,
+        visit: str,
     ) -> Iterator[dict[Any, Any]]:
         """What the page shows, again and again while the images form. What can't be done is a message on it."""
         gradio = self.gradio
@@ -137,9 +135,14 @@ class Page:
                 real("temperature", temperature),
             )
             views = self.sampler.draw(labels, setting, number, every=whole("every", every))
+            stopped = self._drawing[visit] = threading.Event()
             none = gradio.DownloadButton(value=None, interactive=False)
             yield {self.seed: str(number), self.grid: none, self.zip: none, self.status: "..."}
             for view in views:
+                if stopped.is_set():
+                    views.close()
+                    yield {self.status: "Stopped."}
+                    return
                 if view.seconds is not None and view.images is not None:
                     with tempfile.TemporaryDirectory(dir=self.folder) as directory:
                         # The files are copied for the browser before the loop goes on.
@@ -152,6 +155,13 @@ class Page:
                     yield {self.status: words(view)}
         except (ValueError, TypeError, OSError, RunError, torch.OutOfMemoryError) as error:
             raise gradio.Error(str(error), duration=60, print_exception=False) from None
+        finally:
+            self._drawing.pop(visit, None)
+
+    def stop(self, visit: str) -> None:
+        """End what this visitor's page draws, at its next view."""
+        if visit in self._drawing:
+            self._drawing[visit].set()
 
     def _last(self, view: View, images: Tensor, directory: Path, labels: Tensor, seed: int) -> dict[Any, Any]:
         name = f"seed{str(seed)[:20]}"
