@@ -11,8 +11,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that each start a thread a core would mostly wait for one another.
+    # Workers that each start a thread a core would mostly wait for one another. The programs that tests start take
+    # the same number, or their sums would be rounded in another order than the test's own.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # One seed a session, so that inputs are fresh in every run and a failing run can be repeated.
 SESSION_SEED = int(os.environ.get("EAR_TEST_SEED", random.SystemRandom().randrange(2**31)))
