@@ -14,12 +14,18 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ear_model.errors import shown
+from ear_model.score_names import SCORES, score_entry
 
 # Raised whenever a stored configuration of an older version can't be read as it stands.
 FORMAT_VERSION = 3
 # Fields that stored configurations may lack, by class: added later, with the value for what was done before.
 _ADDED_FIELDS: dict[str, dict[str, Any]] = {
-    "ModelConfig": {"masking": "truncated_normal", "position_init": "normal"},
+    "ModelConfig": {
+        "masking": "truncated_normal",
+        "position_init": "normal",
+        "score": "energy",
+        "order": "masked",
+    },
     "TrainConfig": {"min_lr": 0.0},
     "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random"},
 }
@@ -152,6 +158,10 @@ class ModelConfig:
     """Start of the learned positions: normal 0.02 as in the paper, or with a 2-D sinusoid added to the tokens'."""
     label_dropout: float = 0.1
     """Share of images whose class is replaced by the null class in training (for guidance)."""
+    score: str = "energy"
+    """The score that is trained (docs/scores.md)."""
+    order: Literal["masked", "causal", "random"] = "masked"
+    """Bidirectional over masked tokens, or causal over next tokens: row by row, or in one random order for all."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -164,6 +174,10 @@ class ModelConfig:
         check_range(self, "in [0, 1)", "dropout", "attention_dropout", "label_dropout")
         _check_divides(self, "image_size", "patch_size")
         _check_divides(self, "width", "num_heads")
+        own = score_entry(self.score).options
+        for name, default in _options_of_scores().items():
+            if name not in own and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)}; the {self.score} score has no {name}")
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +188,24 @@ class ModelConfig:
     def token_dim(self) -> int:
         """D, numbers in a token."""
         return self.channels * self.patch_size**2
+
+
+@functools.cache
+def _options_of_scores() -> dict[str, Any]:
+    """Fields of ModelConfig that are not of every score, with their defaults."""
+    names = {name for entry in SCORES.values() for name in entry.options}
+    return {entry.name: entry.default for entry in dataclasses.fields(ModelConfig) if entry.name in names}
+
+
+def with_score(config: ModelConfig, score: str) -> ModelConfig:
+    """The model with another score; what only other scores read is what it is by default.
+
+    Raises:
+        ValueError: an unknown score.
+    """
+    own = score_entry(score).options
+    others = {name: default for name, default in _options_of_scores().items() if name not in own}
+    return dataclasses.replace(config, score=score, **others)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ear_model.presets import model_config
 from ear_model.run_dir import AVERAGES_FILE, CONFIG_FILE, WEIGHTS_FILE, latest_checkpoint, load_config, step_of
 from ear_model.sampling.decoding import Progress
 from ear_model.sampling.engine import Engines, Precision
-from ear_model.scores import EnergyScore
+from ear_model.scores import make_score
 from ear_model.tokenizers.patches import PixelPatches
 
 
@@ -49,7 +49,7 @@ class EAR(nn.Module):
         self.config = config
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
         self.backbone = Backbone(config)
-        self.score = EnergyScore(config)
+        self.score: Any = make_score(config)
         self._engines = Engines()
 
     @classmethod
@@ -108,8 +108,8 @@ class EAR(nn.Module):
         """
         check_floating("images", images)
         self._check_labels(labels, images.shape[0])
-        tokens_BLD = self.tokenizer.encode(images)
-        batch, num_tokens, token_dim = tokens_BLD.shape
+        tokens_BLT = self.score.encode(self.tokenizer.encode(images))
+        batch, num_tokens, token_size = tokens_BLT.shape
         if num_masked is None:
             num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking, draws)
         if not 1 <= num_masked <= num_tokens:
@@ -121,11 +121,11 @@ class EAR(nn.Module):
         classes_BC = self.backbone.embed_classes(labels)
         if self.training:
             classes_BC = self.backbone.drop_classes(classes_BC, draws)
-        hidden_BLC = self.backbone(tokens_BLD, masked_BL, classes_BC, run_blocks)
+        hidden_BLC = self.backbone(tokens_BLT, masked_BL, classes_BC, run_blocks)
         starts_B1 = torch.arange(batch, device=images.device).unsqueeze(1) * num_tokens
         rows_R = (positions_BM + starts_B1).flatten()
         hidden_RC = SelectRows.apply(hidden_BLC.flatten(0, 1), rows_R)
-        return (score_loss or self.score.loss)(hidden_RC, tokens_BLD.reshape(-1, token_dim)[rows_R], draws)
+        return (score_loss or self.score.loss)(hidden_RC, tokens_BLT.reshape(-1, token_size)[rows_R], draws)
 
     @torch.no_grad()
     def sample(
@@ -177,8 +177,8 @@ class EAR(nn.Module):
             draws = Draws(generator)
         elif draws is None:
             draws = ImageDraws(int(torch.randint(2**63 - 1, ())), range(len(labels)))
-        tokens_BLD = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
-        return self.tokenizer.decode(tokens_BLD)
+        tokens_BLT = self._engines.decode(self, labels, sampling, draws, precision=precision, progress=progress)
+        return self.tokenizer.decode(self.score.decode(tokens_BLT))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EAR":
         """What ``to``, ``cuda``, ``float`` and the like do; engines hold the parameters' old memory."""

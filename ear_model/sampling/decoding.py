@@ -14,6 +14,7 @@ from torch import Tensor
 from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import Draws
 from ear_model.model.masking import draw_orders, guidance_scale, unmasking_schedule
+from ear_model.score_names import score_entry
 
 
 class SamplingModel(Protocol):
@@ -63,34 +64,35 @@ def decode_tokens(
     draws: Draws,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Tokens ``[B, L, D]`` in float32, every one predicted exactly once in a random order per image."""
+    """Tokens ``[B, L, T]`` in float32, every one predicted exactly once in a random order per image."""
     batch, num_tokens = labels_B.shape[0], model.config.num_tokens
-    device = labels_B.device
-    tokens_BLD = torch.zeros(batch, num_tokens, model.config.token_dim, device=device)
+    device, score = labels_B.device, model.score
+    options = {name: getattr(sampling, name) for name in score_entry(model.config.score).sampling_options}
+    tokens_BLT = torch.zeros(batch, num_tokens, score.token_size, device=device)
     orders_BL = draw_orders(sampling.order, batch, num_tokens, device, draws)
     ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first
     classes = model.backbone.embed_classes(labels_B)
     both = torch.cat([classes, model.backbone.null_class(batch)])
 
     def images() -> Tensor:
-        return model.tokenizer.decode(tokens_BLD)
+        return model.tokenizer.decode(score.decode(tokens_BLT))
 
     for step in steps_of(num_tokens, sampling.steps, images, progress):
         left, keep = step.left, step.keep
         masked_BL = ranks_BL < left
         predicted_Bk = orders_BL[:, keep:left]
         if sampling.guides(left, num_tokens):
-            hidden = model.backbone(tokens_BLD.repeat(2, 1, 1), masked_BL.repeat(2, 1), both)
+            hidden = model.backbone(tokens_BLT.repeat(2, 1, 1), masked_BL.repeat(2, 1), both)
             hidden_RC, null_hidden_RC = (_gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2))
         else:
-            hidden = model.backbone(tokens_BLD, masked_BL, classes)
+            hidden = model.backbone(tokens_BLT, masked_BL, classes)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
         scale = guidance_scale(sampling.guidance, sampling.guidance_schedule, num_tokens, keep)
-        noise_RE = model.score.draw_noise(batch, left - keep, like=hidden, draws=draws).flatten(0, 1)
-        sampled_RD = model.score.sample(hidden_RC, null_hidden_RC, scale, sampling.temperature, noise_RE)
-        index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1])
-        tokens_BLD.scatter_(1, index, sampled_RD.unflatten(0, (batch, left - keep)))
-    return tokens_BLD
+        noise_RE = score.draw_noise(batch, left - keep, like=hidden, draws=draws, **options).flatten(0, 1)
+        sampled_RT = score.sample(hidden_RC, null_hidden_RC, scale, sampling.temperature, noise_RE, **options)
+        index = predicted_Bk.unsqueeze(-1).expand(-1, -1, tokens_BLT.shape[-1])
+        tokens_BLT.scatter_(1, index, sampled_RT.unflatten(0, (batch, left - keep)))
+    return tokens_BLT
 
 
 def _gather_tokens(values_BLC: Tensor, positions_Bk: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """One file a score: what turns a hidden state into a training loss and into a sampled token."""
 
-from ear_model.scores.base import Score
+from ear_model.scores.base import Score, make_score
 from ear_model.scores.energy import EnergyScore
 
-__all__ = ["EnergyScore", "Score"]
+__all__ = ["EnergyScore", "Score", "make_score"]

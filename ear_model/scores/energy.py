@@ -1,19 +1,20 @@
 """The energy score (paper section 4.1): an implicit generator trained with the energy loss."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ear_kernels import FusedEnergyLoss, FusedMLPGenerator
 from ear_kernels.runtime.checks import compute_dtype
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.scores.base import Score
 
 
-class EnergyScore(nn.Module):
+class EnergyScore(Score):
     """The MLP generator and the energy loss over all pairs of ``num_samples`` samples."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.generator = FusedMLPGenerator(
             config.width,
             config.generator_width,

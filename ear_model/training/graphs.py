@@ -59,7 +59,8 @@ def wanted(config: RunConfig) -> bool:
 
 def is_plain(model: EAR) -> bool:
     """Whether graphs of a model in training would leave out nothing: no hooks, wrappers or computed weights."""
-    return _read_blocks(model.backbone) is not None and _read_score(model.score) is not None
+    other = model.config.score != "energy" or model.config.order != "masked"
+    return not other and _read_blocks(model.backbone) is not None and _read_score(model.score) is not None
 
 
 def _where(parameters: Iterable[Tensor | None]) -> tuple:

@@ -1,0 +1,35 @@
+"""The scores of the framework by name. A line here and a file in ``ear_model/scores`` add one (docs/scores.md)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScoreEntry:
+    """Where a score is and what of a configuration is its own."""
+
+    path: str
+    """``module:class``, imported when a model is made."""
+    options: tuple[str, ...] = ()
+    """Fields of ModelConfig that it reads and not every score does."""
+    sampling_options: tuple[str, ...] = ()
+    """Fields of SamplingConfig that its ``draw_noise`` and ``sample`` take as keywords."""
+    public_names: tuple[str, str] | None = None
+    """A prefix of its parameters' names, and what stands in its place in public checkpoints."""
+
+
+_GENERATOR = ("generator_width", "generator_depth")
+
+SCORES: dict[str, ScoreEntry] = {
+    "energy": ScoreEntry(
+        "ear_model.scores.energy:EnergyScore",
+        (*_GENERATOR, "noise_dim", "noise", "alpha", "num_samples"),
+        public_names=("generator.", "scoreloss.net."),
+    ),
+}
+
+
+def score_entry(name: str) -> ScoreEntry:
+    """The entry of that name. Raises ValueError for an unknown one."""
+    if name not in SCORES:
+        raise ValueError(f"score is {name!r}; it must be {' or '.join(map(repr, SCORES))}")
+    return SCORES[name]
