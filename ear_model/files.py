@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,37 @@ class DirectoryLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The lock of a file that this process will write; ``.lock-NAME`` stands beside it meanwhile.
+
+    Raises:
+        ValueError: another process has it, or the file can't be written (:func:`require_writable`).
+    """
+    require_writable(path)
+    lock = path.with_name(f".lock-{path.name}")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = _holder(descriptor)
+            os.close(descriptor)
+            raise ValueError(f"{who} is writing {path}; wait for it, or end it") from None
+        except OSError:
+            pass  # such as NFS, where nobody can be kept out
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.lstat()):
+                break
+        # Whoever had it has removed it since it was opened here.
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _holder(descriptor: int) -> str:

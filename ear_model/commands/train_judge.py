@@ -3,12 +3,17 @@
 import glob
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ear_model.commands.parsing import parse_command
 from ear_model.evaluation.config import JudgeConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ear_model.data.image_tree import ImageTree
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,9 @@ def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for trees that a judge can't be trained on."""
     command = parse_command(TrainJudge, arguments, "ear train-judge")
     from ear_model.data.image_tree import find_images
-    from ear_model.data.images import first_image_size, load_tree, split_classes
+    from ear_model.data.images import first_image_size
     from ear_model.devices import resolve_device
-    from ear_model.evaluation.judge import train_judge
-    from ear_model.files import remove_temporaries, require_writable
+    from ear_model.files import writing
 
     device = resolve_device(command.device)
     found = find_images(command.tree, allow_empty=command.allow_empty)
@@ -49,7 +53,18 @@ def run(arguments: list[str]) -> int:
         raise ValueError(
             f"image_size is {size} and max_per_class {command.max_per_class}; they must be at least 8 and 0"
         )
-    require_writable(command.out)
+    with writing(command.out):
+        _train(command, found, size, device)
+    return 0
+
+
+def _train(command: TrainJudge, found: "ImageTree", size: int, device: "torch.device") -> None:
+    """Train the judge, write and report it."""
+    from ear_model.data.image_tree import find_images
+    from ear_model.data.images import load_tree, split_classes
+    from ear_model.evaluation.judge import train_judge
+    from ear_model.files import remove_temporaries
+
     remove_temporaries(command.out.parent, glob.escape(command.out.name))
     config = command.config
     tree = load_tree(found, size, command.max_per_class, config.seed)
@@ -70,4 +85,3 @@ def run(arguments: list[str]) -> int:
         f"{len(train.class_names)} classes; accuracy on {judge.num_held_out:,} held-out images "
         f"{judge.accuracy:.4f}: {command.out}"
     )
-    return 0

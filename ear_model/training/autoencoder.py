@@ -24,7 +24,7 @@ from ear_model.data.images import ImageFolderData
 from ear_model.data.prefetch import Prefetcher
 from ear_model.draws import seeded_generator
 from ear_model.errors import shown
-from ear_model.files import remove_temporaries, require_writable, write_atomically
+from ear_model.files import remove_temporaries, require_writable, write_atomically, writing
 from ear_model.progress import Progress
 from ear_model.tensor_files import usable_weights
 from ear_model.tokenizers.config import AutoencoderConfig, TokenizerTraining
@@ -85,7 +85,7 @@ def train_autoencoder(
 
     Raises:
         ValueError: a bad tree, images that can't be read, sizes that don't fit, ``out`` that exists or can't be
-            written, an OUT.partial of other settings; a loss that is not finite, with its step.
+            written or is being written, an OUT.partial of other settings; a loss that is not finite, with its step.
     """
     device = torch.device(device)
     if out.suffix != ".safetensors":
@@ -99,6 +99,20 @@ def train_autoencoder(
     if threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1")
     everything = ImageFolderData(images, training.image_size, allow_empty=allow_empty)
+    with writing(out):
+        return _train(everything, out, config, training, device, threads, quiet)
+
+
+def _train(
+    everything: ImageFolderData,
+    out: Path,
+    config: AutoencoderConfig,
+    training: TokenizerTraining,
+    device: torch.device,
+    threads: int,
+    quiet: bool,
+) -> TokenizerReport:
+    """What :func:`train_autoencoder` does once its arguments are checked, and nobody else writes the file."""
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(everything)))
     held_out = min(len(everything) // 10, MAX_HELD_OUT)
     train, test = everything.select(order[held_out:]), everything.select(order[: held_out or MAX_HELD_OUT])
