@@ -1,6 +1,7 @@
 """The plan of the house: which part of the packages may import which, read from the source."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -126,3 +127,27 @@ def test_no_op_imports_the_host_code_of_another() -> None:
             if name.split(".")[2] != parts[2] and parts[3].startswith(("launch", "autograd")):
                 found.append(f"{name} -> {other}")
     assert found == []
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link to a heading of a document can name, as GitHub makes it of the heading."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_what_is_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    for name in re.findall(r"`(?:tests/)?((?:kernels|model|benchmarks)/test_\w+\.py)", text):
+        assert (ROOT / "tests" / name).is_file(), name
