@@ -23,8 +23,6 @@ from ear_kernels.ops.transformer.functional_block import Block, BlockOptions, tr
 from ear_kernels.ops.transformer.functional_inference import (
     attention,
     attention_rows,
-    gelu,
-    linear_e4m3,
     quantise_e4m3,
     residual_norm,
 )
@@ -40,14 +38,12 @@ __all__ = [
     "dropout_add_layer_norm",
     "energy_loss",
     "gated_silu_ffn",
-    "gelu",
     "gelu_mlp",
     "generator_blocks",
     "generator_chain",
     "generator_few_rows",
     "generator_modulations",
     "guided_norm",
-    "linear_e4m3",
     "linear_gelu",
     "linear_inference",
     "linear_residual",

@@ -48,7 +48,6 @@ def _inference(
     operations.residual_norm(tensor(rows, width, dtype=dtype), parameters[0], stream, *parameters[1:], **output)
     for added in (None, parameters[0]):
         operations.residual_norm(None, added, stream, *parameters[1:], **output, **options)
-    operations.gelu(tensor(rows, 4 * width, dtype=dtype), **output, **options)
     operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
     query = tensor(groups, queries, width, dtype=dtype)
     operations.attention_rows(query, tensor(groups, keys, 2 * width, dtype=dtype), heads, **options)

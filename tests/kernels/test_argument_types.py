@@ -14,7 +14,6 @@ from ear_model.ear import EAR
 
 WIDTH = 8
 GENERATOR = FusedMLPGenerator(6, WIDTH, 4, depth=1, noise_dim=3).requires_grad_(False)
-EXACT = torch.float8_e4m3fn
 
 
 def r(*shape: int) -> torch.Tensor:
@@ -36,7 +35,6 @@ def arguments() -> dict[str, tuple[Any, dict[str, Any]]]:
     """(function, usable arguments) by name, of everything that is public and takes tensors."""
     loss = {"samples": r(5, 3, 4), "target": r(5, 4), "mask": r(5) > 0, "weights": torch.rand(5)}
     members = {"member_mask": torch.ones(5, 3, dtype=torch.bool)}
-    narrow = {"x": r(2, 16).to(EXACT), "weight": r(16, 16).to(EXACT)}
     linears = {"inputs": GENERATOR.input_parameters(), "parameters": GENERATOR.block_parameters()}
     norm = {"norm_weight": r(WIDTH), "norm_bias": r(WIDTH), "branch_bias": r(WIDTH)}
     mlp = {"weight_in": r(5, WIDTH), "bias_in": r(5), "weight_out": r(WIDTH, 5), "bias_out": r(WIDTH)}
@@ -82,9 +80,7 @@ def arguments() -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "attention": (F.attention, {"qkv": r(2, 3, 3 * WIDTH), "heads": 2, "out": r(2, 3, WIDTH)}),
         "attention_rows": (F.attention_rows, {"query": r(2, 1, WIDTH), "kv": r(2, 3, 2 * WIDTH), "heads": 2}),
-        "gelu": (F.gelu, {"pre": r(5)}),
         "quantise_e4m3": (F.quantise_e4m3, {"weight": r(5, 5)}),
-        "linear_e4m3": (F.linear_e4m3, narrow | {"scale_x": torch.ones(1), "scale_w": torch.ones(1)}),
         "residual_norm": (
             F.residual_norm, {"branch": r(5, WIDTH), "branch_bias": r(WIDTH), "stream": r(5, WIDTH)} | affine,
         ),

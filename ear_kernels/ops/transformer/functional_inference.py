@@ -8,7 +8,6 @@ torch.compile is not supported.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ear_kernels.ops.transformer import reference
@@ -75,39 +74,6 @@ def residual_norm(
         return target, out
     x, normed = reference.residual_norm(branch, branch_bias, stream, weight, bias, eps)
     return (target if branch is None else target.copy_(x)), reference.e4m3(normed, scale, dtype)
-
-
-@takes_tensors
-@torch.no_grad()
-def gelu(
-    pre: Tensor, *, scale: Tensor | None = None, dtype: torch.dtype | None = None, dependent: bool = False
-) -> Tensor:
-    """The exact GELU.
-
-    Args:
-        pre: any shape.
-        scale: float32 ``[1]``, for float8_e4m3fn and nothing else: ``GELU(pre) / scale`` is given, saturated at
-            +-448.
-        dtype: of the result: a floating-point one or float8_e4m3fn; None is that of ``pre``.
-        dependent: see the module.
-
-    Returns:
-        A contiguous tensor of the shape of ``pre``.
-
-    Raises:
-        ValueError: shapes or devices that do not fit. TypeError: dtypes that do not fit.
-    """
-    check_floating("pre", pre)
-    dtype = dtype or pre.dtype
-    _check_output(dtype, scale, pre, "pre")
-    if applies("gelu", pre, _refusal(pre, dtype=dtype)):
-        from ear_kernels.ops.transformer import launch_inference
-
-        out = pre.new_empty(pre.shape, dtype=dtype)
-        launch_inference.gelu(pre.contiguous(), out, scale, dependent)
-        return out
-    y = F.gelu(pre.to(torch.promote_types(pre.dtype, torch.float32))).contiguous()
-    return reference.e4m3(y, scale, dtype)
 
 
 @takes_tensors
@@ -215,64 +181,6 @@ def quantise_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the largest magnitude of weight is {largest.item()}; weight must be finite")
     scale = torch.where(largest > 0, largest / torch.finfo(E4M3).max, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
     return reference.e4m3(weight.float().contiguous(), scale, E4M3), scale.view(1)
-
-
-@takes_tensors
-@torch.no_grad()
-def linear_e4m3(
-    x: Tensor,
-    scale_x: Tensor,
-    weight: Tensor,
-    scale_w: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """``(scale_x x) (scale_w weight)^T + bias`` by the FP8 tensor cores, sums with fast accumulation.
-
-    Args:
-        x: float8_e4m3fn ``[R, K]``, contiguous.
-        weight: float8_e4m3fn ``[N, K]``, contiguous.
-        scale_x, scale_w: float32 ``[1]``.
-        bias: ``[N]`` or None; in ``dtype`` it costs no cast.
-        dtype: of the result: bfloat16, float16 or float32.
-
-    Returns:
-        ``[R, N]``. GPUs before compute capability 9, CPUs, and N or K that 16 does not divide take float32 products
-        of the same numbers.
-
-    Raises:
-        ValueError: shapes or devices that do not fit. TypeError: dtypes that do not fit.
-    """
-    for name, tensor, last in (("x", x, "K"), ("weight", weight, "K")):
-        check_floating(name, tensor)
-        if tensor.dtype != E4M3:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {E4M3} (see quantise_e4m3)")
-        if tensor.ndim != 2 or not tensor.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be a contiguous matrix [., {last}]")
-    rows, inner = x.shape
-    if weight.shape[1] != inner:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, {inner}], as x has {inner} columns")
-    columns = weight.shape[0]
-    if dtype not in OUTPUTS[:3]:
-        raise TypeError(f"dtype is {dtype}; it must be one of {', '.join(map(str, OUTPUTS[:3]))}")
-    check_device("weight", weight, x, "x")
-    for name, scale in (("scale_x", scale_x), ("scale_w", scale_w)):
-        _check_scale(name, scale, x, "x")
-    if bias is not None:
-        check_floating("bias", bias)
-        check_device("bias", bias, x, "x")
-        if tuple(bias.shape) != (columns,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{columns}]")
-    divisible = inner % 16 == 0 and columns % 16 == 0 and inner > 0 and columns > 0
-    if not (x.is_cuda and divisible and rows and processor(x).major >= 9):
-        return reference.linear_e4m3(x, scale_x, weight, scale_w, bias, dtype)
-    # With float32 results cuBLAS takes a bias in bfloat16 only, which would round it.
-    added = None if bias is None or dtype == torch.float32 else bias.to(dtype)
-    out = torch._scaled_mm(
-        x, weight.t(), scale_a=scale_x, scale_b=scale_w, bias=added, out_dtype=dtype, use_fast_accum=True
-    )
-    return out if bias is None or added is not None else out.add_(bias)
 
 
 def _attention(

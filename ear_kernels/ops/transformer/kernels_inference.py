@@ -1,4 +1,4 @@
-"""Residual add + LayerNorm and the GELU of inference: nothing is kept for a backward, and rows may go out as e4m3.
+"""Residual add + LayerNorm of inference: nothing is kept for a backward, and rows may go out as e4m3.
 
 Legend: R rows of width W. ``out_scale`` is a float32 number on the device or None: with it ``out`` is e4m3 and gets
 values divided by it, which the GPU's conversion saturates at +-448. DEPENDENT: the kernel may start before the one
@@ -12,8 +12,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from ear_kernels.ops.transformer.kernels import _normal
 
 
 @triton.jit
@@ -87,35 +85,3 @@ def residual_norm_kernel(
         cols = index * CHUNK + tl.arange(0, CHUNK)
         normed = (parts[index] - mu) * rs * w[index] + b[index]
         tl.store(out + start + cols, (normed * factor).to(out.dtype.element_ty), mask=cols < WIDTH)
-
-
-@triton.jit(do_not_specialize=["per_program"])
-def gelu_kernel(
-    pre,  # [N]
-    out_scale,
-    out,  # [N], out
-    count,
-    per_program,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """Programs take ``per_program`` blocks each, one after another."""
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    factor = 1.0
-    if out_scale is not None:
-        factor = 1.0 / tl.load(out_scale)
-    place = tl.cast(tl.program_id(0), tl.int64) * per_program * BLOCK + tl.arange(0, BLOCK)
-    next_h = tl.load(pre + place, mask=place < count)
-    for index in range(per_program):
-        h = next_h.to(tl.float32)
-        ahead = place + BLOCK
-        # The next block is loaded, into registers, before this one is computed.
-        next_h = tl.load(pre + ahead, mask=(ahead < count) & (index + 1 < per_program))
-        cumulative, _ = _normal(h, out.dtype.element_ty != tl.float32)
-        y = h * cumulative
-        if out_scale is not None:
-            y *= factor
-        tl.store(out + place, y.to(out.dtype.element_ty), mask=place < count)
-        place = ahead

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ear_kernels.ops.transformer import kernels_attention_inference as kernels_attention
@@ -22,15 +21,6 @@ class NormConfig:
     """Columns of a chunk, warps."""
 
     chunk: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class GeluConfig:
-    """Elements at a time, most programs, warps."""
-
-    block: int
-    programs: int
     warps: int
 
 
@@ -56,12 +46,6 @@ def norm_config(rows: int, width: int) -> NormConfig:
     widest = 1024 if rows <= 2048 and width <= 1024 else 512
     chunk = min(widest, max(8, next_power_of_two(width)))
     return NormConfig(chunk, max(1, chunk // 128))
-
-
-def gelu_config(count: int, dtype: torch.dtype) -> GeluConfig:
-    """The fastest of 16 launches on an H200 at 5,120 to 81,920 rows of 3,072 (within 5 % at 5,120), and at 640 the
-    fastest that may depend."""
-    return GeluConfig(2048, 8448 if dtype == torch.float8_e4m3fn else count, 8 if count <= 2**22 else 4)
 
 
 def attention_config(dim: int, heads: int, queries: int) -> AttentionConfig:
@@ -102,21 +86,6 @@ def residual_norm(
         branch, branch_bias, stream, weight, bias, out_scale, out_stream, out, eps, on=stream,
         WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk),
         DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
-    )  # fmt: skip
-
-
-def gelu(pre: Tensor, out: Tensor, out_scale: Tensor | None, dependent: bool) -> None:
-    """Contiguous ``pre`` and ``out`` of one shape."""
-    count = pre.numel()
-    if not count:
-        return
-    config = gelu_config(count, out.dtype)
-    per_program = ceil_div(count, config.block * config.programs)
-    dependent = may_depend(pre, dependent)
-    launch(
-        kernels.gelu_kernel, (ceil_div(count, config.block * per_program),),
-        pre, out_scale, out, count, per_program, on=pre,
-        BLOCK=config.block, DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
     )  # fmt: skip
 
 

@@ -146,12 +146,3 @@ def attention_rows(query: Tensor, kv: Tensor, heads: int) -> Tensor:
     key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in kv.chunk(2, -1))
     split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.scaled_dot_product_attention(split, key, value).transpose(1, 2).flatten(2)
-
-
-def linear_e4m3(
-    x: Tensor, scale_x: Tensor, weight: Tensor, scale_w: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``(scale_x x) (scale_w weight)^T + bias`` in float32, or float64 if the scales are, rounded once."""
-    compute = torch.promote_types(scale_x.dtype, scale_w.dtype)
-    out = F.linear(x.to(compute), weight.to(compute)) * (scale_x * scale_w)
-    return (out if bias is None else out + bias.to(compute)).to(dtype)
