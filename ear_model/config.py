@@ -6,13 +6,10 @@ directory and in the metadata of every weight file.
 
 import dataclasses
 import functools
-import math
-import types
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args
 
+from ear_model.config_checks import check_range, check_types, type_hints
 from ear_model.errors import shown
 from ear_model.score_names import SCORES, score_entry
 
@@ -25,85 +22,15 @@ _ADDED_FIELDS: dict[str, dict[str, Any]] = {
         "position_init": "normal",
         "score": "energy",
         "order": "masked",
+        "components": 16,
     },
     "TrainConfig": {"min_lr": 0.0},
     "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random"},
 }
 
+Order = Literal["masked", "causal", "random"]
+ORDERS: tuple[str, ...] = get_args(Order)
 Config = TypeVar("Config")
-
-
-_RANGES: dict[str, Callable[[Any], bool]] = {
-    "at least 0": lambda value: value >= 0,
-    "at least 1": lambda value: value >= 1,
-    "at least 2": lambda value: value >= 2,
-    "positive": lambda value: value > 0,
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "at least 0 and finite": lambda value: 0 <= value < math.inf,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "in (0, 1]": lambda value: 0 < value <= 1,
-    "in (0, 2]": lambda value: 0 < value <= 2,
-}
-
-
-def check_range(config: Any, wanted: str, *names: str) -> None:
-    """Raise ValueError unless these fields are in a range of ``_RANGES``, such as "at least 1"."""
-    for name in names:
-        if not _RANGES[wanted](getattr(config, name)):
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be {wanted}")
-
-
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-
-
-@functools.cache
-def _type_hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def check_types(config: Any) -> None:
-    """Make sure that every field of a dataclass holds what its annotation says.
-
-    Raises:
-        TypeError: a value of another type; true and false are no numbers. ValueError: a number that is not finite or
-            is an integer of more than 63 bits, or a word that is none of a Literal's.
-    """
-    kinds: dict[str, Any] = _type_hints(config.__class__)
-    for name, kind in kinds.items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal:
-            # Not `in`: a list would be compared with the words, True with 1.
-            if not any(type(value) is type(word) and value == word for word in get_args(kind)):
-                raise ValueError(f"{name} is {shown(value)}; it must be {' or '.join(map(repr, get_args(kind)))}")
-        elif not _fits(value, kind):
-            raise TypeError(f"{name} is {shown(value)}; it must be {_words(kind)}")
-        elif isinstance(value, (int, float)) and not (math.isfinite(value) and (kind is float or abs(value) < 2**63)):
-            raise ValueError(f"{name} is {value}; it must be finite and, as an integer, below 2^63")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)
-        if not isinstance(value, tuple):
-            return False
-        if inner[-1] is Ellipsis:
-            inner = inner[:1] * len(value)
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(_fits(value, each) for each in get_args(kind))
-    return isinstance(value, kind)
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)
-        count = "any number of" if inner[-1] is Ellipsis else str(len(inner))
-        return f"{count} values, each {_words(inner[0])}"
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(map(_words, get_args(kind)))
-    return _WORDS.get(kind) or ("nothing" if kind is type(None) else f"a {kind.__name__}")
 
 
 def _check_divides(config: Any, name: str, divisor: str) -> None:
@@ -150,6 +77,8 @@ class ModelConfig:
     """Exponent of the energy loss, in (0, 2] (Table 2: 1)."""
     num_samples: int = 4
     """Samples per masked token in training; all pairs are used."""
+    components: int = 16
+    """Gaussians of the mixture score."""
     min_mask_ratio: float = 0.7
     """Smallest share of masked tokens in training, with truncated_normal."""
     masking: Literal["truncated_normal", "cosine"] = "truncated_normal"
@@ -160,13 +89,13 @@ class ModelConfig:
     """Share of images whose class is replaced by the null class in training (for guidance)."""
     score: str = "energy"
     """The score that is trained (docs/scores.md)."""
-    order: Literal["masked", "causal", "random"] = "masked"
+    order: Order = "masked"
     """Bidirectional over masked tokens, or causal over next tokens: row by row, or in one random order for all."""
 
     def __post_init__(self) -> None:
         check_types(self)
         sizes = ("image_size", "channels", "patch_size", "num_classes", "width", "depth", "num_heads", "class_tokens")
-        check_range(self, "at least 1", *sizes, "generator_width", "generator_depth", "noise_dim")
+        check_range(self, "at least 1", *sizes, "generator_width", "generator_depth", "noise_dim", "components")
         check_range(self, "positive", "mlp_ratio")
         check_range(self, "in (0, 2]", "alpha")
         check_range(self, "at least 2", "num_samples")
@@ -343,6 +272,32 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_training(self.model, self.train)
+        check_sampling(self.model, self.sampling)
+
+
+# Fields of TrainConfig that are not of every score, with the value that asks for nothing.
+_OFF = {"tau": 1.0, "finetune_tau": 1.0, "loss_chunks": 1, "rows_per_noise": 1}
+
+
+def check_training(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError, naming option and score, unless what is asked of the training is for this score."""
+    asked = [name for name, off in _OFF.items() if getattr(train, name) != off]
+    if not train.finetune_steps:
+        asked = [name for name in asked if name != "finetune_tau"]
+    for name in asked:
+        if name not in score_entry(model.score).train_options:
+            raise ValueError(
+                f"{name} is {getattr(train, name)}; the {model.score} score has no {name} (leave it at {_OFF[name]})"
+            )
+
+
+def check_sampling(model: ModelConfig, sampling: SamplingConfig) -> None:
+    """Raise ValueError, naming option and score, unless the options of sampling are for this score."""
+    defaults, own = SamplingConfig(), score_entry(model.score).sampling_options
+    for name in sorted({name for entry in SCORES.values() for name in entry.sampling_options} - set(own)):
+        if getattr(sampling, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is {getattr(sampling, name)}; the {model.score} score has no {name}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -381,7 +336,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         raise ValueError(
             f"{where}: {cls.__name__} of another version (unknown fields {unknown}, missing fields {missing})"
         )
-    hints = _type_hints(cls)
+    hints = type_hints(cls)
     parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(hints[name])}
     built = {name: _build(hints[name], value, where) for name, value in parts.items()}
     try:

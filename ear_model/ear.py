@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ear_kernels.runtime.checks import check_floating
-from ear_model.config import ModelConfig, SamplingConfig
+from ear_model.config import ModelConfig, SamplingConfig, check_sampling
 from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
-from ear_model.model.weights import check_fit, load_weights, on_meta
+from ear_model.model.weights import check_fit, check_same_score, load_weights, on_meta
 from ear_model.presets import model_config
 from ear_model.run_dir import AVERAGES_FILE, CONFIG_FILE, WEIGHTS_FILE, latest_checkpoint, load_config, step_of
 from ear_model.sampling.decoding import Progress
 from ear_model.sampling.engine import Engines, Precision
+from ear_model.score_names import score_entry
 from ear_model.scores import make_score
 from ear_model.tokenizers.patches import PixelPatches
 
@@ -37,7 +38,7 @@ class SelectRows(torch.autograd.Function):
 
 
 class EAR(nn.Module):
-    """Energy-based autoregression (paper section 4).
+    """Continuous autoregression with a strictly proper score: by default energy-based (paper section 4).
 
     >>> model = EAR.from_preset("digits")
     >>> loss = model(images, labels)          # images [B, channels, size, size], labels [B]
@@ -46,6 +47,8 @@ class EAR(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.order != "masked":
+            raise ValueError(f"order is {config.order!r}; this model predicts masked tokens only: 'masked'")
         self.config = config
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
         self.backbone = Backbone(config)
@@ -60,7 +63,7 @@ class EAR(nn.Module):
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> "EAR":
         """The trained model of a run directory, in eval mode: the last checkpoint's averaged weights, and
-        the tau that its last step was trained with.
+        the tau that its last step was trained with, where its score has one.
 
         Args:
             run_dir: what ``ear train --out`` wrote.
@@ -74,13 +77,15 @@ class EAR(nn.Module):
         checkpoint, run = latest_checkpoint(run_dir), load_config(run_dir)
         path = checkpoint / (AVERAGES_FILE if ema else WEIGHTS_FILE)
         config, tensors = load_weights(path)
+        check_same_score(config, run.model, path, run_dir)
         if config != run.model:
             raise ValueError(f"{path} holds another architecture than {run_dir / CONFIG_FILE}")
         # Compared before there is memory for the model: a small file may name a huge one.
         weights = check_fit(on_meta(lambda: cls(config), path), tensors, path)
         model = cls(config)
         model.load_state_dict(weights)
-        model.score.tau = run.train.tau_of(max(0, step_of(checkpoint) - 1))
+        if "tau" in score_entry(config.score).train_options:
+            model.score.tau = run.train.tau_of(max(0, step_of(checkpoint) - 1))
         return model.to(device).eval()
 
     def forward(
@@ -93,7 +98,7 @@ class EAR(nn.Module):
         run_blocks: Callable[[Tensor], Tensor] | None = None,
         score_loss: Callable[[Tensor, Tensor, Draws], Tensor] | None = None,
     ) -> Tensor:
-        """The training loss of paper Eq. 10 over the masked tokens, a scalar in float32.
+        """The training loss of the score over the masked tokens (paper Eq. 10 for EAR), a scalar in float32.
 
         Args:
             images: images or latents, ``[B, channels, size, size]``, floating point.
@@ -153,7 +158,8 @@ class EAR(nn.Module):
             labels: int64 ``[B]``.
             steps: decoding steps; any number.
             guidance: guidance scale g; 1 is none.
-            temperature: factor on the shift of the generator's residual blocks.
+            temperature: factor on the shift of the generator's residual blocks; other scores have their own
+                (docs/training.md, "Other scores").
             guidance_schedule: "linear" (g grows as tokens become known) or "constant".
             guidance_from, guidance_to: guidance is applied while the share of known tokens is in this interval.
             order: of the tokens, "random" as in the paper or "halton" (docs/sampling.md, "Approximations").
@@ -165,11 +171,12 @@ class EAR(nn.Module):
             progress: wraps the steps (:class:`ear_model.sampling.decoding.Step`), such as ``tqdm``.
 
         Raises:
-            ValueError: options or labels out of range. TypeError: labels that are no int64 tensor. RunError: a model
-            that samples values that are not finite.
+            ValueError: options or labels out of range, or options of another score. TypeError: labels that are no
+            int64 tensor. RunError: a model that samples values that are not finite.
         """
         interval = guidance_from, guidance_to
         sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature, *interval, order)
+        check_sampling(self.config, sampling)
         self._check_labels(labels, labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0)
         if generator is not None and draws is not None:
             raise ValueError("generator and draws were both given; give one of them")

@@ -1,8 +1,9 @@
 """Models and runs by name."""
 
 from dataclasses import replace
+from typing import Any
 
-from ear_model.config import ModelConfig, RunConfig, SamplingConfig, TrainConfig
+from ear_model.config import ModelConfig, RunConfig, SamplingConfig, TrainConfig, with_score
 
 EAR_BASE = ModelConfig()
 EAR_LARGE = replace(EAR_BASE, width=1024, depth=32, num_heads=16, generator_width=1280, generator_depth=8)
@@ -88,6 +89,14 @@ RUNS: dict[str, RunConfig] = {
     ),
 }
 
+# How samples of a run with another score are drawn, by preset and score; what is not here is the preset's own.
+SCORE_SAMPLING: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": {
+        "mixture": {"guidance": 1.5, "temperature": 1.0},
+        "gaussian": {"guidance": 2.0, "temperature": 0.5},
+    },
+}
+
 # Images of an epoch of those runs' data; the glyphs are those of docs/glyphs.md.
 EPOCH_IMAGES = {"digits": 1347, "glyphs64": 192_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
 
@@ -108,3 +117,23 @@ def with_model(run: RunConfig, name: str) -> RunConfig:
     data_fields = ("image_size", "channels", "patch_size", "num_classes")
     data_shape = {field_name: getattr(run.model, field_name) for field_name in data_fields}
     return replace(run, model=replace(model_config(name), **data_shape))
+
+
+def with_score_and_order(preset: str, run: RunConfig, score: str | None, order: str | None) -> RunConfig:
+    """A run of a preset with the score and order of those names; None keeps its own.
+
+    A score other than energy is trained at the backbone's learning rate, without tau, and sampled as
+    ``SCORE_SAMPLING`` says.
+
+    Raises:
+        ValueError: unknown names.
+    """
+    if score not in (None, run.model.score):
+        assert score is not None
+        train = replace(run.train, generator_lr_scale=1.0, finetune_tau=1.0)
+        sampling = replace(run.sampling, **SCORE_SAMPLING.get(preset, {}).get(score, {}))
+        run = replace(run, model=with_score(run.model, score), train=train, sampling=sampling)
+    if order is not None:
+        changed: dict[str, Any] = {"order": order}
+        run = replace(run, model=replace(run.model, **changed))
+    return run

@@ -13,6 +13,8 @@ class ScoreEntry:
     """Fields of ModelConfig that it reads and not every score does."""
     sampling_options: tuple[str, ...] = ()
     """Fields of SamplingConfig that its ``draw_noise`` and ``sample`` take as keywords."""
+    train_options: tuple[str, ...] = ()
+    """Fields of TrainConfig that it takes and not every score does."""
     public_names: tuple[str, str] | None = None
     """A prefix of its parameters' names, and what stands in its place in public checkpoints."""
 
@@ -23,8 +25,11 @@ SCORES: dict[str, ScoreEntry] = {
     "energy": ScoreEntry(
         "ear_model.scores.energy:EnergyScore",
         (*_GENERATOR, "noise_dim", "noise", "alpha", "num_samples"),
+        train_options=("tau", "finetune_tau", "loss_chunks", "rows_per_noise"),
         public_names=("generator.", "scoreloss.net."),
     ),
+    "mixture": ScoreEntry("ear_model.scores.mixture:MixtureScore", ("components",)),
+    "gaussian": ScoreEntry("ear_model.scores.gaussian:GaussianScore"),
 }
 
 

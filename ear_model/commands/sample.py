@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.config import RunConfig, SamplingConfig
+from ear_model.config import RunConfig, SamplingConfig, check_sampling
 from ear_model.processes import job_rank, job_size
 from ear_model.run_dir import AVERAGES_FILE, WEIGHTS_FILE, latest_checkpoint, load_config
 
@@ -106,6 +107,8 @@ class _Prepared:
     config: RunConfig
     settings: dict[str, Any]
     """All that the images depend on, as JSON gives it back."""
+    said: Callable[[], str]
+    """What the score has to say of the samples, in lines of its own, or nothing."""
 
 
 def _prepare(command: Sample) -> _Prepared:
@@ -128,6 +131,7 @@ def _prepare(command: Sample) -> _Prepared:
     chosen = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingConfig)}
     given = {name: value for name, value in chosen.items() if value is not None}
     setting = dataclasses.replace(config.sampling, **given)
+    check_sampling(config.model, setting)
     num_classes = config.model.num_classes
     classes = list(range(num_classes) if command.classes is None else command.classes)
     labels = class_labels(classes, command.num, num_classes)
@@ -165,7 +169,12 @@ def _prepare(command: Sample) -> _Prepared:
             image_size=decoder.image_size,
         )
     sampler = Sampler(model, decoder.on_device, setting, command.seed, batch_size, precision)
-    return _Prepared(sampler, labels, decoder, config, settings)
+
+    def said() -> str:
+        report = model.score.sampling_report()
+        return f"\n{report}" if report else ""
+
+    return _Prepared(sampler, labels, decoder, config, settings, said)
 
 
 def _write_picture(command: Sample) -> None:
@@ -181,7 +190,7 @@ def _write_picture(command: Sample) -> None:
     images = torch.cat([images for _, images in prepared.sampler.batches(prepared.labels)])
     save_grid(images, out, columns=min(command.num, max(8, math.isqrt(command.num))))
     classes = "all" if command.classes is None else list(command.classes)
-    print(f"{command.num} images of classes {classes}: {out}")
+    print(f"{command.num} images of classes {classes}: {out}{prepared.said()}")
 
 
 def _write_files(command: Sample) -> None:
@@ -227,4 +236,5 @@ def _write_files(command: Sample) -> None:
             shutil.rmtree(parts, ignore_errors=True)
         seconds = time.perf_counter() - started
         written = " and ".join(str(path) for path in (command.images_out, command.npz) if path is not None)
-        print(f"{command.num} images, {new} of them new, in {seconds:.1f} s: {written}")
+        line = f"{command.num} images, {new} of them new, in {seconds:.1f} s: {written}"
+        print(line + (prepared.said() if processes == 1 else ""))

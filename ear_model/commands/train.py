@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ear_model.commands.parsing import parse_command
-from ear_model.config import ModelConfig, RunConfig
+from ear_model.config import ORDERS, RunConfig
+from ear_model.errors import shown
 from ear_model.evaluation.config import ScoringConfig
 from ear_model.files import DirectoryLock
-from ear_model.presets import EPOCH_IMAGES, MODELS, RUNS, with_model
+from ear_model.presets import EPOCH_IMAGES, MODELS, RUNS, with_model, with_score_and_order
 from ear_model.run_dir import check_resumable, load_config, read_metrics, with_absolute_paths
+from ear_model.score_names import SCORES
 
 if TYPE_CHECKING:
     from ear_model.ear import EAR
@@ -51,18 +53,23 @@ def run(arguments: list[str]) -> int:
     presets = ", ".join(RUNS)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"usage: ear train PRESET [OPTIONS]\n\nPresets: {presets}. `ear train digits --help` lists the options."
+            f"usage: ear train PRESET [--model NAME] [--score NAME] [--order NAME] [OPTIONS]\n\n"
+            f"Presets: {presets}. Models: {', '.join(MODELS)}. Scores: {', '.join(SCORES)}. "
+            f"Orders: {', '.join(ORDERS)}.\n`ear train digits --help` lists the options."
         )
         return 0 if arguments else 2
     preset, options = arguments[0], arguments[1:]
     if preset not in RUNS:
         known = f" (it is a model: ear train imagenet256 --model {preset})" if preset in MODELS else ""
         raise ValueError(f"unknown preset {preset!r}{known}; use one of {presets}")
-    name, options = _take_model_name(options)
-    config = RUNS[preset] if name is None else with_model(RUNS[preset], name)
+    names: dict[str, str | None] = {}
+    for kind, known_names in (("model", tuple(MODELS)), ("score", tuple(SCORES)), ("order", ORDERS)):
+        names[kind], options = _take_name(options, f"--{kind}", known_names)
+    config = RUNS[preset] if names["model"] is None else with_model(RUNS[preset], names["model"])
+    config = with_score_and_order(preset, config, names["score"], names["order"])
     default = Train(config=config, out=Path("runs") / preset)
     if "--resume" in options:
-        default = _of_run(_option(options, "--out", default.out), preset, config.model if name else None)
+        default = _of_run(_option(options, "--out", default.out), preset, config, names)
     command = parse_command(Train, options, f"ear train {preset}", default)
     command = dataclasses.replace(command, config=with_absolute_paths(command.config))
     if command.dry_run:
@@ -101,16 +108,31 @@ def _option(options: list[str], name: str, otherwise: Path) -> Path:
     return value
 
 
-def _of_run(out: Path, preset: str, model: ModelConfig | None) -> Train:
-    """What a run to resume was begun with, for options to extend. Raises ValueError for another preset or model."""
+def _of_run(out: Path, preset: str, config: RunConfig, names: dict[str, str | None]) -> Train:
+    """What a run to resume was begun with, for options to extend.
+
+    Args:
+        out: its directory.
+        preset: the preset that is named.
+        config: what the names of model, score and order make of the preset.
+        names: these three, None if not given.
+
+    Raises:
+        ValueError: the run is of another preset, score, order or model than is named.
+    """
     from ear_model.training.run_log import preset_of
 
-    config, own = load_config(out), preset_of(out)
+    begun, own = load_config(out), preset_of(out)
     if own not in ("", preset):
         raise ValueError(f"{out} is a run of the preset {own}, not {preset}; resume it with `ear train {own}`")
-    if model not in (None, config.model):
+    for name in ("score", "order"):
+        there = getattr(begun.model, name)
+        if names[name] not in (None, there):
+            raise ValueError(f"{out} is a run of {name} {there}, not {names[name]}; leave --{name} out")
+    same = with_score_and_order(preset, config, begun.model.score, begun.model.order).model
+    if names["model"] is not None and same != begun.model:
         raise ValueError(f"--model is another model than that of {out}; leave it out")
-    return Train(config=config, out=out)
+    return Train(config=begun, out=out)
 
 
 @contextlib.contextmanager
@@ -136,19 +158,26 @@ def _own_directory(out: Path) -> Iterator[None]:
                     each.rmdir()
 
 
-def _take_model_name(options: list[str]) -> tuple[str | None, list[str]]:
-    """``--model NAME`` or ``--model=NAME`` taken out of the options, which go on to set single fields."""
+def _take_name(options: list[str], option: str, known: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """``--model NAME`` or ``--model=NAME`` taken out of the options, which go on to set single fields.
+
+    Raises:
+        ValueError: no name, or one that is not known.
+    """
     name, others = None, []
     words = iter(options)
     for word in words:
-        if word == "--model":
+        if word == option:
             name = next(words, None)
             if name is None or name.startswith("-"):
-                raise ValueError(f"--model needs a name; use one of {', '.join(MODELS)}")
-        elif word.startswith("--model="):
-            name = word.removeprefix("--model=")
+                raise ValueError(f"{option} needs a name; use one of {', '.join(known)}")
+        elif word.startswith(f"{option}="):
+            name = word.removeprefix(f"{option}=")
         else:
             others.append(word)
+    if name is not None and name not in known:
+        what = "preset" if option == "--model" else option.removeprefix("--")
+        raise ValueError(f"unknown {what} {shown(name)}; use one of {', '.join(known)}")
     return name, others
 
 

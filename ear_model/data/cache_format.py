@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import torch
 
-from ear_model.config import RunConfig, check_types
+from ear_model.config import RunConfig
+from ear_model.config_checks import check_types
 from ear_model.files import write_json
 from ear_model.json_files import read_json
 

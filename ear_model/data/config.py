@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from ear_model.config import check_range
+from ear_model.config_checks import check_range
 
 
 @dataclass(frozen=True)

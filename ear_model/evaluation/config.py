@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ear_model.config import check_range, check_types
+from ear_model.config_checks import check_range, check_types
 
 
 @dataclass(frozen=True)

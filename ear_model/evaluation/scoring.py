@@ -104,6 +104,8 @@ class Scoring:
             )
             more["fidelity"] = dataclasses.asdict(result)
             texts.append(fidelity.report_fidelity([result]))
+        if said := model.score.sampling_report():
+            texts.append(said)
         digits.save_evaluation(run_dir, results, out, **more)
         return "\n".join(texts)
 

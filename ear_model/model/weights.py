@@ -10,31 +10,36 @@ from torch import Tensor, nn
 
 from ear_model.config import ModelConfig, from_dict, to_dict
 from ear_model.json_files import parse_json
+from ear_model.score_names import score_entry
 from ear_model.tensor_files import read_tensors, usable_weights, write_tensors
 
 BLOCKS, GENERATOR_BLOCKS = "backbone.decoder_blocks.", "score.generator.res_blocks."
+_BACKBONE, _SCORE = "backbone.", "score."
 Module = TypeVar("Module", bound=nn.Module)
 
-_GENERATOR_PREFIX, _PUBLIC_GENERATOR_PREFIX = "score.generator.", "scoreloss.net."
+
+def public_key(name: str, score: str = "energy") -> str:
+    """The public checkpoint's key (docs/model.md, "Public files") of one of our parameters, of a model of this score.
+
+    A parameter of a score for which no public code has a name keeps its own, which begins with ``score.``.
+    """
+    ours, public = score_entry(score).public_names or ("", _SCORE)
+    if name.startswith(_SCORE + ours):
+        return public + name.removeprefix(_SCORE + ours)
+    return name.removeprefix(_BACKBONE)
 
 
-def public_key(name: str) -> str:
-    """The public checkpoint's key (docs/model.md, "Public files") of one of our parameters."""
-    if name.startswith(_GENERATOR_PREFIX):
-        return _PUBLIC_GENERATOR_PREFIX + name.removeprefix(_GENERATOR_PREFIX)
-    return name.removeprefix("backbone.")
-
-
-def our_key(key: str) -> str:
+def our_key(key: str, score: str = "energy") -> str:
     """The inverse of :func:`public_key`."""
-    if key.startswith(_PUBLIC_GENERATOR_PREFIX):
-        return _GENERATOR_PREFIX + key.removeprefix(_PUBLIC_GENERATOR_PREFIX)
-    return f"backbone.{key}"
+    ours, public = score_entry(score).public_names or ("", _SCORE)
+    if key.startswith(public):
+        return _SCORE + ours + key.removeprefix(public)
+    return key if key.startswith(_SCORE) else _BACKBONE + key
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Write parameters (our names) as safetensors in the public layout, the configuration in the metadata."""
-    public = {public_key(name): tensor for name, tensor in tensors.items()}
+    public = {public_key(name, config.score): tensor for name, tensor in tensors.items()}
     write_tensors(path, public, {"format": "ear_model", "config": json.dumps(to_dict(config))})
 
 
@@ -50,7 +55,7 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise ValueError(f"{path} is not a weight file of ear_model (no configuration in its metadata)")
     stored = parse_json(metadata["config"], f"{path}: the configuration in its metadata")
     config = from_dict(ModelConfig, stored, str(path))
-    named = {our_key(key): tensor for key, tensor in tensors.items()}
+    named = {our_key(key, config.score): tensor for key, tensor in tensors.items()}
     check_blocks(config, named, path)
     return config, named
 
@@ -60,10 +65,23 @@ def check_blocks(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path)
 
     To be called before the model is made on the meta device, where all other sizes can be compared.
     """
-    for field, prefix in (("depth", BLOCKS), ("generator_depth", GENERATOR_BLOCKS)):
+    fields = [("depth", BLOCKS)]
+    entry = score_entry(config.score)
+    if "generator_depth" in entry.options:
+        own = entry.public_names[0] if entry.public_names else "generator."
+        fields.append(("generator_depth", f"{_SCORE}{own}res_blocks."))
+    for field, prefix in fields:
         there, said = count_blocks(tensors, prefix), getattr(config, field)
         if said != there:
             raise ValueError(f"{path}: {field} of its configuration is {said}; it holds {there} blocks")
+
+
+def check_same_score(found: ModelConfig, wanted: ModelConfig, path: Path, run_dir: Path) -> None:
+    """Raise ValueError, naming both, unless a weight file is of the score and order that its run is of."""
+    for name in ("score", "order"):
+        there, said = getattr(found, name), getattr(wanted, name)
+        if there != said:
+            raise ValueError(f"{path} holds a model of {name} {there!r}; the run {run_dir} is of {name} {said!r}")
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:

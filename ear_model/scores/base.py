@@ -57,6 +57,21 @@ class Score(nn.Module):
         """
         raise NotImplementedError
 
+    def sampling_report(self) -> str:
+        """What is to be said of the samples since the last call, a line without its end; nothing by default.
+
+        It may wait for the device.
+        """
+        return ""
+
+    def multiply_adds(self) -> float:
+        """Of the matrix products of :meth:`loss`, for one row: a product with each matrix, if not overridden."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
+
+    def kept_numbers(self) -> float:
+        """Numbers that :meth:`loss` keeps for one row until the backward pass, about: likewise what is multiplied."""
+        return sum(2 * parameter.shape[0] for parameter in self.parameters() if parameter.ndim > 1)
+
 
 def make_score(config: ModelConfig) -> Any:
     """The score that a configuration names. Raises ValueError for an unknown one."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ear_model.config import check_range, check_types
+from ear_model.config_checks import check_range, check_types
 
 
 @dataclass(frozen=True)

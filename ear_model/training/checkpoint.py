@@ -17,7 +17,7 @@ from ear_model.config import ModelConfig, TrainConfig
 from ear_model.ear import EAR
 from ear_model.errors import shown
 from ear_model.files import flush, remove_temporaries, write_atomically
-from ear_model.model.weights import check_fit, load_weights, on_meta, save_weights
+from ear_model.model.weights import check_fit, check_same_score, load_weights, on_meta, save_weights
 from ear_model.run_dir import (
     AVERAGES_FILE,
     CHECKPOINTS,
@@ -118,6 +118,7 @@ def load_checkpoint(run_dir: Path) -> Checkpoint:
     tensors = []
     for name in (WEIGHTS_FILE, AVERAGES_FILE):
         config, named = load_weights(path / name)
+        check_same_score(config, run.model, path / name, run_dir)
         if config != run.model:
             raise ValueError(f"{path / name} holds another architecture than {run_dir / CONFIG_FILE}")
         model = on_meta(lambda: EAR(run.model), path / name)

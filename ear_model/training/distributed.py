@@ -212,9 +212,10 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
     """The module to call in training; the parameters of ``model`` stay those to optimise.
 
     "ddp" gives every process the whole model. "fsdp" (FSDP2) spreads parameters, gradients, moments and averages:
-    one unit a backbone block, one for the generator (its kernels take the parameters of all its blocks at once), one
-    for the rest. With ``use_bf16`` on a GPU blocks and generator are gathered in bfloat16 and gradients summed in
-    float32; embeddings and the final norm stay float32, and so does the residual stream.
+    one unit a backbone block, one for each part of the score, such as the generator (its kernels take the parameters
+    of all its blocks at once), one for the rest. With ``use_bf16`` on a GPU blocks and the score's parts are gathered
+    in bfloat16 and gradients summed in float32; embeddings and the final norm stay float32, and so does the residual
+    stream.
 
     Args:
         model: an EAR on its device, the same values on every process.
@@ -241,7 +242,9 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
     for block in backbone.decoder_blocks:
         fully_shard(block, mesh=mesh, mp_policy=low)
     # Its backward comes first, so freeing it after the forward would save nothing.
-    fully_shard(score.generator, mesh=mesh, mp_policy=low, reshard_after_forward=False)
+    for part in score.children():
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh, mp_policy=low, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return model
 

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ear_kernels import LowCopies
+from ear_model.config import TrainConfig, check_training
 from ear_model.ear import EAR
 from ear_model.model.backbone import Backbone
 from ear_model.model.masking import possible_num_masked
+from ear_model.scores import EnergyScore
 from ear_model.training.graphs import CapturedBlocks, CapturedLoss, is_plain
 from ear_model.training.loss import TrainingLoss
 
@@ -27,13 +29,19 @@ class Engine:
         model: the model.
         loss_chunks: parts of the masked tokens that the generator takes one after another.
         rows_per_noise: rows that share a noise vector.
+
+    Raises:
+        ValueError: chunks or shared noise with a score that has none.
     """
 
     def __init__(self, model: EAR, *, loss_chunks: int = 1, rows_per_noise: int = 1) -> None:
         self.model = model
         self.copies: LowCopies | None = None
         self.blocks: CapturedBlocks | None = None
-        self.loss: TrainingLoss | CapturedLoss = TrainingLoss(model.score, loss_chunks, rows_per_noise)
+        check_training(model.config, TrainConfig(loss_chunks=loss_chunks, rows_per_noise=rows_per_noise))
+        self.loss: TrainingLoss | CapturedLoss | None = None  # the score's own
+        if isinstance(model.score, EnergyScore):
+            self.loss = TrainingLoss(model.score, loss_chunks, rows_per_noise)
 
     @property
     def options(self) -> dict[str, Any]:

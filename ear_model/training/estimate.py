@@ -8,6 +8,7 @@ import torch
 from ear_model.config import ModelConfig, RunConfig
 from ear_model.ear import EAR
 from ear_model.presets import MODELS
+from ear_model.score_names import score_entry
 
 H200_BF16_FLOPS = 989e12  # dense tensor-core FLOP/s of the data sheet
 H200_MEMORY_GB = 141.0
@@ -60,7 +61,8 @@ def training_flops(config: ModelConfig, rows_per_noise: int = 1) -> float:
     """Floating-point operations of the matrix products that training takes for one image: forward and backward.
 
     A multiply-add counts 2, the backward pass twice the forward one. The mean number of masked tokens goes through
-    the generator, once for each of ``num_samples`` samples; its modulation runs once for ``rows_per_noise`` rows.
+    the generator, once for each of ``num_samples`` samples; its modulation runs once for ``rows_per_noise`` rows. A
+    score without such a generator says itself what it multiplies for a token.
     """
     tokens, width = config.num_tokens, config.width
     positions = config.class_tokens + tokens
@@ -68,6 +70,8 @@ def training_flops(config: ModelConfig, rows_per_noise: int = 1) -> float:
     backbone = config.depth * block + tokens * config.token_dim * width
 
     masked = tokens * mean_mask_ratio(config.min_mask_ratio, config.masking)
+    if not _has_generator(config):
+        return 2 * 3 * (backbone + masked * _meta_model(config).score.multiply_adds())
     rows, hidden = masked * config.num_samples, config.generator_width
     conditions = rows / rows_per_noise
     generator = masked * width * hidden + conditions * config.noise_dim * hidden
@@ -76,18 +80,29 @@ def training_flops(config: ModelConfig, rows_per_noise: int = 1) -> float:
     return 2 * 3 * (backbone + generator)
 
 
+def _has_generator(config: ModelConfig) -> bool:
+    """Whether the score's head is the MLP generator of section 4.2, with noise for its condition."""
+    return {"generator_depth", "noise_dim"} <= set(score_entry(config.score).options)
+
+
 def _activation_units(config: ModelConfig) -> float:
     """A number that grows as the memory which one image's activations take: values kept for the backward pass, with
     about 17 per token, width and backbone block, and 8 per row, width and generator block."""
     backbone = 17 * (config.class_tokens + config.num_tokens) * config.width * config.depth
-    rows = config.num_tokens * config.num_samples * mean_mask_ratio(config.min_mask_ratio, config.masking)
-    return backbone + 8 * rows * config.generator_width * config.generator_depth
+    masked = config.num_tokens * mean_mask_ratio(config.min_mask_ratio, config.masking)
+    if not _has_generator(config):
+        return backbone + masked * _meta_model(config).score.kept_numbers()
+    return backbone + 8 * masked * config.num_samples * config.generator_width * config.generator_depth
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, counted without allocating it."""
+    return sum(parameter.numel() for parameter in _meta_model(config).parameters())
+
+
+def _meta_model(config: ModelConfig) -> EAR:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in EAR(config).parameters())
+        return EAR(config)
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,7 @@ class Estimate:
     def report(self) -> str:
         """Everything as a few lines of text."""
         model, train, basis = self.config.model, self.config.train, self.basis
+        basis_model = MODELS[basis.model]
         images = train.steps * train.batch_size
         epochs = f" = {images / self.num_images:,.1f} epochs of {self.num_images:,}" if self.num_images else ""
         lines = [
@@ -134,12 +150,15 @@ class Estimate:
         ]
         if train.finetune_steps:
             lines.append(
-                f"            the last {train.finetune_steps:,} with tau {train.finetune_tau:g} and learning rate "
-                f"{train.finetune_lr:g}"
+                f"            the last {train.finetune_steps:,} with "
+                + (f"tau {train.finetune_tau:g} and " if train.finetune_tau != 1 else "")
+                + f"learning rate {train.finetune_lr:g}"
             )
         measured = f"{basis.milliseconds} ms for {basis.images} images of {basis.model} on one H200 ({basis.source})"
         how = "measured" if self.is_measured else "scaled by FLOPs, at equal utilisation, from"
-        if self.flops_per_image < SMALL * training_flops(MODELS[basis.model]):
+        if model.score != basis_model.score:
+            how = f"the {model.score} score was not measured; {how}"
+        if self.flops_per_image < SMALL * training_flops(basis_model):
             how = "an upper bound that so small a model won't reach; " + how
         lines += [
             f"speed       about {self.images_per_second:,.0f} images/s a GPU"
@@ -207,5 +226,5 @@ def estimate_run(config: RunConfig, gpus: int = 1, num_images: int | None = None
         peak_gb=parameters * BYTES_PER_PARAMETER / 1e9 + basis_activations_gb * scale * micro_batch / basis.images,
         micro_batch=micro_batch,
         basis=basis,
-        is_measured=math.isclose(flops, basis_flops, rel_tol=1e-3),
+        is_measured=model.score == basis_model.score and math.isclose(flops, basis_flops, rel_tol=1e-3),
     )

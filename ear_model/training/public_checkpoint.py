@@ -27,7 +27,13 @@ from ear_model.run_dir import CONFIG_FILE, load_config, save_config
 from ear_model.tensor_files import check_numbers
 from ear_model.training import checkpoint, optim
 from ear_model.training.optimizer_state import moments_by_name, number_moments
-from ear_model.training.public_format import infer_model, infer_training, public_arguments, read_public
+from ear_model.training.public_format import (
+    check_public_layout,
+    infer_model,
+    infer_training,
+    public_arguments,
+    read_public,
+)
 
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
 _SCALER = torch.amp.GradScaler("cpu").state_dict()
@@ -72,6 +78,7 @@ def import_run(
         if not isinstance(own, str):
             raise ValueError(f"{where} is {type(own).__name__}; it must be text")
         config = from_dict(RunConfig, parse_json(own, where), where)
+        check_public_layout(config.model, where)
         check_blocks(config.model, public.weights, source)
         if num_heads not in (None, config.model.num_heads):
             raise ValueError(f"--num-heads is {num_heads}; {source} was written with {config.model.num_heads}")
@@ -143,10 +150,12 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
         epoch: last finished epoch; counted if None.
 
     Raises:
-        ValueError: ``out`` exists; no whole checkpoint; an epoch that can't be counted as the data set is not here.
+        ValueError: ``out`` exists; a run of another score or order than EAR's; no whole checkpoint; an epoch that
+            can't be counted as the data set is not here.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new --out")
+    check_public_layout(load_config(run_dir).model, str(run_dir))
     saved = checkpoint.load_checkpoint(run_dir)
     run = load_config(run_dir)
     where = str(saved.path)

@@ -53,6 +53,14 @@ class PublicCheckpoint:
     args: dict[str, Any]
 
 
+def check_public_layout(config: ModelConfig, where: str) -> None:
+    """Raise ValueError unless the public EAR code has such models: of the energy score, masked tokens."""
+    for name, public in (("score", "energy"), ("order", "masked")):
+        if getattr(config, name) != public:
+            own = getattr(config, name)
+            raise ValueError(f"{where} is of {name} {own!r}; a checkpoint of the public EAR code is of {public!r}")
+
+
 def read_public(path: Path) -> PublicCheckpoint:
     """Read a checkpoint of the public EAR code. Nothing in it is executed.
 

@@ -32,9 +32,11 @@ class RunLog:
         train: the run.
         step: steps done.
         quiet: show no progress.
+        has_tau: whether the score has a tau to write down.
     """
 
-    def __init__(self, run_dir: Path, train: TrainConfig, step: int, *, quiet: bool) -> None:
+    def __init__(self, run_dir: Path, train: TrainConfig, step: int, *, quiet: bool, has_tau: bool) -> None:
+        self.has_tau = has_tau
         self.train, self.first, self.started = train, step, time.perf_counter()
         self.metrics = (run_dir / METRICS_FILE).open("a")
         self.board = _tensorboard(run_dir)
@@ -58,7 +60,7 @@ class RunLog:
             "loss": loss,
             "gradient_norm": norm,
             "lr": optim.learning_rate(step - 1, train),
-            "tau": optim.tau(step - 1, train),
+            **({"tau": optim.tau(step - 1, train)} if self.has_tau else {}),
             "images_per_second": train.batch_size * (step - self.first) / (time.perf_counter() - self.started),
         }
         try:

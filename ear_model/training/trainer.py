@@ -27,6 +27,7 @@ from ear_model.run_dir import (
     save_config,
     with_absolute_paths,
 )
+from ear_model.score_names import score_entry
 from ear_model.training import checkpoint, distributed, graphs, optim
 from ear_model.training.engine import Engine, compile_blocks
 from ear_model.training.randomness import Randomness
@@ -65,6 +66,7 @@ class Trainer:
         config = with_absolute_paths(config)
         self.config, self.run_dir, self.preset = config, run_dir, preset
         train = config.train
+        self._has_tau = "tau" in score_entry(config.model.score).train_options
         self.is_main = distributed.is_main()
         saved: checkpoint.Checkpoint | None = None
         with distributed.all_or_none():
@@ -214,7 +216,8 @@ class Trainer:
         train, model = self.config.train, self.config.model
         lr = optim.learning_rate(self.step, train)
         optim.set_learning_rate(self.optimizer, lr)
-        self.model.score.tau = optim.tau(self.step, train)
+        if self._has_tau:
+            self.model.score.tau = optim.tau(self.step, train)
         total = torch.zeros((), device=self.device)
         with self.engine.scope():
             for part in range(train.accumulate):
@@ -254,7 +257,10 @@ class Trainer:
         train = self.config.train
         pending: list[tuple[Tensor, Tensor]] = []
         sign = distributed.StopSign()
-        with RunLog(self.run_dir, train, self.step, quiet=quiet) if self.is_main else contextlib.nullcontext() as log:
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.is_main:
+                log = stack.enter_context(RunLog(self.run_dir, train, self.step, quiet=quiet, has_tau=self._has_tau))
             while self.step < train.steps:
                 pending.append(self.train_step())
                 stop = sign.seen(signals.received())
