@@ -129,7 +129,7 @@ def _is_after_silu(modulation: nn.Module) -> bool:
     return len(children) == 2 and is_plain(children[0], nn.SiLU) and not children[0].inplace  # type: ignore[union-attr]
 
 
-class _FinalLayer(nn.Module):
+class FusedFinalLayer(nn.Module):
     """LayerNorm without parameters, modulation by shift and scale, linear to the output."""
 
     def __init__(self, width: int, output_dim: int) -> None:
@@ -168,7 +168,7 @@ class FusedMLPGenerator(nn.Module):
         self.noise_embed = nn.Linear(noise_dim, width)
         self.input_proj = nn.Linear(input_dim, width)
         self.res_blocks = nn.ModuleList([FusedAdaLNBlock(width) for _ in range(depth)])
-        self.final_layer = _FinalLayer(width, output_dim)
+        self.final_layer = FusedFinalLayer(width, output_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -205,7 +205,7 @@ class FusedMLPGenerator(nn.Module):
         """:meth:`input_parameters` and :meth:`block_parameters`; None where they are not all that a call does."""
         classes = {type(block) for block in self.res_blocks} == {FusedAdaLNBlock} and type(
             self.final_layer
-        ) is _FinalLayer
+        ) is FusedFinalLayer
         if not classes or are_modules_watched():
             return None
         noise, stream = linear_parameters(self.noise_embed), linear_parameters(self.input_proj)
@@ -332,4 +332,4 @@ class FusedMLPGenerator(nn.Module):
         return self.final_layer(hidden, conditioning)
 
 
-__all__ = ["FusedAdaLNBlock", "FusedEnergyLoss", "FusedMLPGenerator"]
+__all__ = ["FusedAdaLNBlock", "FusedEnergyLoss", "FusedFinalLayer", "FusedMLPGenerator"]

@@ -23,9 +23,12 @@ _ADDED_FIELDS: dict[str, dict[str, Any]] = {
         "score": "energy",
         "order": "masked",
         "components": 16,
+        "backbone": "ear",
+        "encoder_depth": 12,
+        "diffusion_steps": 1000,
     },
     "TrainConfig": {"min_lr": 0.0},
-    "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random"},
+    "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random", "diffusion_steps": 100},
 }
 
 Order = Literal["masked", "causal", "random"]
@@ -76,7 +79,7 @@ class ModelConfig:
     alpha: float = 1.0
     """Exponent of the energy loss, in (0, 2] (Table 2: 1)."""
     num_samples: int = 4
-    """Samples per masked token in training; all pairs are used."""
+    """Samples per masked token in training; all pairs are used. Of the diffusion score: noise levels per token."""
     components: int = 16
     """Gaussians of the mixture score."""
     min_mask_ratio: float = 0.7
@@ -91,14 +94,21 @@ class ModelConfig:
     """The score that is trained (docs/scores.md)."""
     order: Order = "masked"
     """Bidirectional over masked tokens, or causal over next tokens: row by row, or in one random order for all."""
+    backbone: Literal["ear", "mar"] = "ear"
+    """One stack of blocks over all tokens, or MAR's: an encoder of the known ones, then a decoder of depth blocks."""
+    encoder_depth: int = 12
+    """Blocks of the mar backbone's encoder."""
+    diffusion_steps: int = 1000
+    """Noise levels T of the diffusion score."""
 
     def __post_init__(self) -> None:
         check_types(self)
         sizes = ("image_size", "channels", "patch_size", "num_classes", "width", "depth", "num_heads", "class_tokens")
         check_range(self, "at least 1", *sizes, "generator_width", "generator_depth", "noise_dim", "components")
+        check_range(self, "at least 1", "encoder_depth", "diffusion_steps")
         check_range(self, "positive", "mlp_ratio")
         check_range(self, "in (0, 2]", "alpha")
-        check_range(self, "at least 2", "num_samples")
+        check_range(self, "at least 1" if self.score == "diffusion" else "at least 2", "num_samples")
         check_range(self, "in (0, 1]", "min_mask_ratio")
         check_range(self, "in [0, 1)", "dropout", "attention_dropout", "label_dropout")
         _check_divides(self, "image_size", "patch_size")
@@ -107,6 +117,10 @@ class ModelConfig:
         for name, default in _options_of_scores().items():
             if name not in own and getattr(self, name) != default:
                 raise ValueError(f"{name} is {getattr(self, name)}; the {self.score} score has no {name}")
+        if self.backbone == "mar" and self.order != "masked":
+            raise ValueError(f"order is {self.order!r}; the mar backbone has the order 'masked' alone")
+        if self.backbone != "mar" and self.encoder_depth != ModelConfig.encoder_depth:
+            raise ValueError(f"encoder_depth is {self.encoder_depth}; the {self.backbone} backbone has no encoder")
 
     @property
     def num_tokens(self) -> int:
@@ -155,6 +169,8 @@ class SamplingConfig:
     """Share of known tokens up to which guidance is applied."""
     order: Literal["random", "halton"] = "random"
     """Order of the tokens: uniformly random, or one that keeps tokens of a step apart (docs/sampling.md)."""
+    diffusion_steps: int = 100
+    """Steps of the diffusion score from noise to a token, evenly spaced over those of its training."""
 
     def guides(self, left: int, num_tokens: int) -> bool:
         """Whether there is guidance in a step that begins with ``left`` of the tokens masked."""
@@ -162,7 +178,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_range(self, "at least 1", "steps")
+        check_range(self, "at least 1", "steps", "diffusion_steps")
         check_range(self, "at least 0 and finite", "guidance", "temperature", "guidance_from")
         check_range(self, "positive and finite", "guidance_to")
         if self.guidance_from >= self.guidance_to:
@@ -298,6 +314,10 @@ def check_sampling(model: ModelConfig, sampling: SamplingConfig) -> None:
     for name in sorted({name for entry in SCORES.values() for name in entry.sampling_options} - set(own)):
         if getattr(sampling, name) != getattr(defaults, name):
             raise ValueError(f"{name} is {getattr(sampling, name)}; the {model.score} score has no {name}")
+    if model.score == "diffusion" and sampling.diffusion_steps > model.diffusion_steps:
+        raise ValueError(
+            f"diffusion_steps is {sampling.diffusion_steps}; it must not exceed the model's, {model.diffusion_steps}"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ear_model.config import ModelConfig, SamplingConfig, check_sampling
 from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
+from ear_model.model.mar_backbone import MarBackbone
 from ear_model.model.weights import check_fit, check_same_score, load_weights, on_meta
 from ear_model.presets import model_config
 from ear_model.run_dir import AVERAGES_FILE, CONFIG_FILE, WEIGHTS_FILE, latest_checkpoint, load_config, step_of
@@ -51,13 +52,13 @@ class EAR(nn.Module):
             raise ValueError(f"order is {config.order!r}; this model predicts masked tokens only: 'masked'")
         self.config = config
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
-        self.backbone = Backbone(config)
+        self.backbone: Backbone = MarBackbone(config) if config.backbone == "mar" else Backbone(config)
         self.score: Any = make_score(config)
         self._engines = Engines()
 
     @classmethod
     def from_preset(cls, name: str) -> "EAR":
-        """A freshly initialised model: "digits", "ear_base", "ear_large" or "ear_huge"."""
+        """A freshly initialised model: "digits", "ear_base", "mar_base" or another of ``presets.MODELS``."""
         return cls(model_config(name))
 
     @classmethod
@@ -126,7 +127,7 @@ class EAR(nn.Module):
         classes_BC = self.backbone.embed_classes(labels)
         if self.training:
             classes_BC = self.backbone.drop_classes(classes_BC, draws)
-        hidden_BLC = self.backbone(tokens_BLT, masked_BL, classes_BC, run_blocks)
+        hidden_BLC = self.backbone(tokens_BLT, masked_BL, classes_BC, run_blocks, num_masked)
         starts_B1 = torch.arange(batch, device=images.device).unsqueeze(1) * num_tokens
         rows_R = (positions_BM + starts_B1).flatten()
         hidden_RC = SelectRows.apply(hidden_BLC.flatten(0, 1), rows_R)
@@ -144,6 +145,7 @@ class EAR(nn.Module):
         guidance_from: float = 0.0,
         guidance_to: float = 1.0,
         order: Literal["random", "halton"] = "random",
+        diffusion_steps: int = 100,
         generator: torch.Generator | None = None,
         draws: Draws | None = None,
         precision: Precision = "auto",
@@ -163,6 +165,7 @@ class EAR(nn.Module):
             guidance_schedule: "linear" (g grows as tokens become known) or "constant".
             guidance_from, guidance_to: guidance is applied while the share of known tokens is in this interval.
             order: of the tokens, "random" as in the paper or "halton" (docs/sampling.md, "Approximations").
+            diffusion_steps: of the diffusion score, from noise to a token.
             generator: a torch.Generator of the labels' device, which all images are drawn from in turn.
             draws: in its place where orders and noise come from, such as :class:`ear_model.draws.ImageDraws`. With
                 neither of the two every image has draws of its own, of a seed that torch's CPU generator gives.
@@ -175,7 +178,9 @@ class EAR(nn.Module):
             int64 tensor. RunError: a model that samples values that are not finite.
         """
         interval = guidance_from, guidance_to
-        sampling = SamplingConfig(steps, guidance, guidance_schedule, temperature, *interval, order)
+        sampling = SamplingConfig(
+            steps, guidance, guidance_schedule, temperature, *interval, order, diffusion_steps=diffusion_steps
+        )
         check_sampling(self.config, sampling)
         self._check_labels(labels, labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0)
         if generator is not None and draws is not None:

@@ -30,6 +30,12 @@ SCORES: dict[str, ScoreEntry] = {
     ),
     "mixture": ScoreEntry("ear_model.scores.mixture:MixtureScore", ("components",)),
     "gaussian": ScoreEntry("ear_model.scores.gaussian:GaussianScore"),
+    "diffusion": ScoreEntry(
+        "ear_model.scores.diffusion:DiffusionScore",
+        (*_GENERATOR, "num_samples", "diffusion_steps"),
+        sampling_options=("diffusion_steps",),
+        public_names=("net.", "diffloss.net."),
+    ),
 }
 
 

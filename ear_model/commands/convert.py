@@ -1,4 +1,4 @@
-"""``ear convert``: public EAR checkpoints to run directories, and back."""
+"""``ear convert``: public EAR and MAR checkpoints to run directories, and back."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ from ear_model.commands.parsing import parse_command
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a checkpoint of the public EAR code into a run directory, or a run directory into such a checkpoint."""
+    """Turn a checkpoint of the public EAR or MAR code into a run directory, or a run directory into one of them."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """checkpoint-last.pth of the public code, or a run directory."""
     out: Path
     """Run directory to make (from a .pth), or the .pth to write (from a run directory); must not exist."""
     num_heads: int | None = None
-    """Attention heads, which no tensor shows; needed for sizes other than EAR-B, L and H."""
+    """Attention heads, which no tensor shows; needed for sizes other than B, L and H."""
     data: Literal["digits", "cache", "npz"] | None = None
     """Data set of the new run. What the checkpoint says if not given, else npz."""
     data_path: str | None = None

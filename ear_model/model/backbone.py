@@ -33,6 +33,8 @@ ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 # Deviation of the sinusoid that positions start from; a known token is projected to about that much.
 SINUSOID_STD = 0.25
 
+make_norm: Any = partial(nn.LayerNorm, eps=1e-6)
+
 # What is still to be added to the residual stream: a linear's output without its bias, and that bias.
 Pending = tuple[Tensor, Tensor]
 
@@ -119,25 +121,13 @@ class Backbone(nn.Module):
         super().__init__()
         width = config.width
         self.config, self.class_tokens = config, config.class_tokens
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
         self.z_proj = nn.Linear(config.token_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
-        self.decoder_blocks = nn.ModuleList(
-            TransformerBlock(
-                width,
-                config.num_heads,
-                config.mlp_ratio,
-                qkv_bias=True,
-                proj_drop=config.dropout,
-                attn_drop=config.attention_dropout,
-                norm_layer=norm,
-            )
-            for _ in range(config.depth)
-        )
-        self.decoder_norm = norm(width)
+        self.decoder_blocks = make_blocks(config, config.depth)
+        self.decoder_norm = make_norm(width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -148,14 +138,20 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        embeddings = (self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned)
-        for parameter in embeddings:
+        for parameter in self._embeddings():
             nn.init.normal_(parameter, std=0.02)
         if self.config.position_init == "sinusoid":
             # At 0.02 positions are a tenth of what a known token is projected to, and are learned late.
             with torch.no_grad():
-                positions = self.decoder_pos_embed_learned[0, self.class_tokens :]
-                positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
+                for positions in self._token_positions():
+                    positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
+
+    def _embeddings(self) -> tuple[Tensor, ...]:
+        return self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned
+
+    def _token_positions(self) -> list[Tensor]:
+        """Views ``[L, C]`` of the positions that tokens are read at."""
+        return [self.decoder_pos_embed_learned[0, self.class_tokens :]]
 
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
@@ -176,6 +172,7 @@ class Backbone(nn.Module):
         masked_BL: Tensor,
         classes_BC: Tensor,
         run_blocks: Callable[[Tensor], Tensor] | None = None,
+        num_masked: int | None = None,
     ) -> Tensor:
         """Hidden states ``[B, L, C]``; the contents of masked tokens are not read.
 
@@ -184,6 +181,7 @@ class Backbone(nn.Module):
             masked_BL: which of them are masked.
             classes_BC: class embeddings.
             run_blocks: does the work of :meth:`run_blocks`, which does it if None.
+            num_masked: how many are masked in every image, for backbones that compute less then. Unused here.
         """
         batch = tokens_BLD.shape[0]
         embedded_BLC = self.z_proj(tokens_BLD.to(self.mask_token.dtype))
@@ -198,28 +196,58 @@ class Backbone(nn.Module):
         With a ``part`` that stops before the last block: those blocks alone, from and to the stream and what is
         pending.
         """
-        dropout = self.config.dropout if self.training else 0.0
-        blocks: list[Any] = list(self.decoder_blocks)[part]
-        # Those of what each block hands on.
-        rates = [self.config.dropout if block.training else 0.0 for block in blocks]
-        seeds = None
-        if dropout and hidden.is_cuda:
-            seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
-        with sdpa_kernel(ATTENTION, set_priority=True):
-            for number, block in enumerate(blocks):
-                own = None if seeds is None else seeds[3 * number : 3 * number + 3]
-                if pending is not None and number and block.training != blocks[number - 1].training:
-                    hidden, pending = settled(hidden, pending, rates[number - 1]), None
-                hidden, pending = block(hidden, pending, own)
-        if part.stop is not None:
-            return hidden, pending
-        # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
-        dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
-        norm: Any = self.decoder_norm
-        plain = None if are_modules_watched() or rates[-1] != dropout else norm_parameters(norm, hidden.shape[-1])
-        if pending is not None and plain is not None and work_together(hidden, plain):
-            last = None if seeds is None else seeds[-1]
-            options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
-            return dropout_add_layer_norm(pending[0], hidden, plain[0], plain[1], pending[1], **options)[1]
-        normed = norm(hidden if pending is None else settled(hidden, pending, rates[-1]))
-        return normed if dtype is None else normed.to(dtype)
+        norm = self.decoder_norm if part.stop is None else None
+        return run_stack(list(self.decoder_blocks)[part], norm, self._dropout, hidden, pending)
+
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+
+def make_blocks(config: ModelConfig, depth: int) -> nn.ModuleList:
+    """Blocks of a backbone."""
+    return nn.ModuleList(
+        TransformerBlock(
+            config.width,
+            config.num_heads,
+            config.mlp_ratio,
+            qkv_bias=True,
+            proj_drop=config.dropout,
+            attn_drop=config.attention_dropout,
+            norm_layer=make_norm,
+        )
+        for _ in range(depth)
+    )
+
+
+def run_stack(blocks: list[Any], norm: Any, dropout: float, hidden: Tensor, pending: Pending | None = None) -> Any:
+    """Blocks and the norm after them over ``[B, S, C]``.
+
+    Args:
+        blocks: those of :func:`make_blocks`.
+        norm: None for the blocks alone, from and to the stream and what is pending.
+        dropout: what is dropped of the last block's MLP before the norm.
+        hidden, pending: as of :class:`TransformerBlock`.
+    """
+    # Those of what each block hands on.
+    rates = [block.rate if block.training else 0.0 for block in blocks]
+    seeds = None
+    if dropout and hidden.is_cuda:
+        seeds = torch.randint(2**31, (3 * len(blocks) + 1, 1), device=hidden.device)
+    with sdpa_kernel(ATTENTION, set_priority=True):
+        for number, block in enumerate(blocks):
+            own = None if seeds is None else seeds[3 * number : 3 * number + 3]
+            if pending is not None and number and block.training != blocks[number - 1].training:
+                hidden, pending = settled(hidden, pending, rates[number - 1]), None
+            hidden, pending = block(hidden, pending, own)
+    if norm is None:
+        return hidden, pending
+    # Guidance takes differences of what comes out: float32 as eager autocast's norms give it.
+    dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else None
+    plain = None if are_modules_watched() or rates[-1] != dropout else norm_parameters(norm, hidden.shape[-1])
+    if pending is not None and plain is not None and work_together(hidden, plain):
+        last = None if seeds is None else seeds[-1]
+        options: dict[str, Any] = {"dropout": dropout, "eps": norm.eps, "seed": last, "dtype": dtype}
+        return dropout_add_layer_norm(pending[0], hidden, plain[0], plain[1], pending[1], **options)[1]
+    normed = norm(hidden if pending is None else settled(hidden, pending, rates[-1]))
+    return normed if dtype is None else normed.to(dtype)

@@ -13,7 +13,7 @@ from ear_model.json_files import parse_json
 from ear_model.score_names import score_entry
 from ear_model.tensor_files import read_tensors, usable_weights, write_tensors
 
-BLOCKS, GENERATOR_BLOCKS = "backbone.decoder_blocks.", "score.generator.res_blocks."
+BLOCKS, ENCODER_BLOCKS = "backbone.decoder_blocks.", "backbone.encoder_blocks."
 _BACKBONE, _SCORE = "backbone.", "score."
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,6 +35,12 @@ def our_key(key: str, score: str = "energy") -> str:
     if key.startswith(public):
         return _SCORE + ours + key.removeprefix(public)
     return key if key.startswith(_SCORE) else _BACKBONE + key
+
+
+def generator_blocks(score: str) -> str:
+    """What the names of the residual blocks of a score's MLP begin with."""
+    ours = (score_entry(score).public_names or ("generator.",))[0]
+    return f"{_SCORE}{ours}res_blocks."
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: ModelConfig) -> None:
@@ -66,10 +72,10 @@ def check_blocks(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path)
     To be called before the model is made on the meta device, where all other sizes can be compared.
     """
     fields = [("depth", BLOCKS)]
-    entry = score_entry(config.score)
-    if "generator_depth" in entry.options:
-        own = entry.public_names[0] if entry.public_names else "generator."
-        fields.append(("generator_depth", f"{_SCORE}{own}res_blocks."))
+    if config.backbone == "mar":
+        fields.append(("encoder_depth", ENCODER_BLOCKS))
+    if "generator_depth" in score_entry(config.score).options:
+        fields.append(("generator_depth", generator_blocks(config.score)))
     for field, prefix in fields:
         there, said = count_blocks(tensors, prefix), getattr(config, field)
         if said != there:

@@ -82,10 +82,10 @@ def decode_tokens(
         masked_BL = ranks_BL < left
         predicted_Bk = orders_BL[:, keep:left]
         if sampling.guides(left, num_tokens):
-            hidden = model.backbone(tokens_BLT.repeat(2, 1, 1), masked_BL.repeat(2, 1), both)
+            hidden = model.backbone(tokens_BLT.repeat(2, 1, 1), masked_BL.repeat(2, 1), both, num_masked=left)
             hidden_RC, null_hidden_RC = (_gather_tokens(half, predicted_Bk).flatten(0, 1) for half in hidden.chunk(2))
         else:
-            hidden = model.backbone(tokens_BLT, masked_BL, classes)
+            hidden = model.backbone(tokens_BLT, masked_BL, classes, num_masked=left)
             hidden_RC, null_hidden_RC = _gather_tokens(hidden, predicted_Bk).flatten(0, 1), None
         scale = guidance_scale(sampling.guidance, sampling.guidance_schedule, num_tokens, keep)
         noise_RE = score.draw_noise(batch, left - keep, like=hidden, draws=draws, **options).flatten(0, 1)

@@ -190,7 +190,7 @@ def is_plain(model: Any) -> bool:
     No hooks anywhere, plain modules (:mod:`ear_kernels.runtime.plain`) of one device, float32, our own methods.
     """
     backbone, score = model.backbone, model.score
-    if model.config.score != "energy" or model.config.order != "masked":
+    if (model.config.score, model.config.order, model.config.backbone) != ("energy", "masked", "ear"):
         return False
     position, norm = backbone.decoder_pos_embed_learned, backbone.decoder_norm
     own = all(getattr(type(backbone), name, method) is method for name, method in BYPASSED.items())

@@ -193,6 +193,6 @@ def check_public(public: Any, where: str) -> None:
             raise ValueError(f"{where}: {name} of public is {shown(public[name])}; it must be a dict")
     groups = public.get("param_groups")
     if groups is not None and not (
-        isinstance(groups, list) and len(groups) == 3 and all(isinstance(group, dict) for group in groups)
+        isinstance(groups, list) and len(groups) in (2, 3) and all(isinstance(group, dict) for group in groups)
     ):
-        raise ValueError(f"{where}: param_groups of public are no three groups of an optimiser")
+        raise ValueError(f"{where}: param_groups of public are no two or three groups of an optimiser")

@@ -14,17 +14,27 @@ from ear_model.errors import shown
 from ear_model.tensor_files import WEIGHT_DTYPES
 from ear_model.training import optim
 
-Grouping = Literal["paper", "public"]
+Grouping = Literal["paper", "public", "mar"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Options of AdamW that change what its state means, and are off in the public program and here.
 _OFF = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 def grouped_names(model: EAR, grouping: Grouping) -> list[list[str]]:
-    """Names of the parameters of each group, in the order of their numbers."""
+    """Names of the parameters of each group, in the order of their numbers.
+
+    "paper" and "public" as of :func:`ear_model.training.optim.parameter_groups`. "mar", the public MAR code's: (1)
+    1-D parameters, biases and all of the score, (2) the others, each in the model's order.
+    """
+    if grouping == "mar":
+        groups: list[list[str]] = [[], []]
+        for name, parameter in model.named_parameters():
+            plain = parameter.ndim == 1 or name.endswith(".bias") or name.startswith("score.")
+            groups[not plain].append(name)
+        return groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optim.parameter_groups(model, replace(TrainConfig(), parameter_groups=grouping))
-    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    own_groups = optim.parameter_groups(model, replace(TrainConfig(), parameter_groups=grouping))
+    return [[names[id(parameter)] for parameter in group["params"]] for group in own_groups]
 
 
 def moments_by_name(optimizer: Any, model: EAR, grouping: Grouping, where: str) -> dict[str, dict[str, Tensor]]:

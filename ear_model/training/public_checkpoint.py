@@ -1,8 +1,9 @@
-"""Runs made of checkpoints of the public EAR code, and the reverse.
+"""Runs made of checkpoints of the public EAR and MAR code, and the reverse.
 
 An optimiser's state knows its parameters by number only. The public code numbers them by group, each in the order of
-the model's state dict: (1) 1-D parameters and all biases, (2) the other backbone parameters, (3) the generator's
-matrices, which have an ``lr_scale``. That is our grouping "public".
+the model's state dict. EAR's: (1) 1-D parameters and all biases, (2) the other backbone parameters, (3) the
+generator's matrices, which have an ``lr_scale``; that is our grouping "public". MAR's: (1) 1-D parameters, biases and
+all of the diffusion head, (2) the others.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from ear_model.presets import RUNS
 from ear_model.run_dir import CONFIG_FILE, load_config, save_config
 from ear_model.tensor_files import check_numbers
 from ear_model.training import checkpoint, optim
-from ear_model.training.optimizer_state import moments_by_name, number_moments
+from ear_model.training.optimizer_state import Grouping, moments_by_name, number_moments
 from ear_model.training.public_format import (
     check_public_layout,
     infer_model,
+    infer_sampling,
     infer_training,
     public_arguments,
     read_public,
@@ -37,11 +39,14 @@ from ear_model.training.public_format import (
 
 OWN_CONFIG = "ear_model_config"  # an attribute of ``args`` in files that we write
 _SCALER = torch.amp.GradScaler("cpu").state_dict()
+_GROUPING: dict[str, Grouping] = {"energy": "public", "diffusion": "mar"}
+# The public group whose learning rate each of ours has.
+_THEIR_GROUP = {"energy": (0, 1, 2), "diffusion": (0, 1, 0)}
 _GROUP_DEFAULTS = torch.optim.AdamW([torch.zeros(1)], betas=(0.9, 0.95)).state_dict()["param_groups"][0]
 
 
-def _public(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {public_key(name): tensor for name, tensor in tensors.items()}
+def _public(tensors: dict[str, Tensor], score: str) -> dict[str, Tensor]:
+    return {public_key(name, score): tensor for name, tensor in tensors.items()}
 
 
 def _meta_model(config: ModelConfig, where: Path | str = "the model") -> EAR:
@@ -62,12 +67,12 @@ def import_run(
     Args:
         source: a ``checkpoint-last.pth``.
         out: run directory to make.
-        num_heads: attention heads, for sizes other than EAR-B, L and H.
+        num_heads: attention heads, for sizes other than B, L and H of EAR and MAR.
         data: data set of the run, if not what the file says.
         data_path: its directory.
 
     Raises:
-        ValueError: ``out`` is in use; a file that is no EAR checkpoint, or wants to run code; unknown heads.
+        ValueError: ``out`` is in use; a file that is of neither EAR nor MAR, or wants to run code; unknown heads.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a new --out")
@@ -79,6 +84,8 @@ def import_run(
             raise ValueError(f"{where} is {type(own).__name__}; it must be text")
         config = from_dict(RunConfig, parse_json(own, where), where)
         check_public_layout(config.model, where)
+        if config.model.score != public.score:
+            raise ValueError(f"{where} is of the score {config.model.score}; the tensors are of {public.score}")
         check_blocks(config.model, public.weights, source)
         if num_heads not in (None, config.model.num_heads):
             raise ValueError(f"--num-heads is {num_heads}; {source} was written with {config.model.num_heads}")
@@ -88,7 +95,8 @@ def import_run(
         cached = public.args.get("cached_path")
         if not isinstance(cached, (str, type(None))):
             raise ValueError(f"{source}: cached_path in args is {shown(cached)}; it must be text")
-        config = RunConfig(data="npz", data_path=cached or "", model=model_config)
+        sampling = infer_sampling(model_config, public.args, str(source))
+        config = RunConfig(data="npz", data_path=cached or "", model=model_config, sampling=sampling)
     model = _meta_model(config.model, source)
     weights = check_fit(model, public.weights, source)
     averages = weights if public.averages is None else check_fit(model, public.averages, source)
@@ -99,10 +107,10 @@ def import_run(
                 f"{source}: its tensors are in another order than the public code's, so the numbers of its optimiser "
                 "can't be understood"
             )
-        moments = moments_by_name(public.optimizer, model, "public", str(source))
+        moments = moments_by_name(public.optimizer, model, _GROUPING[public.score], str(source))
     step = max((int(state["step"]) for state in moments.values()), default=0)
     if own is None:
-        train = infer_training(public.args, step, public.epoch, str(source))
+        train = infer_training(public.args, step, public.epoch, str(source), public.score)
         if public.optimizer is not None and "betas" in public.optimizer["param_groups"][0]:
             beta1, beta2 = public.optimizer["param_groups"][0]["betas"]
             train = replace(train, beta1=float(beta1), beta2=float(beta2))
@@ -111,8 +119,8 @@ def import_run(
     states, _ = number_moments(moments, model, config.train.parameter_groups)
     groups = optim.make_optimizer(model, config.train).state_dict()["param_groups"]
     if public.optimizer is not None:
-        for group, theirs in zip(groups, public.optimizer["param_groups"], strict=True):
-            group["lr"] = theirs.get("lr", group["lr"])
+        for group, number in zip(groups, _THEIR_GROUP[public.score], strict=True):
+            group["lr"] = public.optimizer["param_groups"][number].get("lr", group["lr"])
     generator = seeded_generator(config.train.seed, step)
     state = {
         "optimizer": {"state": states, "param_groups": groups},
@@ -158,12 +166,13 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
     check_public_layout(load_config(run_dir).model, str(run_dir))
     saved = checkpoint.load_checkpoint(run_dir)
     run = load_config(run_dir)
-    where = str(saved.path)
+    where, score = str(saved.path), saved.config.score
+    check_public_layout(saved.config, where)
     model = _meta_model(saved.config, saved.path)
     state = saved.trainer_state
     public = state.get("public") or {}
     moments = moments_by_name(state["optimizer"], model, run.train.parameter_groups, where)
-    states, numbers = number_moments(moments, model, "public")
+    states, numbers = number_moments(moments, model, _GROUPING[score])
     if epoch is None:
         epoch = _finished_epochs(run, state["step"], public)
     our_groups = state["optimizer"]["param_groups"]
@@ -179,8 +188,8 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
     args = public.get("args") or {**public_arguments(run), OWN_CONFIG: json.dumps(to_dict(run))}
     order = [name for name, _ in model.named_parameters()]
     content = {
-        "model": _public({name: saved.weights[name] for name in order}),
-        "model_ema": _public({name: saved.averages[name] for name in order}),
+        "model": _public({name: saved.weights[name] for name in order}, score),
+        "model_ema": _public({name: saved.averages[name] for name in order}, score),
         "optimizer": {"state": states, "param_groups": groups},
         "epoch": epoch,
         "scaler": public.get("scaler") or dict(_SCALER),
@@ -189,7 +198,9 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
     require_writable(out, needed_bytes=4 * _bytes(saved.weights))
     write_atomically(out, lambda path: torch.save(content, path))
     note = ""
-    if run.train.parameter_groups == "paper":
+    if score == "diffusion" and run.train.generator_lr_scale != 1:
+        note = "; the public code will train the diffusion head at the full rate"
+    elif score == "energy" and run.train.parameter_groups == "paper":
         note = "; the public code will train the generator's biases and norms at the full rate (docs/distributed.md)"
     return f"{out}: {len(order)} tensors, epoch {epoch}, step {state['step']}{note}"
 

@@ -243,7 +243,7 @@ def test_files_that_are_no_ear_checkpoints(tmp_path, capsys):
     _refused(capsys, tmp_path, source, "no state dict 'model'")
     model = dict(content["model"])
     public_file(source, model={**model, "diffloss.net.input_proj.weight": torch.zeros(2)})
-    _refused(capsys, tmp_path, source, "holds a MAR model")
+    _refused(capsys, tmp_path, source, "two heads", "neither EAR nor MAR")
     public_file(source, model={key: t for key, t in model.items() if not key.startswith("scoreloss")})
     _refused(capsys, tmp_path, source, "no generator")
     public_file(source)

@@ -248,7 +248,9 @@ def test_masks_of_the_loop_follow_the_schedule(tiny_model, monkeypatch):
     seen = []
     forward = tiny_model.backbone.forward
     monkeypatch.setattr(
-        tiny_model.backbone, "forward", lambda t, m, c: seen.append(m.sum(dim=-1).tolist()) or forward(t, m, c)
+        tiny_model.backbone,
+        "forward",
+        lambda t, m, c, **more: seen.append(m.sum(dim=-1).tolist()) or forward(t, m, c),
     )
     tiny_model.sample(torch.tensor([1, 2]), steps=4)
     assert seen == [[16, 16], [14, 14], [11, 11], [6, 6]]

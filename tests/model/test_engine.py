@@ -83,7 +83,7 @@ def test_guidance_on_an_interval_and_another_order(interval, monkeypatch):
     model, setting = wide_model(), SamplingConfig(6, 3.0, "linear", 0.7, *interval, "halton")
     sizes = []
     forward = model.backbone.forward
-    monkeypatch.setattr(model.backbone, "forward", lambda t, m, c: sizes.append(len(t)) or forward(t, m, c))
+    monkeypatch.setattr(model.backbone, "forward", lambda t, m, c, **more: sizes.append(len(t)) or forward(t, m, c))
     expected = decode_tokens(model, LABELS, setting, ImageDraws(4, range(3)))
     assert set(sizes) == {3, 6}
     torch.testing.assert_close(incremental(model, setting, ImageDraws(4, range(3))), expected, rtol=1e-4, atol=1e-5)
