@@ -289,6 +289,19 @@ def _block(width: int, heads: int, length: int, dtype: torch.dtype, dropout: flo
         backward(functional.transformer_block(residual, block, options))
 
 
+def _causal(width: int, heads: int, length: int, dtype: torch.dtype, dropout: float) -> None:
+    """Causal attention alone, and with the norm before it, as mixed precision runs it."""
+    operations: Any = functional
+    branch = tensor(2, length, width, dtype=dtype, grad=True)
+    residual, scale, shift, branch_bias = (tensor(*size, width, grad=True) for size in ((2, length), (), (), ()))
+    attention = [tensor(3 * width, width, grad=True), tensor(3 * width, grad=True), heads]
+    norm = [branch, residual, scale, shift, branch_bias]
+    with torch.autocast("cpu", dtype):
+        backward(operations.self_attention(branch, *attention, dropout=dropout, causal=True))
+        both = {"dropout": dropout, "attention_dropout": dropout, "causal": True}
+        backward(*operations.norm_self_attention(*norm, *attention, **both))
+
+
 def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     # EAR-B, EAR-L, EAR-H at full tiles of the attention and at others, and small and odd.
     for width, heads, length in ((768, 12, 320), (1024, 16, 321), (1280, 16, 320), (1280, 16, 77), (60, 3, 5)):
@@ -299,6 +312,12 @@ def _transformer_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{what}, plain", partial(_block, width, heads, length, torch.bfloat16, 0.0, False, True)
     yield f"{what}, without gradients", partial(_block, 768, 12, 320, torch.bfloat16, 0.1, True, False)
     yield "block, 2048", partial(_block, 2048, 32, 320, torch.bfloat16, 0.1, True, True)
+    # 64 copies of the class and 255 tokens, and full tiles.
+    for width, heads, length in ((768, 12, 319), (768, 12, 320), (1280, 16, 319), (1280, 16, 320), (60, 3, 5)):
+        for dtype in HALVES:
+            for dropout in (0.1, 0.0):
+                what = f"causal attention, {width}, {length}, {dtype}, dropout {dropout}"
+                yield what, partial(_causal, width, heads, length, dtype, dropout)
 
 
 def _adamw_call(dtype: torch.dtype | None, divided: bool) -> None:

@@ -93,7 +93,8 @@ class ModelConfig:
     score: str = "energy"
     """The score that is trained (docs/scores.md)."""
     order: Order = "masked"
-    """Bidirectional over masked tokens, or causal over next tokens: row by row, or in one random order for all."""
+    """Bidirectional over masked tokens, or causal over next tokens: row by row, or in one random order for all
+    (docs/model.md, "Orders")."""
     backbone: Literal["ear", "mar"] = "ear"
     """One stack of blocks over all tokens, or MAR's: an encoder of the known ones, then a decoder of depth blocks."""
     encoder_depth: int = 12
@@ -156,7 +157,7 @@ class SamplingConfig:
     """How images are sampled when the command line does not say otherwise."""
 
     steps: int = 64
-    """Decoding steps."""
+    """Decoding steps; a causal model takes one token a step, whatever this is."""
     guidance: float = 3.0
     """Guidance scale; 1 is none."""
     guidance_schedule: Literal["linear", "constant"] = "linear"
@@ -168,7 +169,8 @@ class SamplingConfig:
     guidance_to: float = 1.0
     """Share of known tokens up to which guidance is applied."""
     order: Literal["random", "halton"] = "random"
-    """Order of the tokens: uniformly random, or one that keeps tokens of a step apart (docs/sampling.md)."""
+    """Order of the tokens: uniformly random, or one that keeps tokens of a step apart (docs/sampling.md). A causal
+    model has its own, and takes "random" here."""
     diffusion_steps: int = 100
     """Steps of the diffusion score from noise to a token, evenly spaced over those of its training."""
 

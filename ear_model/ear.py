@@ -1,6 +1,7 @@
 """The assembled model: tokenizer, backbone and score. Shapes: B images, L tokens, M masked tokens an image."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,13 @@ from ear_model.config import ModelConfig, SamplingConfig, check_sampling
 from ear_model.draws import TORCH_DRAWS, Draws, ImageDraws
 from ear_model.model import masking
 from ear_model.model.backbone import Backbone
+from ear_model.model.causal import CausalBackbone
 from ear_model.model.mar_backbone import MarBackbone
 from ear_model.model.weights import check_fit, check_same_score, load_weights, on_meta
 from ear_model.presets import model_config
 from ear_model.run_dir import AVERAGES_FILE, CONFIG_FILE, WEIGHTS_FILE, latest_checkpoint, load_config, step_of
-from ear_model.sampling.decoding import Progress
 from ear_model.sampling.engine import Engines, Precision
+from ear_model.sampling.steps import Progress
 from ear_model.score_names import score_entry
 from ear_model.scores import make_score
 from ear_model.tokenizers.patches import PixelPatches
@@ -48,11 +50,10 @@ class EAR(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.order != "masked":
-            raise ValueError(f"order is {config.order!r}; this model predicts masked tokens only: 'masked'")
         self.config = config
         self.tokenizer = PixelPatches(config.image_size, config.channels, config.patch_size)
-        self.backbone: Backbone = MarBackbone(config) if config.backbone == "mar" else Backbone(config)
+        backbones = {"ear": Backbone, "mar": MarBackbone}
+        self.backbone: Any = (backbones[config.backbone] if config.order == "masked" else CausalBackbone)(config)
         self.score: Any = make_score(config)
         self._engines = Engines()
 
@@ -99,39 +100,67 @@ class EAR(nn.Module):
         run_blocks: Callable[[Tensor], Tensor] | None = None,
         score_loss: Callable[[Tensor, Tensor, Draws], Tensor] | None = None,
     ) -> Tensor:
-        """The training loss of the score over the masked tokens (paper Eq. 10 for EAR), a scalar in float32.
+        """The training loss of the score over the masked tokens, or over all of a causal model's (paper Eq. 10 for
+        EAR), a scalar in float32.
 
         Args:
             images: images or latents, ``[B, channels, size, size]``, floating point.
             labels: int64 ``[B]``. Values are checked on a CPU only: reading a GPU tensor would stall the step.
             num_masked: masked tokens an image; drawn anew for every batch if None (docs/model.md, "Masking").
+                Must be None with a causal order, which masks nothing.
             draws: where orders, dropped classes and noise come from.
             run_blocks: what does the work of ``backbone.run_blocks`` in its place, such as a CUDA graph.
             score_loss: likewise of ``score.loss``.
 
         Raises:
-            ValueError: wrong shapes or labels out of range. TypeError: no tensors, or of wrong dtypes.
+            ValueError: wrong shapes, labels or num_masked out of range. TypeError: no tensors, or of wrong dtypes.
         """
         check_floating("images", images)
         self._check_labels(labels, images.shape[0])
+        is_causal = self.config.order != "masked"
+        if is_causal and num_masked is not None:
+            raise ValueError(
+                f"num_masked is {num_masked} and the model's order is {self.config.order!r}, which masks nothing; "
+                "give None"
+            )
         tokens_BLT = self.score.encode(self.tokenizer.encode(images))
+        rows = self._next_token_rows if is_causal else partial(self._masked_rows, num_masked)
+        return (score_loss or self.score.loss)(*rows(tokens_BLT, labels, draws, run_blocks), draws)
+
+    def _masked_rows(
+        self,
+        num_masked: int | None,
+        tokens_BLT: Tensor,
+        labels: Tensor,
+        draws: Draws,
+        run_blocks: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[R, C]`` and values ``[R, T]`` of the masked tokens."""
         batch, num_tokens, token_size = tokens_BLT.shape
         if num_masked is None:
             num_masked = masking.draw_num_masked(num_tokens, self.config.min_mask_ratio, self.config.masking, draws)
         if not 1 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked is {num_masked}; it must be in 1..{num_tokens}")
-        orders_BL = masking.random_orders(batch, num_tokens, images.device, draws)
+        orders_BL = masking.random_orders(batch, num_tokens, tokens_BLT.device, draws)
         positions_BM = orders_BL[:, :num_masked]
         masked_BL = torch.zeros_like(orders_BL, dtype=torch.bool).scatter(1, positions_BM, True)
-
-        classes_BC = self.backbone.embed_classes(labels)
-        if self.training:
-            classes_BC = self.backbone.drop_classes(classes_BC, draws)
-        hidden_BLC = self.backbone(tokens_BLT, masked_BL, classes_BC, run_blocks, num_masked)
-        starts_B1 = torch.arange(batch, device=images.device).unsqueeze(1) * num_tokens
+        hidden_BLC = self.backbone(tokens_BLT, masked_BL, self._embed_classes(labels, draws), run_blocks, num_masked)
+        starts_B1 = torch.arange(batch, device=tokens_BLT.device).unsqueeze(1) * num_tokens
         rows_R = (positions_BM + starts_B1).flatten()
         hidden_RC = SelectRows.apply(hidden_BLC.flatten(0, 1), rows_R)
-        return (score_loss or self.score.loss)(hidden_RC, tokens_BLT.reshape(-1, token_size)[rows_R], draws)
+        return hidden_RC, tokens_BLT.reshape(-1, token_size)[rows_R]
+
+    def _next_token_rows(
+        self, tokens_BLT: Tensor, labels: Tensor, draws: Draws, run_blocks: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B L, C]`` and values ``[B L, T]`` of all tokens, image by image in the model's order."""
+        hidden_BLC = self.backbone(tokens_BLT, self._embed_classes(labels, draws), run_blocks)
+        return hidden_BLC.flatten(0, 1), tokens_BLT[:, self.backbone.order_L].flatten(0, 1)
+
+    def _embed_classes(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Class embeddings ``[B, C]``, in training some of them the null class's."""
+        classes_BC = self.backbone.embed_classes(labels)
+        return self.backbone.drop_classes(classes_BC, draws) if self.training else classes_BC
 
     @torch.no_grad()
     def sample(
@@ -158,13 +187,14 @@ class EAR(nn.Module):
 
         Args:
             labels: int64 ``[B]``.
-            steps: decoding steps; any number.
+            steps: decoding steps; any number. A causal model takes one token a step, whatever it is.
             guidance: guidance scale g; 1 is none.
             temperature: factor on the shift of the generator's residual blocks; other scores have their own
                 (docs/training.md, "Other scores").
             guidance_schedule: "linear" (g grows as tokens become known) or "constant".
             guidance_from, guidance_to: guidance is applied while the share of known tokens is in this interval.
-            order: of the tokens, "random" as in the paper or "halton" (docs/sampling.md, "Approximations").
+            order: of the tokens, "random" as in the paper or "halton" (docs/sampling.md, "Approximations"). A causal
+                model has an order of its own, and "halton" is refused.
             diffusion_steps: of the diffusion score, from noise to a token.
             generator: a torch.Generator of the labels' device, which all images are drawn from in turn.
             draws: in its place where orders and noise come from, such as :class:`ear_model.draws.ImageDraws`. With

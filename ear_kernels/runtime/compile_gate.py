@@ -131,6 +131,7 @@ KNOWN_SPILLS = (
     KnownSpill(OUTSIDE, {}, 120, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("pairwise_product_kernel",), {}, 32, NOT_HOPPER, ("sm_80",)),
     KnownSpill(("attention_kernel",), {}, 32, NOT_HOPPER, ("sm_80", "sm_100")),
+    KnownSpill(ATTENTION, {"CAUSAL": "True"}, 32, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("field_gradients_kernel",), {"BLOCK_N": "16"}, 16, NOT_HOPPER, ("sm_80", "sm_100")),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 8, "float64 with all that there is"),
     KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 56, ONE_WARP, triton="3.6"),

@@ -47,6 +47,9 @@ class TransformerBlock(Block):
     (:mod:`ear_kernels.runtime.plain`); otherwise timm's forward calls them.
     """
 
+    causal = False
+    """Whether a position attends to itself and those before it alone."""
+
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, proj_drop: float = 0.0, **options: Any) -> None:
         super().__init__(width, heads, mlp_ratio, proj_drop=proj_drop, **options)
         self.rate = proj_drop
@@ -70,7 +73,7 @@ class TransformerBlock(Block):
         # What torch.compile makes of the operations is its own affair.
         found = None if torch.compiler.is_compiling() else read_block(self, hidden)
         if found is None or found[0].fc2_bias is None or found[1].dropouts != (rate, rate, rate):
-            return super().forward(hidden if pending is None else settled(hidden, pending, rate)), None
+            return self.plain_forward(hidden if pending is None else settled(hidden, pending, rate)), None
         weights: Any = found[0]
         options = found[1]
         seed = seeds.unbind() if seeds is not None else (None, None, None)
@@ -78,11 +81,15 @@ class TransformerBlock(Block):
         norms = (weights.norm1_weight, weights.norm1_bias), (weights.norm2_weight, weights.norm2_bias)
         if pending is None:
             norm1: Any = self.norm1
-            mixed = self_attention(norm1(hidden), *qkv, dropout=options.attention_dropout)
+            mixed = self_attention(norm1(hidden), *qkv, dropout=options.attention_dropout, causal=self.causal)
         else:
             rates: Any = {"dropout": rate, "attention_dropout": options.attention_dropout}
             hidden, mixed = norm_self_attention(
-                pending[0], hidden, *norms[0], pending[1], *qkv, **rates, eps=options.eps[0], seed=seed[0]
+                *(pending[0], hidden, *norms[0], pending[1], *qkv),
+                **rates,
+                causal=self.causal,
+                eps=options.eps[0],
+                seed=seed[0],
             )
         projected = project(mixed, weights.proj_weight)
         mlp = (weights.proj_bias, weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, None)
@@ -91,6 +98,10 @@ class TransformerBlock(Block):
         )
         # A copy: FSDP frees a block's gathered parameters when it returns.
         return hidden, (out, weights.fc2_bias.clone())
+
+    def plain_forward(self, hidden: Tensor) -> Tensor:
+        """The whole residual stream ``[B, L, C]`` after the block, by calling its submodules."""
+        return super().forward(hidden)
 
 
 def settled(hidden: Tensor, pending: Pending, rate: float) -> Tensor:
@@ -117,6 +128,10 @@ def sinusoid_2d(num_tokens: int, width: int) -> Tensor:
 class Backbone(nn.Module):
     """Maps known and masked tokens and a class to a hidden state per token."""
 
+    BLOCK: type[TransformerBlock] = TransformerBlock
+    IS_MASKED = True
+    """Whether there is a mask token."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
@@ -124,9 +139,10 @@ class Backbone(nn.Module):
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
         self.z_proj = nn.Linear(config.token_dim, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        if self.IS_MASKED:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
-        self.decoder_blocks = make_blocks(config, config.depth)
+        self.decoder_blocks = make_blocks(config, config.depth, self.BLOCK)
         self.decoder_norm = make_norm(width)
         self.reset_parameters()
 
@@ -147,7 +163,8 @@ class Backbone(nn.Module):
                     positions += sinusoid_2d(*positions.shape).to(positions) * SINUSOID_STD
 
     def _embeddings(self) -> tuple[Tensor, ...]:
-        return self.class_emb.weight, self.fake_latent, self.mask_token, self.decoder_pos_embed_learned
+        masks = (self.mask_token,) if self.IS_MASKED else ()
+        return self.class_emb.weight, self.fake_latent, *masks, self.decoder_pos_embed_learned
 
     def _token_positions(self) -> list[Tensor]:
         """Views ``[L, C]`` of the positions that tokens are read at."""
@@ -204,10 +221,10 @@ class Backbone(nn.Module):
         return self.config.dropout if self.training else 0.0
 
 
-def make_blocks(config: ModelConfig, depth: int) -> nn.ModuleList:
+def make_blocks(config: ModelConfig, depth: int, kind: type[TransformerBlock] = TransformerBlock) -> nn.ModuleList:
     """Blocks of a backbone."""
     return nn.ModuleList(
-        TransformerBlock(
+        kind(
             config.width,
             config.num_heads,
             config.mlp_ratio,

@@ -3,12 +3,16 @@
 import math
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ear_model.draws import TORCH_DRAWS, Draws
 
 MASK_RATIO_STD = 0.25
+
+ORDER_KEY = 0x454152
+"""Key of the counter-based generator that the one random order of causal models comes from."""
 
 
 def random_orders(batch: int, num_tokens: int, device: torch.device, draws: Draws = TORCH_DRAWS) -> Tensor:
@@ -55,6 +59,22 @@ def radical_inverse(number: int, base: int) -> float:
 def draw_orders(order: str, batch: int, num_tokens: int, device: torch.device, draws: Draws) -> Tensor:
     """Orders of a kind: "random" or "halton"."""
     return {"random": random_orders, "halton": halton_orders}[order](batch, num_tokens, device, draws)
+
+
+def token_order(order: str, num_tokens: int) -> Tensor:
+    """The order in which a causal model predicts the tokens of every image, int64 ``[num_tokens]`` on the CPU.
+
+    Args:
+        order: "causal" is row by row. "random" is one permutation, a function of ``num_tokens`` alone: the ranks of
+            the first ``num_tokens`` words of Philox 4x64-10 with the key :data:`ORDER_KEY`, from counter 0. Raw
+            words, not numpy's ``permutation``, are the same in every version of numpy. It is stored nowhere.
+        num_tokens: L.
+    """
+    if order == "causal":
+        places = np.arange(num_tokens)
+    else:
+        places = np.random.Philox(key=ORDER_KEY).random_raw(num_tokens).argsort(kind="stable")
+    return torch.from_numpy(places.astype(np.int64))
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:

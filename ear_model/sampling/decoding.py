@@ -4,57 +4,14 @@ Everything that depends on the schedule is a number of the host, so the loop nev
 step has a shape known before it starts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor
 
-from ear_model.config import ModelConfig, SamplingConfig
+from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
-from ear_model.model.masking import draw_orders, guidance_scale, unmasking_schedule
-from ear_model.score_names import score_entry
-
-
-class SamplingModel(Protocol):
-    """What sampling needs of a model, such as :class:`ear_model.ear.EAR`."""
-
-    config: ModelConfig
-    backbone: Any
-    score: Any
-    tokenizer: Any
-
-    def sample(self, *arguments: Any, **options: Any) -> Tensor: ...
-
-    def parameters(self, *arguments: Any) -> Iterator[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of decoding, which what wraps the steps (``progress=``) gets one by one.
-
-    Args:
-        number: 0 for the first.
-        left, keep: masked tokens before and after it.
-        images: the images ``[B, channels, size, size]`` as far as they are known when it is called; tokens that
-            are not known yet are 0. It waits for the device.
-    """
-
-    number: int
-    left: int
-    keep: int
-    images: Callable[[], Tensor]
-
-
-Progress = Callable[[Iterable[Step]], Iterable[Step]]
-
-
-def steps_of(num_tokens: int, steps: int, images: Callable[[], Tensor], progress: Progress | None) -> Iterable[Step]:
-    """The steps of :func:`unmasking_schedule` that predict something, in order, wrapped in ``progress``."""
-    schedule = enumerate(unmasking_schedule(num_tokens, steps))
-    found = [Step(number, left, keep, images) for number, (left, keep) in schedule if left > keep]
-    return found if progress is None else progress(found)
+from ear_model.model.masking import draw_orders, guidance_scale
+from ear_model.sampling.causal import decode_causal
+from ear_model.sampling.steps import Progress, SamplingModel, score_options, steps_of
 
 
 def decode_tokens(
@@ -64,10 +21,16 @@ def decode_tokens(
     draws: Draws,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Tokens ``[B, L, T]`` in float32, every one predicted exactly once in a random order per image."""
+    """Tokens ``[B, L, T]`` in float32, every one predicted exactly once, in a random order per image or the model's.
+
+    Raises:
+        ValueError: a Halton order of a causal model.
+    """
+    if model.config.order != "masked":
+        return decode_causal(model, labels_B, sampling, draws, progress)
     batch, num_tokens = labels_B.shape[0], model.config.num_tokens
     device, score = labels_B.device, model.score
-    options = {name: getattr(sampling, name) for name in score_entry(model.config.score).sampling_options}
+    options = score_options(model, sampling)
     tokens_BLT = torch.zeros(batch, num_tokens, score.token_size, device=device)
     orders_BL = draw_orders(sampling.order, batch, num_tokens, device, draws)
     ranks_BL = orders_BL.argsort(dim=-1)  # the rank of a token is its place in the order; high ranks come first

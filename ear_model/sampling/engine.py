@@ -25,9 +25,10 @@ from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
 from ear_model.model.backbone import Backbone, TransformerBlock
-from ear_model.sampling.decoding import Progress, SamplingModel, decode_tokens, steps_of
+from ear_model.sampling.decoding import decode_tokens
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.steps import Progress, SamplingModel, steps_of
 from ear_model.sampling.weights import Weights
 from ear_model.scores import EnergyScore
 

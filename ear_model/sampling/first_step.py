@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_model.sampling.decoding import SamplingModel
 from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.steps import SamplingModel
 from ear_model.sampling.weights import Weights
 
 MOST_BYTES = 2**26

@@ -12,8 +12,8 @@ from ear_model.config import SamplingConfig
 from ear_model.draws import ImageDraws, check_seed
 from ear_model.progress import Progress
 from ear_model.sampling.decoder import Bytes
-from ear_model.sampling.decoding import SamplingModel
 from ear_model.sampling.memory import halving
+from ear_model.sampling.steps import SamplingModel
 
 
 class ReleasingModel(SamplingModel, Protocol):

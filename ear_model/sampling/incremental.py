@@ -25,7 +25,7 @@ from ear_kernels.functional import (
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import draw_orders, guidance_scale
-from ear_model.sampling.decoding import SamplingModel
+from ear_model.sampling.steps import SamplingModel
 from ear_model.sampling.weights import DEPENDENT, Weights
 
 MOST_PREPARED = 2**27

@@ -12,9 +12,9 @@ from torch import Tensor
 from ear_model.config import SamplingConfig
 from ear_model.draws import ImageDraws
 from ear_model.errors import RunError
-from ear_model.sampling.decoding import SamplingModel, Step
 from ear_model.sampling.engine import compute_dtype
 from ear_model.sampling.preview import Preview
+from ear_model.sampling.steps import SamplingModel, Step
 
 SECONDS_BETWEEN_SIGNS = 0.5
 

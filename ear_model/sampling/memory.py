@@ -35,8 +35,11 @@ def sampling_bytes(config: ModelConfig, *, guided: bool, itemsize: int) -> int:
     row = 2 * 4 * width + (2 * 3 * width + 4 * width + 2 * inner) * itemsize
     modulation = (3 * config.generator_depth + 2) * config.generator_width * itemsize
     token = modulation + 4 * (config.noise_dim + 3 * config.token_dim)
+    inputs = config.class_tokens + config.num_tokens
     sequences = 2 if guided else 1
-    return sequences * (config.class_tokens + config.num_tokens) * row + config.num_tokens * token
+    # The keys and values of a causal model.
+    cache = 0 if config.order == "masked" else 2 * config.depth * (inputs - 1) * width * itemsize
+    return sequences * (inputs * row + cache) + config.num_tokens * token
 
 
 def busy_batch(config: ModelConfig, *, guided: bool) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ear_model.plots import grid_picture, png_bytes
-from ear_model.sampling.decoding import Progress, Step
+from ear_model.sampling.steps import Progress, Step
 
 Show = Callable[[int, int, Tensor], None]
 """Gets how many steps are done, of how many, and images ``[B, channels, H, W]`` in -1..1 on the CPU, its own copy."""

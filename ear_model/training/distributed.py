@@ -225,7 +225,7 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
     if world_size() == 1:
         return model
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

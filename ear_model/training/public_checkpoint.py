@@ -158,8 +158,8 @@ def export_run(run_dir: Path, out: Path, *, epoch: int | None = None) -> str:
         epoch: last finished epoch; counted if None.
 
     Raises:
-        ValueError: ``out`` exists; a run of another score or order than EAR's; no whole checkpoint; an epoch that
-            can't be counted as the data set is not here.
+        ValueError: ``out`` exists; a run of another score or order than EAR's or MAR's; no whole checkpoint; an
+            epoch that can't be counted as the data set is not here.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new --out")

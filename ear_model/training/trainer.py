@@ -222,10 +222,11 @@ class Trainer:
         with self.engine.scope():
             for part in range(train.accumulate):
                 images, labels = self._next_batch(self.step * train.accumulate + part)
-                num_masked = masking.draw_num_masked(
-                    model.num_tokens, model.min_mask_ratio, model.masking, self.randomness.same_everywhere
-                )
-                options = {"num_masked": num_masked, "draws": self.randomness.of_images, **self.engine.options}
+                options = {"draws": self.randomness.of_images, **self.engine.options}
+                if model.order == "masked":
+                    options["num_masked"] = masking.draw_num_masked(
+                        model.num_tokens, model.min_mask_ratio, model.masking, self.randomness.same_everywhere
+                    )
                 with distributed.accumulating(self.replica, last=part + 1 == train.accumulate):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16):
                         loss = self.replica(images, labels, **options) / train.accumulate

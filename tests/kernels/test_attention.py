@@ -25,10 +25,11 @@ def problem(batch: int, length: int, heads: int, dim: int, has_bias: bool, sprea
     return draw(batch, length, width), draw(3 * width, width) * (spread / width**0.5), bias
 
 
-def oracle(x, weight, bias, heads, factors=None):
+def oracle(x, weight, bias, heads, factors=None, causal=False):
     batch, length, _ = x.shape
     packed = F.linear(x, weight, bias).view(batch, length, 3, heads, weight.shape[0] // (3 * heads))
-    return reference.attention(*packed.permute(2, 0, 3, 1, 4).unbind(), factors).transpose(1, 2).flatten(2)
+    split = packed.permute(2, 0, 3, 1, 4).unbind()
+    return reference.attention(*split, factors, causal=causal).transpose(1, 2).flatten(2)
 
 
 def outputs_and_gradients(function, tensors, grad, dtype):
@@ -49,7 +50,7 @@ def compare(monkeypatch, ours, plain, tensors, grad, dtype, terms) -> None:
         assert_close_to_eager(f"result {number}", one, two, three, terms**0.5 if terms > 1 else 0.0, ulps=2)
 
 
-def check(batch, length, heads, dim, dtype, has_bias, dropout) -> None:
+def check(batch, length, heads, dim, dtype, has_bias, dropout, causal=False) -> None:
     """Output and gradients for a random problem, with what the dropout keeps given to the oracle."""
     from ear_kernels.ops.transformer import launch_attention
 
@@ -63,8 +64,8 @@ def check(batch, length, heads, dim, dtype, has_bias, dropout) -> None:
             factors = (reference.kept(draws, threshold) * scale).view(batch, heads, length, length)
         compare(
             monkeypatch,
-            lambda *given: self_attention(*given, heads, dropout=dropout),
-            lambda *given: oracle(*given, heads, factors),
+            lambda *given: self_attention(*given, heads, dropout=dropout, causal=causal),
+            lambda *given: oracle(*given, heads, factors, causal),
             tensors,
             draw(batch, length, heads * dim),
             dtype,

@@ -284,8 +284,11 @@ def test_every_tile_of_pairs_is_launched(launches):
 
 
 def test_every_launch_of_the_block_is_used(launches, monkeypatch):
-    heads = options_of(launches, "attention_fwd_kernel", "BN", "num_warps", "EVEN")
-    assert heads == {(*launch_attention.keys_and_warps(dim), even) for dim in (64, 80) for even in (True, False)}
+    heads = options_of(launches, "attention_fwd_kernel", "BN", "num_warps", "EVEN", "CAUSAL")
+    assert heads == {
+        (*launch_attention.keys_and_warps(dim), even, causal)
+        for dim, even, causal in itertools.product((64, 80), (True, False), (True, False))
+    }
     rows = answers(monkeypatch, launch_block, "norm_backward_config", lambda config, width: config)
     assert rows >= {launch_block.norm_backward_config(width) for width in (64, 768, 1024, 1280, 2048)}
 

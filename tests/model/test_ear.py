@@ -312,15 +312,18 @@ class _RefuseHostReads(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_no_host_reads_in_step_and_loop(tiny_model, monkeypatch):
+@pytest.mark.parametrize("order", ["masked", "random"])
+def test_no_host_reads_in_step_and_loop(order, monkeypatch):
     """The CPU stand-in for the GPU script's sync debug mode (benchmarks/gpu_check_eager.py)."""
+    tiny_model = randomise(EAR(replace(TINY, order=order)))
     monkeypatch.setattr(EAR, "_check_labels", lambda *arguments: None)  # looks at values on a CPU only
     monkeypatch.setattr(masking, "draw_num_masked", lambda *arguments: 13)  # reads a CPU generator
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
     with _RefuseHostReads():
         tiny_model.train()(images, labels).backward()
         with torch.no_grad():
-            decode_tokens(tiny_model.eval(), labels, SamplingConfig(6, 2.0), ImageDraws(1, range(4)))
+            sampling = SamplingConfig(6, 2.0, guidance_from=0.25)
+            decode_tokens(tiny_model.eval(), labels, sampling, ImageDraws(1, range(4)))
 
 
 def test_no_images_and_one_image(tiny_model):

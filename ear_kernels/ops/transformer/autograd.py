@@ -148,21 +148,29 @@ class QKVHeads(torch.autograd.Function):
 
 
 def attention(
-    ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, shape: tuple[int, int]
+    ctx: Any,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    dropout: float,
+    causal: bool,
+    shape: tuple[int, int],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(the heads' results side by side, ``[B, L, W]``; what backward wants saved) of ``rows [B L, C]``."""
     qkv, low_weight = cast_linear(rows, weight, bias)
     qkv = qkv.view(*shape, weight.shape[0])
     draws = launch_attention.draw(shape[0], heads, shape[1], rows.device) if dropout else None
-    out, lse = launch_attention.attention(qkv, heads, draws, dropout)
-    ctx.dtypes, ctx.heads, ctx.dropout = (weight.dtype, dtype_of(bias)), heads, dropout
+    out, lse = launch_attention.attention(qkv, heads, draws, dropout, causal)
+    ctx.dtypes, ctx.heads, ctx.dropout, ctx.causal = (weight.dtype, dtype_of(bias)), heads, dropout, causal
     return out, [low_weight, qkv, out, lse, draws]
 
 
 def attention_backward(ctx: Any, grad_out: Tensor, saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the packed query, key and value ``[B L, 3W]``, of the rows, and of the bias."""
     low_weight, qkv, out, lse, draws = saved
-    grad, sums = launch_attention.attention_backward(grad_out, qkv, out, lse, ctx.heads, draws, ctx.dropout)
+    options = ctx.heads, draws, ctx.dropout, ctx.causal
+    grad, sums = launch_attention.attention_backward(grad_out, qkv, out, lse, *options)
     grad = grad.flatten(0, 1)
     return grad, torch.mm(grad, low_weight), cast_to(ctx.dtypes[1], sums)
 
@@ -171,9 +179,11 @@ class SelfAttention(torch.autograd.Function):
     """``x [B, L, C]`` -> the heads' results side by side, ``[B, L, W]``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float, causal: bool
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[2])
-        out, saved = attention(ctx, rows, weight, bias, heads, dropout, (x.shape[0], x.shape[1]))
+        out, saved = attention(ctx, rows, weight, bias, heads, dropout, causal, (x.shape[0], x.shape[1]))
         ctx.save_for_backward(rows, *saved)
         return out
 
@@ -183,4 +193,4 @@ class SelfAttention(torch.autograd.Function):
         rows, *saved = ctx.saved_tensors
         grad, grad_rows, grad_bias = attention_backward(ctx, grad_out.contiguous(), saved)
         grad_x = grad_rows.view(*grad_out.shape[:2], rows.shape[1])
-        return grad_x, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, None, None
+        return grad_x, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, None, None, None

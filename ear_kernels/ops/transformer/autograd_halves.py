@@ -61,7 +61,7 @@ class NormSelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Inputs: those of the norm, then weight, bias, heads, dropout and (B, L) of the attention, and the dtype."""
+        """Inputs: those of the norm, weight, bias, heads, dropout, causal, (B, L) of attention, the dtype."""
         x, rows, saved = _norm(ctx, inputs[:7], inputs[-1])
         out, attention_saved = autograd.attention(ctx, rows, *inputs[7:-1])
         ctx.save_for_backward(*attention_saved, *saved)
@@ -74,7 +74,7 @@ class NormSelfAttention(torch.autograd.Function):
         grad_out = torch.zeros_like(saved[2]) if grad_out is None else grad_out.contiguous()
         grad, grad_rows, grad_bias = autograd.attention_backward(ctx, grad_out, saved[:5])
         norm, rows = _norm_backward(ctx, grad_x, grad_rows, saved[5:], "norm_self_attention")
-        return *norm, None, None, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, None, None, None, None
+        return *norm, None, None, weight_gradient(grad, rows, ctx.dtypes[0]), grad_bias, *[None] * 5
 
 
 class NormGeluMLP(torch.autograd.Function):

@@ -146,12 +146,15 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @takes_tensors
-def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, dropout: float = 0.0) -> Tensor:
-    """Bidirectional multi-head self-attention with dropout of its weights, without the output linear.
+def self_attention(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
+    """Multi-head self-attention with dropout of its weights, without the output linear.
 
     Args:
         x, weight, bias, heads: as for :func:`qkv_heads`.
         dropout: probability that an attention weight is dropped, in [0, 1); drawn from torch's generator.
+        causal: whether a position sees itself and those before it alone; all of them if not.
 
     Returns:
         ``[B, L, heads D]``, the heads' results side by side, in the autocast dtype, or in the promoted dtype without
@@ -166,9 +169,9 @@ def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *
     if dtype is not None and _kernels_take("self_attention", x, weight, bias):
         from ear_kernels.ops.transformer.autograd import SelfAttention
 
-        return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout)
+        return SelfAttention.apply(x.to(dtype), weight, bias, heads, dropout, causal)
     query, key, value = qkv_heads(x, weight, bias, heads)
-    mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -185,6 +188,7 @@ def norm_self_attention(
     *,
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
+    causal: bool = False,
     eps: float = 1e-6,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +200,7 @@ def norm_self_attention(
         branch, residual: ``[B, L, W]``.
         norm_weight, norm_bias, branch_bias, dropout, eps, seed: as ``weight`` and so on of
             :func:`dropout_add_layer_norm`.
-        weight, bias, heads, attention_dropout: as for :func:`self_attention`.
+        weight, bias, heads, attention_dropout, causal: as for :func:`self_attention`.
 
     Returns:
         ``x = residual + dropout(branch + branch_bias)`` and the heads' results ``[B, L, heads D]``.
@@ -214,13 +218,13 @@ def norm_self_attention(
 
         norm = _norm_inputs(branch, branch_bias, residual, norm_weight, norm_bias)
         options = Dropout.of(dropout, seed, residual.device), eps
-        attention = weight, bias, heads, attention_dropout, residual.shape[:2]
+        attention = weight, bias, heads, attention_dropout, causal, residual.shape[:2]
         x, out = NormSelfAttention.apply(*norm, *options, *attention, dtype)
         return x.view(residual.shape), out
     x, normed = dropout_add_layer_norm(
         branch, residual, norm_weight, norm_bias, branch_bias, dropout=dropout, eps=eps, seed=seed
     )
-    return x, self_attention(normed, weight, bias, heads, dropout=attention_dropout)
+    return x, self_attention(normed, weight, bias, heads, dropout=attention_dropout, causal=causal)
 
 
 @takes_tensors

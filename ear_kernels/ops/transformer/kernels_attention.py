@@ -16,7 +16,8 @@ four warps Triton uses WGMMA, and a WGMMA whose left operand comes from register
 
 BLOCK_D holds a head's features, or the first 64 of them where there are more (SPLIT): then the other DIM - 64 are in
 a block of 16 of their own (names that end in _E). 80 features in one block would be 128, 60 % more work for the
-tensor cores. EVEN: no masks of rows; FULL: none of features either.
+tensor cores. EVEN: no masks of rows; FULL: none of features either. CAUSAL: a query sees the keys up to its own
+position; tiles that are wholly above the diagonal are not visited, and every other one is masked.
 """
 
 import triton
@@ -80,6 +81,14 @@ def _head(qkv, length, heads, DIM: tl.constexpr):
 
 
 @triton.jit
+def _keys_end(length, CAUSAL: tl.constexpr):
+    """The end of the keys that the program's BM queries see."""
+    if CAUSAL:
+        return tl.minimum(length, (tl.program_id(0) + 1) * BM)
+    return length
+
+
+@triton.jit
 def _column(index):
     """The odd number c of a key's position, a scrambled one so that no three of them are evenly spaced by design."""
     x = (index + 1).to(tl.uint32) * 0x9E3779B1
@@ -102,6 +111,7 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BN: tl.constexpr,
     EVEN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     SPLIT: tl.constexpr = DIM > BLOCK_D
     REST: tl.constexpr = DIM - BLOCK_D
@@ -120,7 +130,7 @@ def attention_fwd_kernel(
     top = tl.full([BM], -float("inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
-    for first in tl.range(0, length, BN, num_stages=STAGES):
+    for first in tl.range(0, _keys_end(length, CAUSAL), BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
@@ -130,6 +140,8 @@ def attention_fwd_kernel(
         logits *= scale_log2
         if not EVEN:
             logits = tl.where(cols[None, :] < length, logits, -float("inf"))
+        if CAUSAL:
+            logits = tl.where(cols[None, :] <= rows[:, None], logits, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         shrink = tl.exp2(top - higher)
         p = tl.exp2(logits - higher[:, None])
@@ -178,6 +190,7 @@ def attention_bwd_query_kernel(
     BLOCK_D: tl.constexpr,
     BN: tl.constexpr,
     EVEN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """``ds = p (dp - delta)``, ``dq = ds k / sqrt(D)`` for BM queries of a head."""
     SPLIT: tl.constexpr = DIM > BLOCK_D
@@ -206,7 +219,7 @@ def attention_bwd_query_kernel(
         r = _values(draws + vector, rows, length, 0, EVEN)
         s = _values(draws + total + vector, rows, length, 0, EVEN)
     acc = tl.zeros([BM, BLOCK_D] if SPLIT else [BLOCK_D, BM], tl.float32)
-    for first in tl.range(0, length, BN, num_stages=STAGES):
+    for first in tl.range(0, _keys_end(length, CAUSAL), BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         k = _rows(base + width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         logits = tl.dot(q, k.T)
@@ -216,6 +229,8 @@ def attention_bwd_query_kernel(
         p = tl.exp2(logits * scale_log2 - log_sum[:, None])
         if not EVEN:
             p = tl.where(cols[None, :] < length, p, 0.0)
+        if CAUSAL:
+            p = tl.where(cols[None, :] <= rows[:, None], p, 0.0)
         # Here, not beside k: there sm_80 spills 8 B. sm_90 gets the same code either way.
         v = _rows(base + 2 * width, cols, cols_d, stride, length, DIM, EVEN, FULL)
         dp = tl.dot(g, v.T)
@@ -264,6 +279,7 @@ def attention_bwd_key_kernel(
     BLOCK_D: tl.constexpr,
     BN: tl.constexpr,
     EVEN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """``dv = (dropped p)^T dy`` and ``dk = ds^T q / sqrt(D)`` for BN keys of a head."""
     SPLIT: tl.constexpr = DIM > BLOCK_D
@@ -285,7 +301,10 @@ def attention_bwd_key_kernel(
         c = _column(keys)
     grad_k = tl.zeros([BN, BLOCK_D] if SPLIT else [BLOCK_D, BN], tl.float32)
     grad_v = tl.zeros([BN, BLOCK_D] if SPLIT else [BLOCK_D, BN], tl.float32)
-    for first in tl.range(0, length, BM, num_stages=STAGES):
+    begin = 0
+    if CAUSAL:
+        begin = tl.program_id(0) * BN // BM * BM
+    for first in tl.range(begin, length, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM)
         q = _rows(base, rows, cols_d, stride, length, DIM, EVEN, FULL)
         g = _rows(grads, rows, cols_d, width, length, DIM, EVEN, FULL)
@@ -301,6 +320,8 @@ def attention_bwd_key_kernel(
         if SPLIT:
             logits = tl.dot(k_E, q_E.T, tl.dot(k, q.T))
             p = tl.exp2(logits * scale_log2 - log_sum[None, :])
+            if CAUSAL:
+                p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
             dp = tl.dot(v_E, g_E.T, tl.dot(v, g.T))
             dropped = p
             if draws is not None:
@@ -314,6 +335,8 @@ def attention_bwd_key_kernel(
             grad_k = tl.dot(ds.to(q.dtype), q, grad_k)
         else:
             p = tl.exp2(tl.dot(q, k.T) * scale_log2 - log_sum[:, None])
+            if CAUSAL:
+                p = tl.where(keys[None, :] <= rows[:, None], p, 0.0)
             dp = tl.dot(g, v.T)
             dropped = p
             if draws is not None:

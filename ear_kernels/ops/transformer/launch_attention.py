@@ -34,29 +34,40 @@ def draw(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**31), 2**31, (2, batch * heads, length), dtype=torch.int32, device=device)
 
 
-def _scalars_and_options(dim: int, length: int, heads: int, dropout: float) -> tuple[list[float], dict[str, Any]]:
+def _scalars_and_options(
+    dim: int, length: int, heads: int, dropout: float, causal: bool
+) -> tuple[list[float], dict[str, Any]]:
     """The kernels' numbers, and their constexprs and launch options."""
     keys, warps = keys_and_warps(dim)
     block = 64 if dim > 64 else max(16, next_power_of_two(dim))
     scalars = [length, heads, math.log2(math.e) / math.sqrt(dim), *threshold_of(dropout)]
     even = (dim == block or dim > 64) and length % QUERIES == 0 and length % keys == 0
-    return scalars, {"DIM": dim, "BLOCK_D": block, "BN": keys, "EVEN": even, "num_warps": warps}
+    return scalars, {"DIM": dim, "BLOCK_D": block, "BN": keys, "EVEN": even, "CAUSAL": causal, "num_warps": warps}
 
 
-def attention(qkv: Tensor, heads: int, draws: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+def attention(
+    qkv: Tensor, heads: int, draws: Tensor | None, dropout: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Contiguous ``qkv [B, L, 3W]`` -> (``[B, L, W]``, float32 ``[B H, L]``: log2 of the softmax's sums)."""
     batch, length, triple = qkv.shape
     out = qkv.new_empty((batch, length, triple // 3))
     lse = qkv.new_empty((batch * heads, length), dtype=torch.float32)
     if out.numel():
-        scalars, options = _scalars_and_options(triple // 3 // heads, length, heads, dropout)
+        scalars, options = _scalars_and_options(triple // 3 // heads, length, heads, dropout, causal)
         grid = (ceil_div(length, QUERIES), batch * heads)
         launch(kernels.attention_fwd_kernel, grid, qkv, out, lse, draws, *scalars, on=qkv, **options)
     return out, lse
 
 
 def attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, draws: Tensor | None, dropout: float
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    draws: Tensor | None,
+    dropout: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of ``qkv``, its column sums ``[3W]`` in float32); ``grad_out [B, L, W]`` is contiguous."""
     batch, length, triple = qkv.shape
@@ -64,7 +75,7 @@ def attention_backward(
     grad = torch.empty_like(qkv)
     if not grad.numel():
         return grad, qkv.new_zeros(triple, dtype=torch.float32)
-    scalars, options = _scalars_and_options(width // heads, length, heads, dropout)
+    scalars, options = _scalars_and_options(width // heads, length, heads, dropout, causal)
     blocks_m, blocks_n = ceil_div(length, QUERIES), ceil_div(length, options["BN"])
     delta = torch.empty_like(lse)
     # Rows that only one of the kernels writes, where their blocks differ, count as zeros.

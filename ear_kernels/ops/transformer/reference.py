@@ -112,9 +112,18 @@ def kept(draws: Tensor, threshold: int) -> Tensor:
     return torch.where(bits >= 2**31, bits - 2**32, bits) >= threshold
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, factors: Tensor | None = None) -> Tensor:
-    """``(softmax(q k^T / sqrt(D)) * factors) v`` of ``[B, H, L, D]``; ``factors [B, H, L, L]``: the dropout's."""
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, factors: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """``(softmax(q k^T / sqrt(D)) * factors) v`` of ``[B, H, L, D]``; ``factors [B, H, L, L]``: the dropout's.
+
+    ``causal``: query i sees the keys 0 .. i; the logits of the others are minus infinity.
+    """
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(later, -torch.inf)
+    weights = logits.softmax(-1)
     return (weights if factors is None else weights * factors.to(weights.dtype)) @ value
 
 
