@@ -21,7 +21,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 
 # A module each in ear_model/commands, imported when called; what its ``run(arguments)`` raises, ``main`` reports.
-COMMANDS = ("train", "convert", "cache", "train-tokenizer", "sample", "evaluate", "glyphs", "train-judge", "serve")
+COMMANDS = (
+    *("train", "convert", "cache", "train-tokenizer", "train-codebook"),
+    *("sample", "evaluate", "glyphs", "train-judge", "serve"),
+)
 
 USAGE = """usage: ear COMMAND ...
 
@@ -32,6 +35,7 @@ USAGE = """usage: ear COMMAND ...
   ear convert FILE.pth --out RUN   make a run directory of a public EAR checkpoint, or the reverse
   ear cache IMAGES --out CACHE     encode a tree of images for training
   ear train-tokenizer IMAGES       train a small autoencoder on a tree of images
+  ear train-codebook CACHE         train the codebook of a categorical model
   ear glyphs --out TREE --num-per-class 1000
                                    draw an image tree of characters
   ear train-judge TREE --out JUDGE train a classifier that scores samples
@@ -44,6 +48,7 @@ KEPT = {
     "train": "`--resume` goes on from the last checkpoint",
     "cache": "whole shards are kept, the same command goes on",
     "train-tokenizer": "the same command goes on from the last .partial file",
+    "train-codebook": "no codebook was written",
     "sample": "images of --images-out and --npz are kept, the same command goes on",
     "glyphs": "whole images are kept, the same command goes on",
     "convert": "nothing was converted",

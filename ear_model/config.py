@@ -23,10 +23,12 @@ _ADDED_FIELDS: dict[str, dict[str, Any]] = {
         "score": "energy",
         "order": "masked",
         "components": 16,
+        "codebook_size": 1024,
         "backbone": "ear",
         "encoder_depth": 12,
         "diffusion_steps": 1000,
     },
+    "RunConfig": {"codebook": ""},
     "TrainConfig": {"min_lr": 0.0},
     "SamplingConfig": {"guidance_from": 0.0, "guidance_to": 1.0, "order": "random", "diffusion_steps": 100},
 }
@@ -82,6 +84,8 @@ class ModelConfig:
     """Samples per masked token in training; all pairs are used. Of the diffusion score: noise levels per token."""
     components: int = 16
     """Gaussians of the mixture score."""
+    codebook_size: int = 1024
+    """Number K of different tokens of the categorical score."""
     min_mask_ratio: float = 0.7
     """Smallest share of masked tokens in training, with truncated_normal."""
     masking: Literal["truncated_normal", "cosine"] = "truncated_normal"
@@ -110,6 +114,8 @@ class ModelConfig:
         check_range(self, "positive", "mlp_ratio")
         check_range(self, "in (0, 2]", "alpha")
         check_range(self, "at least 1" if self.score == "diffusion" else "at least 2", "num_samples")
+        check_range(self, "at least 2", "codebook_size")
+        check_range(self, "at most 2^24", "codebook_size")
         check_range(self, "in (0, 1]", "min_mask_ratio")
         check_range(self, "in [0, 1)", "dropout", "attention_dropout", "label_dropout")
         _check_divides(self, "image_size", "patch_size")
@@ -281,6 +287,8 @@ class RunConfig:
     """Directory of the cache; unused for the digits."""
     tokenizer: str = ""
     """Weights of the tokenizer that decodes samples to pixels; empty if the model reads pixels."""
+    codebook: str = ""
+    """File of `ear train-codebook` that the categorical score starts with; its checkpoints hold the codebook."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -13,6 +13,7 @@ _RANGES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
+    "at most 2^24": lambda value: value <= 2**24,  # indices are exact in float32
     "positive": lambda value: value > 0,
     "positive and finite": lambda value: 0 < value < math.inf,
     "at least 0 and finite": lambda value: 0 <= value < math.inf,

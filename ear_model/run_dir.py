@@ -30,7 +30,7 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with its paths absolute, so that they hold in any working directory."""
-    paths = {name: getattr(config, name) for name in ("data_path", "tokenizer")}
+    paths = {name: getattr(config, name) for name in ("data_path", "tokenizer", "codebook")}
     return replace(config, **{name: os.path.abspath(path) for name, path in paths.items() if path})
 
 

@@ -15,6 +15,8 @@ class ScoreEntry:
     """Fields of SamplingConfig that its ``draw_noise`` and ``sample`` take as keywords."""
     train_options: tuple[str, ...] = ()
     """Fields of TrainConfig that it takes and not every score does."""
+    vocabulary: str = ""
+    """Field of ModelConfig with the number of different tokens, where tokens are indices ``[B, L, 1]``."""
     public_names: tuple[str, str] | None = None
     """A prefix of its parameters' names, and what stands in its place in public checkpoints."""
 
@@ -30,6 +32,9 @@ SCORES: dict[str, ScoreEntry] = {
     ),
     "mixture": ScoreEntry("ear_model.scores.mixture:MixtureScore", ("components",)),
     "gaussian": ScoreEntry("ear_model.scores.gaussian:GaussianScore"),
+    "categorical": ScoreEntry(
+        "ear_model.scores.categorical:CategoricalScore", ("codebook_size",), vocabulary="codebook_size"
+    ),
     "diffusion": ScoreEntry(
         "ear_model.scores.diffusion:DiffusionScore",
         (*_GENERATOR, "num_samples", "diffusion_steps"),

@@ -25,6 +25,7 @@ from ear_kernels.public_blocks import read_block
 from ear_kernels.runtime.plain import are_modules_watched, work_together
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
+from ear_model.score_names import score_entry
 
 # Where our kernels don't take the attention (float32, heads wider than 80): cuDNN's is the fastest on a Hopper GPU.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -125,6 +126,16 @@ def sinusoid_2d(num_tokens: int, width: int) -> Tensor:
     return nn.functional.pad(torch.cat([rows, columns], dim=2).flatten(0, 1), (0, width % 4))
 
 
+class TokenEmbedding(nn.Embedding):
+    """A table ``weight [K, C]`` in the place of ``z_proj``, for tokens that are indices: float32 ``[B, L, 1]``.
+
+    A token that is not finite, which whoever samples refuses in the end, is read as 0.
+    """
+
+    def forward(self, tokens_BL1: Tensor) -> Tensor:
+        return super().forward(tokens_BL1.squeeze(-1).nan_to_num(0).long())
+
+
 class Backbone(nn.Module):
     """Maps known and masked tokens and a class to a hidden state per token."""
 
@@ -138,7 +149,7 @@ class Backbone(nn.Module):
         self.config, self.class_tokens = config, config.class_tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
-        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj = make_embedding(config)
         if self.IS_MASKED:
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, config.class_tokens + config.num_tokens, width))
@@ -164,11 +175,18 @@ class Backbone(nn.Module):
 
     def _embeddings(self) -> tuple[Tensor, ...]:
         masks = (self.mask_token,) if self.IS_MASKED else ()
-        return self.class_emb.weight, self.fake_latent, *masks, self.decoder_pos_embed_learned
+        tables = (self.z_proj.weight,) if isinstance(self.z_proj, TokenEmbedding) else ()
+        return self.class_emb.weight, self.fake_latent, *masks, self.decoder_pos_embed_learned, *tables
 
     def _token_positions(self) -> list[Tensor]:
         """Views ``[L, C]`` of the positions that tokens are read at."""
         return [self.decoder_pos_embed_learned[0, self.class_tokens :]]
+
+    def embed_values(self, tokens_BLT: Tensor) -> Tensor:
+        """Tokens as vectors of the backbone's width, ``[B, L, C]``."""
+        if isinstance(self.z_proj, TokenEmbedding):  # indices: 16 bits could not hold them
+            return self.z_proj(tokens_BLT)
+        return self.z_proj(tokens_BLT.to(self.decoder_pos_embed_learned.dtype))
 
     def embed_classes(self, labels_B: Tensor) -> Tensor:
         """Class embeddings ``[B, C]``."""
@@ -201,7 +219,7 @@ class Backbone(nn.Module):
             num_masked: how many are masked in every image, for backbones that compute less then. Unused here.
         """
         batch = tokens_BLD.shape[0]
-        embedded_BLC = self.z_proj(tokens_BLD.to(self.mask_token.dtype))
+        embedded_BLC = self.embed_values(tokens_BLD)
         embedded_BLC = torch.where(masked_BL.unsqueeze(-1), self.mask_token.to(embedded_BLC.dtype), embedded_BLC)
         prefix = classes_BC.to(embedded_BLC.dtype).unsqueeze(1).expand(batch, self.class_tokens, -1)
         hidden = torch.cat([prefix, embedded_BLC], dim=1) + self.decoder_pos_embed_learned
@@ -219,6 +237,14 @@ class Backbone(nn.Module):
     @property
     def _dropout(self) -> float:
         return self.config.dropout if self.training else 0.0
+
+
+def make_embedding(config: ModelConfig) -> "nn.Linear | TokenEmbedding":
+    """What makes vectors of the backbone's width of tokens: a linear, or a table of a score with a vocabulary."""
+    vocabulary = score_entry(config.score).vocabulary
+    if vocabulary:
+        return TokenEmbedding(getattr(config, vocabulary), config.width)
+    return nn.Linear(config.token_dim, config.width)
 
 
 def make_blocks(config: ModelConfig, depth: int, kind: type[TransformerBlock] = TransformerBlock) -> nn.ModuleList:

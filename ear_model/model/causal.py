@@ -93,7 +93,7 @@ class CausalBackbone(Backbone):
         """Inputs ``[B, n, C]`` that are the tokens first .. first + n - 1 of the order, given in the order."""
         places = self.class_tokens + self.order_L[first : first + tokens_BnT.shape[1]]
         position = self.decoder_pos_embed_learned
-        return self.z_proj(tokens_BnT.to(position.dtype)) + position[:, places]
+        return self.embed_values(tokens_BnT) + position[:, places]
 
     def forward(  # type: ignore[override]
         self, tokens_BLT: Tensor, classes_BC: Tensor, run_blocks: Callable[[Tensor], Tensor] | None = None

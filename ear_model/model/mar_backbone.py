@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ear_model.config import ModelConfig
-from ear_model.model.backbone import Backbone, make_blocks, make_norm, run_stack
+from ear_model.model.backbone import Backbone, TokenEmbedding, make_blocks, make_embedding, make_norm, run_stack
 
 
 class MarBackbone(Backbone):
@@ -32,7 +32,7 @@ class MarBackbone(Backbone):
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, width))
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, config.num_tokens, width))
         self.class_emb = nn.Embedding(config.num_classes, width)
-        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj = make_embedding(config)
         self.z_proj_ln = make_norm(width)
         self.encoder_blocks = make_blocks(config, config.encoder_depth)
         self.encoder_norm = make_norm(width)
@@ -43,7 +43,8 @@ class MarBackbone(Backbone):
 
     def _embeddings(self) -> tuple[Tensor, ...]:
         positions = self.encoder_pos_embed_learned, self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned
-        return self.class_emb.weight, self.fake_latent, self.mask_token, *positions
+        tables = (self.z_proj.weight,) if isinstance(self.z_proj, TokenEmbedding) else ()
+        return self.class_emb.weight, self.fake_latent, self.mask_token, *positions, *tables
 
     def _token_positions(self) -> list[Tensor]:
         return [
@@ -79,7 +80,7 @@ class MarBackbone(Backbone):
         kept_BS = torch.cat([prefix, known_BK + self.class_tokens], dim=1)
         index_BSC = kept_BS.unsqueeze(-1).expand(-1, -1, self.config.width)
 
-        embedded = self.z_proj(tokens_BLD.to(self.mask_token.dtype))
+        embedded = self.embed_values(tokens_BLD)
         classes = classes_BC.unsqueeze(1).expand(-1, self.class_tokens, -1)
         placed = torch.cat([classes, embedded], dim=1) + self.encoder_pos_embed_learned
         encoded = self.run_encoder(self.z_proj_ln(placed.gather(1, index_BSC)))

@@ -81,3 +81,27 @@ class TokenizerTraining:
         check_range(self, "positive and finite", "lr", "clip")
         check_range(self, "at least 0 and finite", "kl_weight")
         check_range(self, "at least 0", "seed")
+
+
+@dataclass(frozen=True)
+class CodebookTraining:
+    """How a codebook is trained."""
+
+    size: int = 1024
+    """Number K of codes."""
+    steps: int = 2000
+    """Steps at most; it ends when the distortion stalls."""
+    batch_size: int = 256
+    """Images a step."""
+    decay: float = 0.98
+    """Decay a step of the moving averages that codes are made of."""
+    seed: int = 0
+    """Of the first codes, of the images' order and draws, and of what dead codes become."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "at least 1", "steps", "batch_size")
+        check_range(self, "at least 2", "size")
+        check_range(self, "at most 2^24", "size")
+        check_range(self, "in [0, 1)", "decay")
+        check_range(self, "at least 0", "seed")

@@ -20,6 +20,7 @@ from ear_model.tensor_files import read_tensors, usable_weights, without_wrapper
 from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.public_files import IGNORED_PREFIXES, read_public
+from ear_model.tokenizers.vq16 import EMBEDDING, read_vq
 from ear_model.torch_files import read_torch
 
 # One entry of the metadata: safetensors writes several in a random order, and a file's checksum would change with it.
@@ -85,7 +86,8 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
             public file, safetensors or pickle, in the layout of latent-diffusion (``kl16.ckpt``, ``state_dict``
             files, whole diffusion models) or of diffusers' AutoencoderKL. Its latent scale is the file's
             ``scale_factor``, or ``scaling_factor`` of a ``config.json`` beside it; else KL-16's for that shape, and
-            diffusers' default 0.18215 in that layout. Entries that no image passes through are ignored.
+            diffusers' default 0.18215 in that layout. Entries that no image passes through are ignored. Or a pickle
+            in the layout of VQ-16 (:mod:`ear_model.tokenizers.vq16`), of latent scale 1.
         device: where to put it.
 
     Raises:
@@ -99,6 +101,8 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
         config, scale, tensors = _read_safetensors(path)
     else:
         tensors, is_kl16 = _read_pickle(path)
+        if EMBEDDING in tensors:
+            return AutoencoderTokenizer(read_vq(path, tensors).to(device), 1.0)
         config, scale = KL16, KL16_LATENT_SCALE
         if not is_kl16:
             config, scale, tensors = read_public(path, tensors)

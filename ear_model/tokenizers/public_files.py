@@ -53,7 +53,7 @@ def read_public(path: Path, tensors: dict[str, Any]) -> tuple[AutoencoderConfig,
     is_diffusers = any(".down_blocks." in name or ".mid_block." in name for name in tensors)
     if is_diffusers:
         tensors = _from_diffusers(path, tensors)
-    config = _shape(path, tensors)
+    config = autoencoder_shape(path, tensors)
     return config, _scale(path, scale, config, is_diffusers), tensors
 
 
@@ -84,7 +84,7 @@ def _renamed(name: str, levels: int) -> str:
     return name.replace(".conv_norm_out.", ".norm_out.")
 
 
-def _shape(path: Path, tensors: dict[str, Tensor]) -> AutoencoderConfig:
+def autoencoder_shape(path: Path, tensors: dict[str, Tensor]) -> AutoencoderConfig:
     """The configuration, from what the tensors' names and shapes show; all of them are compared with it later."""
     try:
         channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]

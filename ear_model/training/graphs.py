@@ -60,7 +60,11 @@ def wanted(config: RunConfig) -> bool:
 def is_plain(model: EAR) -> bool:
     """Whether graphs of a model in training would leave out nothing: no hooks, wrappers or computed weights."""
     other = (model.config.score, model.config.order, model.config.backbone) != ("energy", "masked", "ear")
-    return not other and _read_blocks(model.backbone) is not None and _read_score(model.score) is not None
+    return (
+        kind == ("energy", "masked", "ear")
+        and _read_blocks(model.backbone) is not None
+        and _read_score(model.score) is not None
+    )
 
 
 def _where(parameters: Iterable[Tensor | None]) -> tuple:

@@ -16,12 +16,15 @@ def parameter_groups(model: EAR, config: TrainConfig) -> list[dict]:
 
     "paper": (1) 1-D parameters and biases of the backbone: no decay; (2) its other parameters, embeddings and
     positions included: decay; (3) the whole generator: no decay, scaled rate. "public", the grouping of the
-    public code: (1) also holds the generator's 1-D parameters and biases, at the full rate.
+    public code: (1) also holds the generator's 1-D parameters and biases, at the full rate. What is not trained,
+    such as a codebook, is in none.
     """
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     generator: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         one_dimensional = parameter.ndim == 1 or name.endswith(".bias")
         if name.startswith("score.") and not (one_dimensional and config.parameter_groups == "public"):
             generator.append(parameter)

@@ -29,6 +29,7 @@ from ear_model.run_dir import (
 )
 from ear_model.score_names import score_entry
 from ear_model.training import checkpoint, distributed, graphs, optim
+from ear_model.training.codebook import give_codebook
 from ear_model.training.engine import Engine, compile_blocks
 from ear_model.training.randomness import Randomness
 from ear_model.training.run_log import RunLog, truncate_metrics, write_environment
@@ -91,6 +92,7 @@ class Trainer:
                 if self.is_main and load_config(run_dir) != config:
                     save_config(run_dir, config)
             else:
+                give_codebook(self.model, config)
                 self._start_run_dir()
         self.model.to(self.device).train()
         self.use_bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")

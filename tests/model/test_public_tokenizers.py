@@ -11,7 +11,7 @@ import torch
 from ear_model.tokenizers.config import KL16, AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.kl16 import AutoencoderKL
 from ear_model.tokenizers.latent import load_latent_tokenizer, save_autoencoder
-from ear_model.tokenizers.public_files import _shape
+from ear_model.tokenizers.public_files import autoencoder_shape
 from tests.model.conftest import randomise
 
 SHAPES = {
@@ -114,7 +114,7 @@ def test_state_dicts_of_latent_diffusion_are_read(tmp_path, shape):
 def test_the_shape_of_kl16_is_told_from_its_tensors(tmp_path):
     with torch.device("meta"):
         tensors = AutoencoderKL(KL16).state_dict()
-    assert _shape(tmp_path, tensors) == KL16
+    assert autoencoder_shape(tmp_path, tensors) == KL16
 
 
 def test_public_tokenizers_that_do_not_fit_are_named(tmp_path):
