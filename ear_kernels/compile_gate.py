@@ -48,7 +48,7 @@ def _loss(
     other: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """``other``: dtype of the targets and weights where it is not that of the samples."""
+    """``other``: dtype of the targets and weights where it is not that of the samples. With a kernel: its score."""
     rows, n, m, features = sizes
     x = tensor(rows, n, features, dtype=dtype, grad=grads[0])
     other = other or dtype
@@ -62,13 +62,20 @@ def _loss(
         "weights": tensor(rows, dtype=other),
         "feature_weights": tensor(features, dtype=other),
     }
-    backward(functional.energy_loss(x, target, **{term: given[term] for term in terms}, **options))
+    operation: Any = functional.kernel_score_loss if "kernel" in options else functional.energy_loss
+    backward(operation(x, target, **{term: given[term] for term in terms}, **options))
 
 
 def _strided_loss(x: Tensor, y: Tensor, **options: Any) -> None:
     backward(functional.energy_loss(x.requires_grad_(), y.requires_grad_(), **options))
 
 
+BORDERS = (
+    (1, 2, 1, 1), ENSEMBLE, (999, 64, 2, 1), (77, 3, 5, 7), (333, 8, 2, 16), (64, 2, 2, 129), (64, 4, 2, 129),
+    (333, 16, 17, 33), (256, 32, 1, 64), (64, 64, 20, 64), (64, 2, 2, 1024), (64, 2, 3, 2048),
+    (8, 8, 1, 100000), (3, 2, 1, 10000),
+)  # fmt: skip
+"""Both sides of each border of the tiles (one feature, 256 to 4,096 elements) and rows of several programs."""
 TERMS = ("mask", "weights", "feature_weights")
 SWITCHES: tuple[dict[str, Any], ...] = (
     {"alpha": 2.0},
@@ -88,13 +95,8 @@ def _energy_loss_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"energy loss, {name}, {dtype}, everything", partial(_loss, sizes, dtype, **EVERYTHING)
             yield f"Gaussian, {name}, {dtype}", partial(_loss, sizes, dtype, gaussian=True)
             yield f"Gaussian, {name}, {dtype}, everything", partial(_loss, sizes, dtype, gaussian=True, **EVERYTHING)
-    # Both sides of each border of the tiles (one feature, 256 to 4,096 elements) and rows of several programs.
     for dtype in (torch.float32, torch.float64):
-        for sizes in (
-            (1, 2, 1, 1), ENSEMBLE, (999, 64, 2, 1), (77, 3, 5, 7), (333, 8, 2, 16), (64, 2, 2, 129), (64, 4, 2, 129),
-            (333, 16, 17, 33), (256, 32, 1, 64), (64, 64, 20, 64), (64, 2, 2, 1024), (64, 2, 3, 2048),
-            (8, 8, 1, 100000), (3, 2, 1, 10000),
-        ):  # fmt: skip
+        for sizes in BORDERS:
             yield f"energy loss, {sizes}, {dtype}", partial(_loss, sizes, dtype, (True, True))
             yield f"Gaussian, {sizes}, {dtype}", partial(_loss, sizes, dtype, gaussian=True)
             yield f"Gaussian, {sizes}, {dtype}, all gradients", partial(_loss, sizes, dtype, (True, True), True)
@@ -154,6 +156,26 @@ def _energy_loss_variants() -> Iterator[tuple[str, Callable[[], None]]]:
         ("a slice", tensor(100, 2, 33)[..., 1:17], tensor(100, 40)[:, :16], {}),
     ):
         yield f"energy loss, {name}", partial(_strided_loss, x, y, **layout)
+
+
+def _kernel_score_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("", {}),
+        (", everything", {"grads": (True, True), "terms": TERMS}),
+    )
+    for kernel in ("gaussian", "laplace"):
+        what = f"kernel score, {kernel}"
+        for dtype in ALL_FLOATS:
+            for name, sizes in (("EAR", EAR), ("CALM", (2048, 8, 1, 128)), ("field", (8, 16, 2, 3000))):
+                for extra, more in variants:
+                    yield f"{what}, {name}, {dtype}{extra}", partial(_loss, sizes, dtype, kernel=kernel, **more)
+        for dtype in (torch.float32, torch.float64):
+            for sizes in BORDERS:
+                yield f"{what}, {sizes}, {dtype}", partial(_loss, sizes, dtype, (True, True), kernel=kernel)
+        for grads in ((False, False), (False, True)):
+            yield f"{what}, gradients {grads}", partial(_loss, EAR, grads=grads, kernel=kernel)
+        for options in SWITCHES[3:]:
+            yield f"{what}, {options}", partial(_loss, EAR, kernel=kernel, **options)
 
 
 def _energy_distance_calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -341,6 +363,7 @@ def example_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _energy_loss_calls()
     yield from _energy_loss_double()
     yield from _energy_loss_variants()
+    yield from _kernel_score_calls()
     yield from _energy_distance_calls()
     yield from _generator_calls()
     yield from _transformer_calls()

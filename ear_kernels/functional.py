@@ -1,7 +1,12 @@
 """Index of the public operations; each is defined, with its checks and errors, in ``ops/*/functional*.py``."""
 
 from ear_kernels.ops.decoding.functional import guided_norm, predicted_rows, write_rows, write_tokens
-from ear_kernels.ops.energy_loss.functional import check_energy_loss_options, energy_loss
+from ear_kernels.ops.energy_loss.functional import (
+    check_energy_loss_options,
+    check_kernel_score_options,
+    energy_loss,
+    kernel_score_loss,
+)
 from ear_kernels.ops.generator.functional import (
     adaln_modulate,
     gated_silu_ffn,
@@ -35,6 +40,7 @@ __all__ = [
     "attention",
     "attention_rows",
     "check_energy_loss_options",
+    "check_kernel_score_options",
     "dropout_add_layer_norm",
     "energy_loss",
     "gated_silu_ffn",
@@ -44,6 +50,7 @@ __all__ = [
     "generator_few_rows",
     "generator_modulations",
     "guided_norm",
+    "kernel_score_loss",
     "linear_gelu",
     "linear_inference",
     "linear_residual",

@@ -27,6 +27,8 @@ _ADDED_FIELDS: dict[str, dict[str, Any]] = {
         "backbone": "ear",
         "encoder_depth": 12,
         "diffusion_steps": 1000,
+        "kernel": "gaussian",
+        "bandwidth": 1.0,
     },
     "RunConfig": {"codebook": ""},
     "TrainConfig": {"min_lr": 0.0},
@@ -105,6 +107,10 @@ class ModelConfig:
     """Blocks of the mar backbone's encoder."""
     diffusion_steps: int = 1000
     """Noise levels T of the diffusion score."""
+    kernel: Literal["gaussian", "laplace"] = "gaussian"
+    """Kernel of the kernel score: exp(-|v|^2 / (2 h^2)) or exp(-|v| / h)."""
+    bandwidth: float = 1.0
+    """Bandwidth h of that kernel in units of sqrt(D), D numbers of a token; for tokens of about unit variance."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -113,6 +119,7 @@ class ModelConfig:
         check_range(self, "at least 1", "encoder_depth", "diffusion_steps")
         check_range(self, "positive", "mlp_ratio")
         check_range(self, "in (0, 2]", "alpha")
+        check_range(self, "positive and finite", "bandwidth")
         check_range(self, "at least 1" if self.score == "diffusion" else "at least 2", "num_samples")
         check_range(self, "at least 2", "codebook_size")
         check_range(self, "at most 2^24", "codebook_size")

@@ -21,14 +21,21 @@ class ScoreEntry:
     """A prefix of its parameters' names, and what stands in its place in public checkpoints."""
 
 
-_GENERATOR = ("generator_width", "generator_depth")
+_MLP = ("generator_width", "generator_depth")
+_GENERATOR = (*_MLP, "noise_dim", "noise", "num_samples")
+_PUBLIC_GENERATOR = ("generator.", "scoreloss.net.")
 
 SCORES: dict[str, ScoreEntry] = {
     "energy": ScoreEntry(
         "ear_model.scores.energy:EnergyScore",
-        (*_GENERATOR, "noise_dim", "noise", "alpha", "num_samples"),
+        (*_GENERATOR, "alpha"),
         train_options=("tau", "finetune_tau", "loss_chunks", "rows_per_noise"),
-        public_names=("generator.", "scoreloss.net."),
+        public_names=_PUBLIC_GENERATOR,
+    ),
+    "kernel": ScoreEntry(
+        "ear_model.scores.kernel:KernelScore",
+        (*_GENERATOR, "kernel", "bandwidth"),
+        public_names=_PUBLIC_GENERATOR,
     ),
     "mixture": ScoreEntry("ear_model.scores.mixture:MixtureScore", ("components",)),
     "gaussian": ScoreEntry("ear_model.scores.gaussian:GaussianScore"),
@@ -37,7 +44,7 @@ SCORES: dict[str, ScoreEntry] = {
     ),
     "diffusion": ScoreEntry(
         "ear_model.scores.diffusion:DiffusionScore",
-        (*_GENERATOR, "num_samples", "diffusion_steps"),
+        (*_MLP, "num_samples", "diffusion_steps"),
         sampling_options=("diffusion_steps",),
         public_names=("net.", "diffloss.net."),
     ),

@@ -29,6 +29,7 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "gelu",
         "gelu_mlp",
         "inference_attention",
+        "kernel_score_loss",
         "linear_gelu",
         "linear_inference",
         "mlp_generator",

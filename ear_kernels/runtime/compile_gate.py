@@ -137,6 +137,7 @@ KNOWN_SPILLS = (
     KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 56, ONE_WARP, triton="3.6"),
     KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "16", "BLOCK_D": "64"}, 96, ONE_WARP, triton="3.6"),
     KnownSpill(("field_combine_kernel",), {}, 8, DIVISION, ("sm_100",)),
+    KnownSpill(("field_combine_kernel",), {"MODE": "3"}, 16, "float64: three words kept over calls of divisions"),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "4", "BLOCK_D": "256"}, 160, ONE_WARP),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_R": "16"}, 64, ONE_WARP),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "32", "BLOCK_D": "64"}, 24, "many samples' sums"),

@@ -2,5 +2,6 @@
 
 from ear_model.scores.base import Score, make_score
 from ear_model.scores.energy import EnergyScore
+from ear_model.scores.generator import GeneratorScore
 
-__all__ = ["EnergyScore", "Score", "make_score"]
+__all__ = ["EnergyScore", "GeneratorScore", "Score", "make_score"]

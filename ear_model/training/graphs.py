@@ -59,12 +59,10 @@ def wanted(config: RunConfig) -> bool:
 
 def is_plain(model: EAR) -> bool:
     """Whether graphs of a model in training would leave out nothing: no hooks, wrappers or computed weights."""
-    other = (model.config.score, model.config.order, model.config.backbone) != ("energy", "masked", "ear")
-    return (
-        kind == ("energy", "masked", "ear")
-        and _read_blocks(model.backbone) is not None
-        and _read_score(model.score) is not None
-    )
+    kind = model.config.score, model.config.order, model.config.backbone
+    if kind != ("energy", "masked", "ear"):
+        return False
+    return _read_blocks(model.backbone) is not None and _read_score(model.score) is not None
 
 
 def _where(parameters: Iterable[Tensor | None]) -> tuple:

@@ -180,7 +180,11 @@ def test_opcheck(reduction, device):
     mask = torch.rand(5, device=device) > 0.5
     torch.library.opcheck(
         torch.ops.ear_kernels.energy_loss_forward,
-        (samples, target, mask, None, None, 1.0, 1.0, 0.0, reduction, True, True),
+        (samples, target, mask, None, None, 1.0, 1.0, 0.0, reduction, "", True, True),
+    )
+    torch.library.opcheck(
+        torch.ops.ear_kernels.energy_loss_forward,
+        (samples, target, mask, None, None, 0.5, 1.0, 0.0, reduction, "laplace", True, True),
     )
     seed = torch.tensor([3], device=device)
     torch.library.opcheck(

@@ -29,7 +29,9 @@ def _backend(triton_backend):
     """Every test here asks for Triton; ``evaluate`` asks for others by name."""
 
 
-def evaluate(backend: str, arguments: dict, options: dict, upcast: bool = False, incoming=None):
+def evaluate(
+    backend: str, arguments: dict, options: dict, upcast: bool = False, incoming=None, operation=energy_loss
+):
     """(loss, gradient of samples, gradient of target) of one backend."""
     up = (lambda t: t.double() if t is not None and t.is_floating_point() else t) if upcast else (lambda t: t)
     given_ = {name: up(tensor) for name, tensor in arguments.items()}
@@ -37,7 +39,7 @@ def evaluate(backend: str, arguments: dict, options: dict, upcast: bool = False,
     previous = os.environ.get("EAR_KERNELS_BACKEND", "auto")
     os.environ["EAR_KERNELS_BACKEND"] = backend
     try:
-        loss = energy_loss(
+        loss = operation(
             samples, target, given_["mask"], weights=given_["weights"], feature_weights=given_["feature_weights"],
             **options,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton energy loss under autograd: library operators, fakes and the autograd functions.
+"""The Triton energy loss and kernel score under autograd: library operators, fakes and the autograd functions.
 
 Gradients are computed in the forward pass and saved; backward scales them by the incoming gradient. For a scalar loss
 the scaling is one tiny kernel that returns at once if the incoming gradient is 1, as in ``loss.backward()``, so the
@@ -22,7 +22,7 @@ from ear_kernels.runtime.autograd import graph_is_kept, is_watched, refuse_doubl
 _library = torch.library.Library("ear_kernels", "FRAGMENT")
 _library.define(
     "energy_loss_forward(Tensor samples, Tensor targets, Tensor? mask, Tensor? weights, Tensor? feature_weights, "
-    "float alpha, float tau, float eps, str reduction, bool sample_gradient, bool target_gradient) "
+    "float alpha, float tau, float eps, str reduction, str kernel, bool sample_gradient, bool target_gradient) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -37,8 +37,10 @@ def _present(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-def _energy_loss_operator(samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted):
-    options = Options(alpha, tau, eps, reduction)
+def _energy_loss_operator(
+    samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, kernel, *wanted
+):
+    options = Options(alpha, tau, eps, reduction, kernel)
     results = launch.energy_loss_forward(samples, targets, mask, weights, feature_weights, options, *wanted)
     return _present(results, samples)
 
@@ -63,7 +65,7 @@ def _fake_loss(samples: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("ear_kernels::energy_loss_forward", lib=_library)
-def _fake_energy_loss(samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted):
+def _fake_energy_loss(samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, kernel, *wanted):
     gradients = (
         launch.gradient_like(tensor, want, reduction) for tensor, want in zip((samples, targets), wanted, strict=True)
     )
@@ -102,7 +104,7 @@ def scaled(gradient: Tensor, incoming: Tensor, dtype: torch.dtype, trailing: int
 
 def _scaled_gradients(ctx: Any, incoming: Tensor, trailing: tuple[int, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of the leading inputs from those that forward saved."""
-    refuse_double_backward("energy_loss")
+    refuse_double_backward(ctx.operation)
     watched = ctx.watched or torch.compiler.is_compiling()
     return tuple(
         scaled(gradient, incoming, dtype, dimensions, watched) if needed else None
@@ -114,15 +116,16 @@ def _scaled_gradients(ctx: Any, incoming: Tensor, trailing: tuple[int, ...]) -> 
 
 class _EnergyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction):
+    def forward(ctx, samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, kernel):
+        ctx.operation = "kernel_score_loss" if kernel else "energy_loss"
         wanted = ctx.needs_input_grad[:2]
         ctx.watched = is_watched(samples)
         if ctx.watched:
             loss, *gradients = torch.ops.ear_kernels.energy_loss_forward(
-                samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, *wanted
+                samples, targets, mask, weights, feature_weights, alpha, tau, eps, reduction, kernel, *wanted
             )
         else:
-            options = Options(alpha, tau, eps, reduction)
+            options = Options(alpha, tau, eps, reduction, kernel)
             loss, *gradients = launch.energy_loss_forward(
                 samples, targets, mask, weights, feature_weights, options, *wanted
             )
@@ -132,7 +135,7 @@ class _EnergyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming):
-        return (*_scaled_gradients(ctx, incoming, (2, 2)), None, None, None, None, None, None, None)
+        return (*_scaled_gradients(ctx, incoming, (2, 2)), *(None,) * 8)
 
 
 class _GaussianEnergyLoss(torch.autograd.Function):
@@ -140,6 +143,7 @@ class _GaussianEnergyLoss(torch.autograd.Function):
     def forward(
         ctx, samples, mean, log_std, seed, num_targets, mask, weights, feature_weights, alpha, tau, eps, reduction
     ):
+        ctx.operation = "energy_loss"
         needs_samples, needs_mean, needs_log_std = ctx.needs_input_grad[:3]
         wanted = needs_samples, needs_mean or needs_log_std
         tensors = samples, mean, log_std, seed, num_targets, mask, weights, feature_weights
@@ -168,7 +172,10 @@ def energy_loss(
     feature_weights_D: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """The reduced energy loss by Triton; arguments and result as in :func:`reference.energy_loss`."""
+    """The reduced energy loss by Triton, or the kernel score where the options name a kernel.
+
+    Arguments and result as in :func:`reference.energy_loss`.
+    """
     return _EnergyLoss.apply(samples_RnD, targets_RmD, mask_R, weights_R, feature_weights_D, *options)
 
 
@@ -206,5 +213,6 @@ def energy_loss_gaussian(
         targets = mean_RD.to(dtype).unsqueeze(-2) + deviation * normals.view(*rows, num_targets, features)
         return energy_loss(samples_RnD, targets, mask_R, weights_R, feature_weights_D, options)
     return _GaussianEnergyLoss.apply(
-        samples_RnD, mean_RD, log_std_RD, seed, num_targets, mask_R, weights_R, feature_weights_D, *options
-    )
+        samples_RnD, mean_RD, log_std_RD, seed, num_targets, mask_R, weights_R, feature_weights_D,
+        options.alpha, options.tau, options.eps, options.reduction,
+    )  # fmt: skip

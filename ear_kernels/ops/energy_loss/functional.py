@@ -1,4 +1,4 @@
-"""The energy loss: shapes, dtypes, checks and errors. The maths is in ``reference.py``."""
+"""The energy loss and the kernel score: shapes, dtypes, checks and errors. The maths is in ``reference.py``."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ear_kernels.runtime.checks import (
 from ear_kernels.targets import GaussianTarget
 
 REDUCTIONS = ("mean", "sum", "none")
+KERNELS = ("gaussian", "laplace")
 
 
 def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: str, fair: bool = True) -> None:
@@ -31,12 +32,27 @@ def check_energy_loss_options(alpha: float, tau: float, eps: float, reduction: s
         raise ValueError(f"tau is {tau}; it must be in (0, 1]")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps}; it must be 0 or a positive finite number")
+    _check_reduction(reduction)
+
+
+def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
 
 
+def check_kernel_score_options(kernel: str, bandwidth: float, reduction: str) -> None:
+    """Raise ValueError or TypeError unless the options of :func:`kernel_score_loss` are usable."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+    if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
+        raise TypeError(f"bandwidth is {bandwidth!r} ({type(bandwidth).__name__}); it must be a number")
+    if not 1e-30 <= bandwidth <= 1e30:
+        raise ValueError(f"bandwidth is {bandwidth}; it must be positive, from 1e-30 to 1e30")
+    _check_reduction(reduction)
+
+
 def _refusal(weights: Tensor | None, feature_weights: Tensor | None, members: Tensor | None) -> str | None:
-    """Why the kernels cannot do a call of the energy loss that the reference can; None if they can."""
+    """Why the kernels cannot do a call that the reference can; None if they can."""
     if members is not None:
         return "a member_mask, which needs the reference"
     if torch.is_grad_enabled():
@@ -125,22 +141,11 @@ def energy_loss(
         TypeError: an argument that is no tensor, or not of floating point where that is needed.
     """
     check_energy_loss_options(alpha, tau, eps, reduction, fair)
-    samples_RnD = _checked_samples(samples, sample_dim, fair)
+    few = "at least 2, or fair=False, which defines it for 1" if fair else "at least 1"
+    samples_RnD = _checked_samples(samples, sample_dim, 2 if fair else 1, f"the energy loss needs {few}")
     targets_RmD = _checked_target(target, samples, samples_RnD, target_dim)
-    rows = tuple(samples_RnD.shape[:-2])
-    for name, tensor in (("mask", mask), ("weights", weights)):
-        if tensor is not None:
-            check_real(name, tensor)
-            check_device(name, tensor, samples, "samples")
-            check_broadcast(name, tensor, rows)
+    _check_terms(samples, tuple(samples_RnD.shape[:-2]), mask, weights, feature_weights)
     members_Rn = None if member_mask is None else _checked_members(member_mask, samples, sample_dim)
-    if feature_weights is not None:
-        check_floating("feature_weights", feature_weights)
-        check_device("feature_weights", feature_weights, samples, "samples")
-        if tuple(feature_weights.shape) != (samples.shape[-1],):
-            raise ValueError(
-                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{samples.shape[-1]}]"
-            )
     gaussian = target if isinstance(target, GaussianTarget) else None
     if applies("energy_loss", samples, _refusal(weights, feature_weights, members_Rn)):
         # Imported here, so that importing ear_kernels needs no Triton.
@@ -165,18 +170,91 @@ def energy_loss(
     )  # fmt: skip
 
 
-def _checked_samples(samples: Tensor, sample_dim: int, fair: bool) -> Tensor:
-    """``[..., n, D]``: the samples, with their dimension in front of the features."""
+@takes_tensors
+def kernel_score_loss(
+    samples: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str = "gaussian",
+    bandwidth: float = 1.0,
+    sample_dim: int = -2,
+    target_dim: int = -2,
+    weights: Tensor | None = None,
+    feature_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Kernel score of n samples against m targets a row (Gneiting & Raftery 2007, section 5; docs/scores.md).
+
+    ``mean_{i != j} k(x_i, x_j) - 2 mean_{i,k} k(x_i, y_k)``, smaller is better
+
+    The energy loss with -k in the place of the distance. Its mean over targets y of a distribution q and samples of p
+    is the squared maximum mean discrepancy MMD^2(p, q) less what q alone fixes, so q is its only minimum: both
+    kernels are characteristic. All differences, squares and sums are in float32, or in float64 if an input is
+    float64. The gradient of a kernel at coincident points is 0.
+
+    Args:
+        samples, target, mask, sample_dim, target_dim, weights, feature_weights, reduction: as of
+            :func:`energy_loss`, with n >= 2; the target is a tensor, and ``feature_weights`` are inside the norm.
+        kernel: "gaussian", ``exp(-|v|^2 / (2 h^2))``, or "laplace", ``exp(-|v| / h)``, of a difference v.
+        bandwidth: h, from 1e-30 to 1e30. Points much further apart than h do not feel one another.
+
+    Returns:
+        A scalar, or ``[...]`` for "none"; float32 (float64 if an input is float64). A row is between -2 and 1.
+
+    Raises:
+        ValueError: an unknown kernel, a bandwidth out of range, too few samples, shapes or devices that do not fit.
+        TypeError: an argument that is no tensor, or not of floating point where that is needed.
+    """
+    check_kernel_score_options(kernel, bandwidth, reduction)
+    samples_RnD = _checked_samples(samples, sample_dim, 2, "the kernel score needs at least 2")
+    targets_RmD = _checked_target(target, samples, samples_RnD, target_dim)
+    _check_terms(samples, tuple(samples_RnD.shape[:-2]), mask, weights, feature_weights)
+    if applies("kernel_score_loss", samples, _refusal(weights, feature_weights, None)):
+        # Imported here, so that importing ear_kernels needs no Triton.
+        from ear_kernels.ops.energy_loss import autograd
+        from ear_kernels.ops.energy_loss.launch import Options
+
+        options = Options(1.0 / bandwidth, 1.0, 0.0, reduction, kernel)
+        return autograd.energy_loss(samples_RnD, targets_RmD, mask, weights, feature_weights, options)
+    return reference.kernel_score_loss(
+        samples_RnD, targets_RmD, mask, weights, feature_weights,
+        kernel=kernel, bandwidth=float(bandwidth), reduction=reduction,
+    )  # fmt: skip
+
+
+def _check_terms(
+    samples: Tensor,
+    rows: tuple[int, ...],
+    mask: Tensor | None,
+    weights: Tensor | None,
+    feature_weights: Tensor | None,
+) -> None:
+    """Mask and weights must broadcast to the rows, feature weights be one a feature."""
+    for name, tensor in (("mask", mask), ("weights", weights)):
+        if tensor is not None:
+            check_real(name, tensor)
+            check_device(name, tensor, samples, "samples")
+            check_broadcast(name, tensor, rows)
+    if feature_weights is not None:
+        check_floating("feature_weights", feature_weights)
+        check_device("feature_weights", feature_weights, samples, "samples")
+        if tuple(feature_weights.shape) != (samples.shape[-1],):
+            raise ValueError(
+                f"feature_weights have shape {tuple(feature_weights.shape)}; they must be [{samples.shape[-1]}]"
+            )
+
+
+def _checked_samples(samples: Tensor, sample_dim: int, least: int, needs: str) -> Tensor:
+    """``[..., n, D]``: the samples, with their dimension in front of the features; ``needs`` says n >= ``least``."""
     check_floating("samples", samples)
     if samples.ndim < 2:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; they must be [..., n, D]")
     samples_RnD = _in_front_of_features(samples, "sample_dim", sample_dim)
     n, features = samples_RnD.shape[-2:]
-    if n < (2 if fair else 1):
-        few = "at least 2, or fair=False, which defines it for 1" if fair else "at least 1"
+    if n < least:
         raise ValueError(
-            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; "
-            f"the energy loss needs {few}"
+            f"samples have {n} sample(s) along dimension {sample_dim} of {tuple(samples.shape)}; {needs}"
         )
     if features < 1:
         raise ValueError(f"samples have shape {tuple(samples.shape)}; the last dimension must hold >= 1 feature")

@@ -1,4 +1,6 @@
-"""Triton kernels of the energy loss: one pass that gives loss and gradients. ``@triton.jit`` functions only.
+"""Triton kernels of the energy loss and the kernel score: one pass that gives loss and gradients.
+
+``@triton.jit`` functions only.
 
 Legend as in kernels_pairs.py. Pointers that are None stand for what a call does not have or want.
 """
@@ -7,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ear_kernels.ops.energy_loss.kernels_pairs import (
+    GAUSSIAN,
     accumulate_samples,
     accumulate_targets,
     any_of,
@@ -102,7 +105,7 @@ def energy_rows_kernel(
         )  # fmt: skip
         gradient -= repulsion
         careful += 1
-        if (MODE != 2) and (not SINGLE):
+        if (MODE != 2) and (MODE != GAUSSIAN) and (not SINGLE):
             # One test a program, not one a pair: coincident or extreme points are rare, and then all is redone.
             # The careful pass finds nothing outside, so there are two at most.
             passes = 1 + any_of(outside | outside_pairs).to(tl.int32)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from ear_kernels.ops.energy_loss.kernels_pairs import (
+    GAUSSIAN,
+    LAPLACE,
     is_in_safe_range,
     load_root,
     power_of_positive,
@@ -164,6 +166,13 @@ def field_combine_kernel(
     elif MODE == 2:
         power = norm * norm
         slope = 2.0 * norm
+    elif MODE == GAUSSIAN:
+        scaled = norm * alpha.to(dtype)
+        power = -tl.exp(-0.5 * (scaled * scaled))
+        slope = tl.where(power == 0.0, 0.0, -power * scaled * alpha.to(dtype))
+    elif MODE == LAPLACE:
+        power = -tl.exp(-norm * alpha.to(dtype))
+        slope = -power * alpha.to(dtype)
     else:
         power = tl.where(zero, 0.0, power_of_positive(safe, alpha))
         slope = alpha.to(dtype) * power_of_positive(safe, alpha - 1.0)

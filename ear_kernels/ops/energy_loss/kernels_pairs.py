@@ -3,10 +3,17 @@
 Legend: R rows of a program, N samples (padded to a power of two), D features (padded), ``u`` a difference of two
 points times the root of the feature weights, "power" ``|u|^alpha``, "pull" the gradient of the power with respect to
 the difference. Tiles are written ``# [R, N, D]`` beside the line that makes them.
+
+The kernel score is the same sum with minus a kernel of u in the place of the power. MODE says which: 1 and 2 for the
+powers of alpha = 1 and 2, 0 for any other, GAUSSIAN for ``-exp(-|u|^2 / (2 h^2))``, LAPLACE for ``-exp(-|u| / h)``.
+The argument ``alpha`` of a kernel is 1 / h.
 """
 
 import triton
 import triton.language as tl
+
+GAUSSIAN = tl.constexpr(3)
+LAPLACE = tl.constexpr(4)
 
 
 @triton.jit
@@ -106,9 +113,11 @@ def pair_step(
 ):  # fmt: skip
     """Power and pull of one tile of differences ``u [R, N, D]``; 0 where ``valid [R, N]`` is false.
 
-    MODE is 1 or 2 for those alphas, which cost no exp or log, and 0 for any other alpha. SINGLE says that D is 1.
+    MODE is 1 or 2 for those alphas, which cost no exp or log, 0 for any other alpha, or one of the kernels, which
+    have no eps. SINGLE says that D is 1.
     Without ``careful`` (a scalar) the plain sum of squares is used, and ``outside [R, N]`` marks the pairs for which
-    it left the safe range, zero differences among them: the caller then has to do all again with ``careful``.
+    it left the safe range, zero differences among them: the caller then has to do all again with ``careful``. With
+    MODE 2 and GAUSSIAN there are none: where a square vanishes the Gaussian is 1, and 0 where it overflows.
 
     Returns (power [R, N], coefficient * pull [R, N, D], outside [R, N]).
     """
@@ -119,6 +128,13 @@ def pair_step(
         if HAS_EPS:
             power += eps * eps
         pull = tl.where(valid, 2.0 * coefficient, 0.0)[:, :, None] * u
+    elif MODE == GAUSSIAN:
+        rate = alpha.to(u.dtype)
+        scaled = u * rate
+        value = tl.exp(-0.5 * tl.sum(scaled * scaled, axis=2))
+        power = -value
+        # In this order: 0 times a scaled difference that has overflowed would be NaN.
+        pull = (tl.where(valid, coefficient * value * rate, 0.0)[:, :, None] * u) * rate
     elif SINGLE:
         norm = tl.abs(u)
         # A NaN must stay one: it is neither above nor below 0.
@@ -131,6 +147,10 @@ def pair_step(
             norm = big * length
         if MODE == 1:
             pull = tl.where(valid[:, :, None], coefficient, 0.0) * unit
+        elif MODE == LAPLACE:
+            rate = alpha.to(u.dtype)
+            norm = -tl.exp(-norm * rate)
+            pull = tl.where(valid[:, :, None], -coefficient * norm * rate, 0.0) * unit
         else:
             safe = tl.where(norm == 0.0, 1.0, norm)
             norm = tl.where(norm == 0.0, 0.0, power_of_positive(safe, alpha))
@@ -151,6 +171,11 @@ def pair_step(
         power = (squares * inverse) * scale  # the norm
         if MODE == 1:
             pull = tl.where(valid, (coefficient * inverse) * inverse_scale, 0.0)[:, :, None] * u
+        elif MODE == LAPLACE:
+            rate = alpha.to(u.dtype)
+            power = -tl.exp(-power * rate)
+            slope = -coefficient * power * rate
+            pull = (u * inverse_scale[:, :, None]) * tl.where(valid, slope * inverse, 0.0)[:, :, None]
         else:
             safe = tl.where(valid & (power > 0.0) & (power < float("inf")), power, 1.0)
             power = tl.where(power == safe, power_of_positive(safe, alpha), power)

@@ -13,28 +13,34 @@ import torch
 from torch import Tensor
 
 from ear_kernels.ops.energy_loss import kernels, kernels_field
+from ear_kernels.ops.energy_loss.kernels_pairs import GAUSSIAN, LAPLACE
 from ear_kernels.ops.energy_loss.reference import working_dtype
 from ear_kernels.runtime.launching import ceil_div, launch, next_power_of_two, processor
 
 MAX_ROW_DIMS = 3
 # The largest tile (samples x features, float32) that one program holds; larger rows are split over programs.
 MAX_TILE = 4096
+KERNEL_MODES = {"gaussian": GAUSSIAN.value, "laplace": LAPLACE.value}
 MANY_TARGETS = 16
 """More targets than this are summed at two levels."""
 
 
 class Options(NamedTuple):
-    """alpha, eps and reduction of :func:`ear_kernels.energy_loss`, and tau as of :func:`reference.fair_tau`."""
+    """alpha, eps and reduction of :func:`ear_kernels.energy_loss`, and tau as of :func:`reference.fair_tau`.
+
+    Of :func:`ear_kernels.kernel_score_loss`, whose ``kernel`` it then names, alpha is 1 / bandwidth, tau 1 and eps 0.
+    """
 
     alpha: float
     tau: float
     eps: float
     reduction: str
+    kernel: str = ""
 
     @property
     def mode(self) -> int:
-        """1 or 2 for those alphas, 0 for any other."""
-        return {1.0: 1, 2.0: 2}.get(self.alpha, 0)
+        """What stands in the place of the distance (kernels_pairs.py): 1 or 2 for those alphas, 0 for any other."""
+        return KERNEL_MODES[self.kernel] if self.kernel else {1.0: 1, 2.0: 2}.get(self.alpha, 0)
 
 
 @dataclass(frozen=True)

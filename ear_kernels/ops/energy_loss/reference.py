@@ -1,4 +1,4 @@
-"""The energy loss in plain PyTorch: the oracle of the kernels and the path without a GPU.
+"""The energy loss and the kernel score in plain PyTorch: the oracle of the kernels and the path without a GPU.
 
 Shapes (suffixes): R rows (any number of leading dimensions), n samples, m targets, D features, P pairs.
 """
@@ -93,6 +93,18 @@ def draw_gaussian_targets(samples_RnD: Tensor, mean_RD: Tensor, log_std_RD: Tens
     return mean_RD.unsqueeze(-2) + log_std_RD.exp().unsqueeze(-2) * normals_RmD
 
 
+def differences(samples_RnD: Tensor, targets_RmD: Tensor, feature_weights_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Samples less targets [R, n, m, D] and samples i less j for i < j [R, P, D], times the roots of the weights."""
+    n = samples_RnD.shape[-2]
+    first, second = torch.triu_indices(n, n, offset=1, device=samples_RnD.device)
+    to_targets_RnmD = samples_RnD.unsqueeze(-2) - targets_RmD.unsqueeze(-3)
+    between_RPD = samples_RnD.index_select(-2, first) - samples_RnD.index_select(-2, second)
+    if feature_weights_D is not None:
+        root_D = feature_weights_D.sqrt()
+        to_targets_RnmD, between_RPD = to_targets_RnmD * root_D, between_RPD * root_D
+    return to_targets_RnmD, between_RPD
+
+
 def energy_loss_rows(
     samples_RnD: Tensor,
     targets_RmD: Tensor,
@@ -110,11 +122,7 @@ def energy_loss_rows(
     """
     n, m = samples_RnD.shape[-2], targets_RmD.shape[-2]
     first, second = torch.triu_indices(n, n, offset=1, device=samples_RnD.device)
-    to_targets_RnmD = samples_RnD.unsqueeze(-2) - targets_RmD.unsqueeze(-3)
-    between_RPD = samples_RnD.index_select(-2, first) - samples_RnD.index_select(-2, second)
-    if feature_weights_D is not None:
-        root_D = feature_weights_D.sqrt()
-        to_targets_RnmD, between_RPD = to_targets_RnmD * root_D, between_RPD * root_D
+    to_targets_RnmD, between_RPD = differences(samples_RnD, targets_RmD, feature_weights_D)
     to_targets_Rnm = distance_power(to_targets_RnmD, alpha, eps)
     between_RP = distance_power(between_RPD, alpha, eps)
     if members_Rn is None:
@@ -158,18 +166,31 @@ def energy_loss(
         # A row that has no loss, because too few are left, is one that is masked.
         enough_R = members_Rn.sum(dim=-1) >= (2 if fair else 1)
         mask_R = enough_R if mask_R is None else enough_R & mask_R.bool()
-    if mask_R is not None:
-        # Before the first subtraction: a masked row may hold NaN or Inf, and 0 * NaN is NaN in its gradient too.
-        keep = mask_R.bool()[..., None, None]
-        samples_RnD, targets_RmD = torch.where(keep, samples_RnD, 0.0), torch.where(keep, targets_RmD, 0.0)
+    samples_RnD, targets_RmD = zeros_where_masked(mask_R, samples_RnD, targets_RmD)
     if feature_weights_D is not None:
         feature_weights_D = feature_weights_D.to(dtype)
     rows_R = energy_loss_rows(samples_RnD, targets_RmD, alpha, tau, feature_weights_D, eps, members_Rn, fair)
+    return reduced(rows_R, mask_R, weights_R, reduction)
 
+
+def zeros_where_masked(mask_R: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[R, n, D]`` each, 0 in masked rows.
+
+    Before the first subtraction: a masked row may hold NaN or Inf, and 0 * NaN is NaN in its gradient too.
+    """
+    if mask_R is None:
+        return tensors
+    keep = mask_R.bool()[..., None, None]
+    return tuple(torch.where(keep, tensor, 0.0) for tensor in tensors)
+
+
+def reduced(rows_R: Tensor, mask_R: Tensor | None, weights_R: Tensor | None, reduction: str) -> Tensor:
+    """Losses of rows by "mean", "sum" or "none"; a masked row counts as none, whatever it is."""
+    dtype = rows_R.dtype
     row_weights_R = torch.ones_like(rows_R) if weights_R is None else weights_R.to(dtype).expand_as(rows_R)
     if mask_R is not None:
         row_weights_R = torch.where(mask_R.bool(), row_weights_R, 0.0)
-        # With eps a masked row would still give eps^alpha; with Inf in a weight it would give NaN.
+        # With eps or a kernel a masked row would still give a number; with Inf in a weight it would give NaN.
         rows_R = torch.where(mask_R.bool(), rows_R, 0.0)
     weighted_R = rows_R if weights_R is None and mask_R is None else rows_R * row_weights_R
     if reduction == "none":
@@ -179,6 +200,41 @@ def energy_loss(
         return total
     weight = row_weights_R.sum()
     return total / torch.where(weight == 0, 1.0, weight)
+
+
+def kernel_value(difference_RPD: Tensor, kernel: str, bandwidth: float) -> Tensor:
+    """``exp(-|v|^2 / (2 h^2))`` ("gaussian") or ``exp(-|v| / h)`` ("laplace") over the last dimension.
+
+    Any number of derivatives; the first one is 0 at v = 0. Divided first, so that no square overflows or vanishes
+    where the kernel is neither 0 nor 1.
+    """
+    if kernel == "laplace":
+        return torch.exp(-distance_power(difference_RPD, 1.0) / bandwidth)
+    # Beyond 1e30 the kernel is 0, and so is its gradient, which an infinite quotient would make NaN.
+    scaled_RPD = (difference_RPD / bandwidth).clamp(-1e30, 1e30)
+    return torch.exp(-0.5 * scaled_RPD.square().sum(dim=-1))
+
+
+def kernel_score_loss(
+    samples_RnD: Tensor,
+    targets_RmD: Tensor,
+    mask_R: Tensor | None,
+    weights_R: Tensor | None,
+    feature_weights_D: Tensor | None,
+    *,
+    kernel: str,
+    bandwidth: float,
+    reduction: str,
+) -> Tensor:
+    """The reduced kernel score; arguments as checked by :func:`ear_kernels.kernel_score_loss`."""
+    dtype = working_dtype(samples_RnD, targets_RmD)
+    samples_RnD, targets_RmD = zeros_where_masked(mask_R, samples_RnD.to(dtype), targets_RmD.to(dtype))
+    weights_D = None if feature_weights_D is None else feature_weights_D.to(dtype)
+    to_targets_Rnm, between_RP = (
+        kernel_value(each, kernel, bandwidth) for each in differences(samples_RnD, targets_RmD, weights_D)
+    )
+    rows_R = between_RP.mean(dim=-1) - 2 * to_targets_Rnm.mean(dim=(-2, -1))
+    return reduced(rows_R, mask_R, weights_R, reduction)
 
 
 def pairwise_sum(x_MD: Tensor, y_ND: Tensor, alpha: float, same: bool) -> Tensor:
