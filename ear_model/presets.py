@@ -111,7 +111,7 @@ RUNS: dict[str, RunConfig] = {
 SCORE_SAMPLING: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
         "mixture": {"guidance": 1.5, "temperature": 1.0},
-        "gaussian": {"guidance": 2.0, "temperature": 0.5},
+        "gaussian": {"guidance": 2.0, "temperature": 0.3},
     },
 }
 
