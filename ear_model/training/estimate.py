@@ -65,11 +65,11 @@ def training_flops(config: ModelConfig, rows_per_noise: int = 1) -> float:
     score without such a generator says itself what it multiplies for a token.
     """
     tokens, width = config.num_tokens, config.width
-    positions = config.class_tokens + tokens
+    positions = config.class_tokens + tokens - (config.order != "masked")  # a causal order's last token is no input
     block = (4 + 2 * config.mlp_ratio) * width**2 * positions + 2 * positions**2 * width
     backbone = config.depth * block + tokens * config.token_dim * width
 
-    masked = tokens * mean_mask_ratio(config.min_mask_ratio, config.masking)
+    masked = _predicted_tokens(config)
     if not _has_generator(config):
         return 2 * 3 * (backbone + masked * _meta_model(config).score.multiply_adds())
     rows, hidden = masked * config.num_samples, config.generator_width
@@ -78,6 +78,13 @@ def training_flops(config: ModelConfig, rows_per_noise: int = 1) -> float:
     generator += config.generator_depth * (rows * 2 + conditions * 3) * hidden**2
     generator += conditions * 2 * hidden**2 + rows * hidden * config.token_dim
     return 2 * 3 * (backbone + generator)
+
+
+def _predicted_tokens(config: ModelConfig) -> float:
+    """Tokens of an image that a training step predicts, on average."""
+    if config.order != "masked":
+        return config.num_tokens
+    return config.num_tokens * mean_mask_ratio(config.min_mask_ratio, config.masking)
 
 
 def _has_generator(config: ModelConfig) -> bool:
@@ -89,7 +96,7 @@ def _activation_units(config: ModelConfig) -> float:
     """A number that grows as the memory which one image's activations take: values kept for the backward pass, with
     about 17 per token, width and backbone block, and 8 per row, width and generator block."""
     backbone = 17 * (config.class_tokens + config.num_tokens) * config.width * config.depth
-    masked = config.num_tokens * mean_mask_ratio(config.min_mask_ratio, config.masking)
+    masked = _predicted_tokens(config)
     if not _has_generator(config):
         return backbone + masked * _meta_model(config).score.kept_numbers()
     return backbone + 8 * masked * config.num_samples * config.generator_width * config.generator_depth

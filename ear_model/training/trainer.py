@@ -187,11 +187,14 @@ class Trainer:
         return checkpoint_dir(self.run_dir, self.step)
 
     def averaged_model(self) -> EAR:
-        """A copy of the model with the averaged weights, in eval mode; to be called by all processes."""
+        """A copy of the model with the averaged weights and the last step's tau, in eval mode; to be called by all
+        processes."""
         # Random numbers for weights that are replaced must not be missing later.
         with torch.random.fork_rng(devices=[]):
             model = EAR(self.config.model).to(self.device)
         model.load_state_dict({name: distributed.whole(average) for name, average in self.ema.averages.items()})
+        if self._has_tau:
+            model.score.tau = self.model.score.tau
         return model.eval()
 
     def _next_batch(self, index: int) -> tuple[Tensor, Tensor]:

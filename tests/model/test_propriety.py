@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, distributions
 
 from ear_kernels import energy_loss, kernel_score_loss
+from ear_model.scores.diffusion_process import DiffusionProcess, cosine_betas
+from ear_model.scores.mixture import Mixture
 
 ROWS, SAMPLES = 20_000, 6
 Z, Z_BOTH = 4.76, 4.9  # one side and both sides of 1e-6
@@ -41,9 +43,17 @@ class Forecast:
     def mean(self) -> Tensor:
         return self.weights_k @ self.means_kD
 
-    def mixture(self) -> distributions.MixtureSameFamily:
-        parts = distributions.Independent(distributions.Normal(self.means_kD, self.scales_kD), 1)
-        return distributions.MixtureSameFamily(distributions.Categorical(self.weights_k), parts)
+    def mixture(self) -> Mixture:
+        """As the mixture score predicts it, of one row."""
+        return Mixture(self.weights_k.log()[None], self.means_kD[None], self.scales_kD.log()[None])
+
+    def noise(self, points_RD: Tensor, signal_R1: Tensor, spread_R1: Tensor) -> Tensor:
+        """The noise ``[R, D]`` to expect in ``signal x + spread e`` if x is of this forecast: minus the spread times
+        the gradient of the log-density there."""
+        scales_RkD = (signal_R1.unsqueeze(1) * self.scales_kD).square().add(spread_R1.unsqueeze(1).square()).sqrt()
+        away_RkD = points_RD.unsqueeze(1) - signal_R1.unsqueeze(1) * self.means_kD
+        log_Rk = self.weights_k.log() - (0.5 * (away_RkD / scales_RkD).square() + scales_RkD.log()).sum(-1)
+        return spread_R1 * (log_Rk.softmax(-1).unsqueeze(-1) * away_RkD / scales_RkD.square()).sum(1)
 
     def cells(self) -> Tensor:
         """Probabilities ``[16]`` of the cells of :func:`cell_of`."""
@@ -87,9 +97,22 @@ def of_samples(loss: Callable[..., Tensor], forecast: Forecast, observations_RD:
     return loss(samples_RnD, observations_RD, reduction="none")
 
 
+PROCESS = DiffusionProcess(cosine_betas(100))
+
+
+def of_diffusion(forecast: Forecast, observations_RD: Tensor, seed: int) -> Tensor:
+    """The loss of the noise that the forecast expects at a random time, and of variances at their lower end."""
+    generator = torch.Generator().manual_seed(seed)
+    times_R = torch.randint(1, len(PROCESS.betas), (len(observations_RD),), generator=generator)
+    noise_RD = torch.randn(observations_RD.shape, generator=generator, dtype=torch.float64)
+    noised_RD = PROCESS.diffuse(observations_RD, times_R, noise_RD)
+    signal_R1, spread_R1 = (torch.from_numpy(each)[times_R, None] for each in (PROCESS.signal, PROCESS.noise))
+    predicted_RD = forecast.noise(noised_RD, signal_R1, spread_R1)
+    output = torch.cat([predicted_RD, -torch.ones_like(predicted_RD)], dim=-1)
+    return PROCESS.loss(output, observations_RD, times_R, noise_RD)
+
+
 # How each score scores a forecast: losses [R] of observations [R, D] and, for what it draws, a seed.
-# The scores below "kernel" predict densities; their formulas stand here on their own, and a score's own function
-# belongs in their place: the mixture's log-density, the cross entropy of words.
 ADAPTERS: dict[str, Callable[[Forecast, Tensor, int], Tensor]] = {
     "energy, alpha 0.5": partial(of_samples, partial(energy_loss, alpha=0.5)),
     "energy": partial(of_samples, energy_loss),
@@ -97,7 +120,8 @@ ADAPTERS: dict[str, Callable[[Forecast, Tensor, int], Tensor]] = {
     "energy, alpha 2": partial(of_samples, partial(energy_loss, alpha=2.0)),
     "kernel, gaussian": partial(of_samples, partial(kernel_score_loss, kernel="gaussian", bandwidth=math.sqrt(2))),
     "kernel, laplace": partial(of_samples, partial(kernel_score_loss, kernel="laplace", bandwidth=math.sqrt(2))),
-    "mixture": lambda forecast, points_RD, seed: -forecast.mixture().log_prob(points_RD),
+    "diffusion": of_diffusion,
+    "mixture": lambda forecast, points_RD, seed: -forecast.mixture().log_density(points_RD[None])[0],
     "categorical": lambda forecast, points_RD, seed: -forecast.cells().log()[cell_of(points_RD)],
     "gaussian": lambda forecast, points_RD, seed: (forecast.mean() - points_RD).square().sum(-1),
 }
