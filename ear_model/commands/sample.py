@@ -48,6 +48,8 @@ class Sample:
     """Share of known tokens from which guidance is applied; saves its work before (docs/sampling.md)."""
     guidance_to: float | None = None
     """Share of known tokens up to which guidance is applied."""
+    diffusion_steps: int | None = None
+    """Steps of the diffusion score from noise to a token. The run's if not given."""
     order: Literal["random", "halton"] | None = None
     """Order of the tokens: random, or halton for few steps (docs/sampling.md)."""
     seed: int = 0

@@ -182,6 +182,10 @@ class Backbone(nn.Module):
         """Views ``[L, C]`` of the positions that tokens are read at."""
         return [self.decoder_pos_embed_learned[0, self.class_tokens :]]
 
+    def all_blocks(self) -> list[TransformerBlock]:
+        """Every transformer block, in the order of the forward pass."""
+        return list(self.decoder_blocks)  # type: ignore[arg-type]
+
     def embed_values(self, tokens_BLT: Tensor) -> Tensor:
         """Tokens as vectors of the backbone's width, ``[B, L, C]``."""
         if isinstance(self.z_proj, TokenEmbedding):  # indices: 16 bits could not hold them

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ear_model.config import ModelConfig
-from ear_model.model.backbone import Backbone, TokenEmbedding, make_blocks, make_embedding, make_norm, run_stack
+from ear_model.model.backbone import (
+    Backbone,
+    TokenEmbedding,
+    TransformerBlock,
+    make_blocks,
+    make_embedding,
+    make_norm,
+    run_stack,
+)
 
 
 class MarBackbone(Backbone):
@@ -50,6 +58,9 @@ class MarBackbone(Backbone):
         return [
             each[0, self.class_tokens :] for each in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned)
         ]
+
+    def all_blocks(self) -> list[TransformerBlock]:
+        return [*self.encoder_blocks, *self.decoder_blocks]
 
     def forward(
         self,

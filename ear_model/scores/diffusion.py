@@ -123,6 +123,12 @@ class DiffusionScore(Score):
         losses_Rn = self.process.loss(output.to(dtype), start_RnD, times_Rn, noise_RnD)
         return losses_Rn.sum() / max(1, losses_Rn.numel())
 
+    def multiply_adds(self) -> float:
+        return self.num_samples * super().multiply_adds()
+
+    def kept_numbers(self) -> float:
+        return self.num_samples * super().kept_numbers()
+
     @property
     def _input_dtype(self) -> torch.dtype:
         """What the linears take without autocast."""

@@ -239,7 +239,7 @@ def parallelise(model: nn.Module, parallel: Literal["ddp", "fsdp"], *, use_bf16:
         cast_forward_inputs=False,
     )
     backbone, score = cast(Any, model).backbone, cast(Any, model).score
-    for block in backbone.decoder_blocks:
+    for block in backbone.all_blocks():
         fully_shard(block, mesh=mesh, mp_policy=low)
     # Its backward comes first, so freeing it after the forward would save nothing.
     for part in score.children():

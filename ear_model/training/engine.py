@@ -87,5 +87,5 @@ def compile_blocks(backbone: Backbone) -> None:
     The kernels of ear_kernels then leave the blocks to inductor. All blocks are one graph of the same shapes, so
     only the first is compiled.
     """
-    for block in backbone.decoder_blocks:
+    for block in backbone.all_blocks():
         block.compile()
