@@ -141,10 +141,10 @@ def with_model(run: RunConfig, name: str) -> RunConfig:
     """
     data_fields = ("image_size", "channels", "patch_size", "num_classes")
     data_shape = {field_name: getattr(run.model, field_name) for field_name in data_fields}
-    run = replace(run, model=replace(model_config(name), **data_shape))
+    model = replace(model_config(name), **data_shape)
     if name not in MAR_SAMPLING:
-        return run
-    return replace(run, train=replace(run.train, **_MAR_TRAIN), sampling=MAR_SAMPLING[name])
+        return replace(run, model=model)
+    return replace(run, model=model, train=replace(run.train, **_MAR_TRAIN), sampling=MAR_SAMPLING[name])
 
 
 def with_score_and_order(preset: str, run: RunConfig, score: str | None, order: str | None) -> RunConfig:

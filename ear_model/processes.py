@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ear_model.errors import RunError
 
@@ -71,7 +71,15 @@ def begin_worker(parent: int, *_: object) -> None:
     """To be called first in a worker process: it ends with its parent, which Ctrl-C and SIGHUP are for."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _print_but_broken_connections
     end_with_parent(parent)
+
+
+def _print_but_broken_connections(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In the place of sys.excepthook, which a thread of multiprocessing calls when the parent hangs up on it in the
+    middle of a tensor, because it ends."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def worker_initializer() -> Callable[..., None]:

@@ -136,7 +136,7 @@ KNOWN_SPILLS = (
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 8, "float64 with all that there is"),
     KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "8", "BLOCK_D": "128"}, 56, ONE_WARP, triton="3.6"),
     KnownSpill(("energy_rows_kernel",), {"BLOCK_N": "16", "BLOCK_D": "64"}, 96, ONE_WARP, triton="3.6"),
-    KnownSpill(("field_combine_kernel",), {}, 8, DIVISION, ("sm_100",)),
+    KnownSpill(("field_combine_kernel",), {}, 8, DIVISION, ("sm_80", "sm_100")),
     KnownSpill(("field_combine_kernel",), {"MODE": "3"}, 16, "float64: three words kept over calls of divisions"),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_N": "4", "BLOCK_D": "256"}, 160, ONE_WARP),
     KnownSpill(("energy_gaussian_kernel",), {"BLOCK_R": "16"}, 64, ONE_WARP),
@@ -360,9 +360,14 @@ def lines(records: list[Record], names: list[str], target: str, jobs: int) -> It
 
 
 def run(
-    calls: Callable[[], Calls], targets: list[str], pattern: str = "", everything: bool = False, jobs: int = 2
+    calls: Callable[[], Calls],
+    targets: list[str],
+    pattern: str = "",
+    everything: bool = False,
+    part: tuple[int, int] = (0, 1),
+    jobs: int = 2,
 ) -> int:
-    """Record and compile, print a line each, and return the number of failures."""
+    """Record and compile, every n-th of ``part`` (i, n), from i; print a line each, return the number of failures."""
     failures = 0
     for target in targets:
         records = recorded(target, calls())
@@ -370,6 +375,7 @@ def run(
         if not everything:
             records = covering(records)
         chosen = [(record, name) for record, name in zip(records, labels(records), strict=True) if pattern in name]
+        chosen = chosen[part[0] :: part[1]]
         print(f"{target}: {len(chosen)} of {total} specialisations", flush=True)
         for failed, line in lines([each[0] for each in chosen], [each[1] for each in chosen], target, jobs):
             failures += failed
@@ -383,8 +389,10 @@ def main(calls: Callable[[], Calls]) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--only", default="", help="part of a line's name")
     parser.add_argument("--all", action="store_true", help="every specialisation for every target")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th from I on")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes at a time")
     arguments = parser.parse_args()
-    failures = run(calls, arguments.target or list(TARGETS), arguments.only, arguments.all, arguments.jobs)
+    targets = arguments.target or list(TARGETS)
+    failures = run(calls, targets, arguments.only, arguments.all, tuple(arguments.part), arguments.jobs)
     print(f"{failures} failures")
     return 1 if failures else 0

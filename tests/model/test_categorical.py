@@ -141,8 +141,8 @@ def test_the_backbone_embeds_indices_exactly():
     assert model.backbone.z_proj.weight.shape == (size, config.width)
     tokens = torch.randint(size, (2, 16, 1))
     expected = model.backbone.z_proj.weight[tokens.squeeze(-1)]
-    assert torch.equal(model.backbone.embed_tokens(tokens.float()), expected)
-    assert torch.equal(model.to(torch.bfloat16).backbone.embed_tokens(tokens.float()), expected.bfloat16())
+    assert torch.equal(model.backbone.embed_values(tokens.float()), expected)
+    assert torch.equal(model.to(torch.bfloat16).backbone.embed_values(tokens.float()), expected.bfloat16())
     assert not isinstance(EAR(TINY).backbone.z_proj, TokenEmbedding)
 
 

@@ -91,6 +91,7 @@ def test_resume_continues_bit_for_bit(tmp_path):
     assert all(_equal(state[key], resumed_state[key]) for key in state)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_killed_process_resumes_bit_for_bit(tmp_path):
     """`ear train` in a real process, SIGKILL in the middle, `--resume`, against a run that was left alone."""
