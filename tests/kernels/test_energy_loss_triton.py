@@ -61,6 +61,29 @@ def loss_scale(arguments: dict, options: dict, sample_dim: int) -> float:
     return (rows.sum() if options["reduction"] == "sum" else rows.max()).item() if rows.numel() else 0.0
 
 
+def gradient_scale(arguments: dict, problem: Problem) -> float:
+    """Magnitude of the pulls of single pairs that the gradients sum up, which may cancel."""
+    samples, target = arguments["samples"].double().movedim(problem.sample_dim, -2), arguments["target"].double()
+    n, m, eps = samples.shape[-2], target.shape[-2], problem.options()["eps"]
+    root = 1.0 if arguments["feature_weights"] is None else arguments["feature_weights"].double().sqrt()
+
+    def pulls(differences: torch.Tensor) -> torch.Tensor:
+        length = ((differences * root).square().sum(-1, keepdim=True) + eps**2).sqrt()
+        slope = torch.where(length > 0, problem.alpha * length ** (problem.alpha - 2), 0.0)
+        return slope * differences.abs() * root**2
+
+    to_targets = 2 * pulls(samples.unsqueeze(-2) - target.unsqueeze(-3)) / (n * m)
+    to_samples = 2 * problem.tau * pulls(samples.unsqueeze(-2) - samples.unsqueeze(-3)) / (n * (n - 1))
+    rows = (to_targets.sum(-2) + to_samples.sum(-2)).amax((-2, -1)).maximum(to_targets.sum(-3).amax((-2, -1)))
+    weights = torch.ones_like(rows)
+    for name in ("mask", "weights"):
+        if arguments[name] is not None:
+            weights = weights * arguments[name].double()
+    rows = torch.where(weights > 0, rows * weights, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    total = weights.sum().item() if problem.reduction == "mean" else 1.0
+    return rows.max().item() / total if rows.numel() and total else 0.0
+
+
 def check(problem: Problem, dtype: torch.dtype, device) -> None:
     arguments = problem.build(dtype, device)
     options = {**problem.options(), "sample_dim": problem.sample_dim}
@@ -70,7 +93,9 @@ def check(problem: Problem, dtype: torch.dtype, device) -> None:
     scale = loss_scale(arguments, problem.options(), problem.sample_dim)
     assert_close_to_eager("loss", ours[0], eager[0], exact[0], scale)
     for name, a, b, c in zip(("samples.grad", "target.grad"), ours[1:], eager[1:], exact[1:], strict=True):
-        assert_close_to_eager(name, a, b, c)
+        # In float64 eager's result is the exact one itself, to its last bit: what cancels counts as what it was.
+        pulled = gradient_scale(arguments, problem) if dtype == torch.float64 else 0.0
+        assert_close_to_eager(name, a, b, c, pulled)
     if problem.mask == "nothing":
         assert not ours[0].any()
         assert not ours[1].any()
