@@ -14,6 +14,9 @@ from typing import Any
 from ear_model.errors import RunError, WriteError
 from ear_model.json_files import read_json
 
+MOST_NAMED = 8
+"""Differences that a message names; another program's file differs in everything."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, flushed: bool = True) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush it to the disk, and rename it into place.
@@ -153,8 +156,10 @@ def require_same(
     changed = [name for name in names if name not in found or name not in settings or found[name] != settings[name]]
     if changed:
         differences = ", ".join(
-            f"{name} is {shown(found, name)} there, {shown(settings, name)} here" for name in changed
+            f"{name} is {shown(found, name)} there, {shown(settings, name)} here" for name in changed[:MOST_NAMED]
         )
+        if len(changed) > MOST_NAMED:
+            differences += f" and {len(changed) - MOST_NAMED} more"
         raise ValueError(f"{where} holds another {kind} ({differences}); give another name, or those options")
 
 
