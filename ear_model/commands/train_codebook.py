@@ -38,6 +38,7 @@ def run(arguments: list[str]) -> int:
     from ear_model.data.cache import load_cache
     from ear_model.data.digits import load_digits
     from ear_model.devices import resolve_device
+    from ear_model.files import writing
     from ear_model.training.codebook import check_out, train_codebook
 
     started = time.perf_counter()
@@ -48,8 +49,9 @@ def run(arguments: list[str]) -> int:
     patch = command.patch_size
     if patch is None:
         patch = DIGITS.patch_size if is_digits else 1
-    codebook, report = train_codebook(data, patch, command.training, source=command.data, device=device)
-    codebook.save(command.out)
+    with writing(command.out):
+        codebook, report = train_codebook(data, patch, command.training, source=command.data, device=device)
+        codebook.save(command.out)
     seconds, dim = time.perf_counter() - started, codebook.info.token_dim
     print(
         f"{command.out}: {seconds:.0f} s, {report.steps} steps; {command.training.size:,} codes of {dim} numbers; "
