@@ -202,7 +202,7 @@ def write_tree(
         size: height and width in pixels.
         seed: another seed, other images.
         split: "train" or "test".
-        workers: processes to draw with.
+        workers: processes to draw with, at most.
 
     Raises:
         ValueError: options out of range; a directory with something else in it, that another process writes in, or
@@ -242,12 +242,12 @@ def _write_part(out: Path, label: int, indices: Sequence[int], seed: int, size: 
 
 
 def _map(function: Any, tasks: list[tuple], workers: int, images_per_task: int) -> Iterable[Any]:
-    """``function(*task)`` of every task in order, on so many processes, with progress that counts images."""
+    """``function(*task)`` of every task in order, on so many processes at most, with progress that counts images."""
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(Progress(len(tasks) * images_per_task, 0, "image", stays=False))
         results: Iterator[Any] = itertools.starmap(function, tasks)
-        if workers > 1:
-            pool = stack.enter_context(worker_pool(workers))
+        if min(workers, len(tasks)) > 1:
+            pool = stack.enter_context(worker_pool(min(workers, len(tasks))))
             results = pool.map(function, *zip(*tasks, strict=True))
         for result in results:
             yield result
