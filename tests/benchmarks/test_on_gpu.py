@@ -1,6 +1,8 @@
 """What a GPU must show at real sizes: training as in eager, a public model as before, and no host that waits."""
 
 import copy
+import functools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -72,24 +74,34 @@ def test_an_accelerated_public_model_has_the_same_gradients(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_neither_the_loss_nor_sampling_makes_the_host_wait(monkeypatch, backend):
+def test_neither_the_loss_nor_a_step_of_sampling_makes_the_host_wait(monkeypatch, backend):
+    """A call of ``sample`` waits before its steps and after them, when it looks for what is not finite."""
     monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
     model = EAR(replace(EAR_BASE, depth=2)).cuda().train()
     latents, labels = torch.randn(8, 16, 16, 16, device="cuda"), torch.randint(0, 1000, (8,), device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def work() -> tuple[torch.Tensor, torch.Tensor]:
+    def loss() -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(latents, labels, num_masked=200)
-            images = model.sample(labels, steps=4, guidance=3.0, temperature=0.7, generator=generator)
-        return loss, images
+            return model(latents, labels, num_masked=200)
 
-    work()  # libraries and compilers wait once
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, images = work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert loss.isfinite()
-    assert images.isfinite().all()
+    def sample(steps: int) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return model.sample(labels, steps=steps, guidance=3.0, temperature=0.7, generator=generator)
+
+    works = [loss, functools.partial(sample, 4), functools.partial(sample, 16)]
+    waits = []
+    for work in works:
+        work()  # libraries and compilers wait once
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                found = work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.isfinite().all()
+        waits.append(sum("synchronizing CUDA operation" in str(each.message) for each in seen))
+    assert waits[0] == 0
+    assert 0 < waits[1] == waits[2] < 10

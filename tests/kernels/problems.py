@@ -1,11 +1,13 @@
 """Calls of the energy loss for tests and for the check on the GPU machine (which may lack Hypothesis)."""
 
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 
 REDUCTIONS = ("mean", "sum", "none")
+MOST_DIFFERENCES = 2**27
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def random_problem(structure: int, data: int, large: bool) -> Problem:
         features = draw.choice((features, features, features, 512, 513, 1000, 2048, 3000, 9000))
         n, m, sizes = draw.choice((n, n, n, 16, 33)), draw.choice((m, m, 20, 100)), (1, 3, 8, 20)
     rows = tuple(draw.choice(sizes) for _ in range(draw.choice((0, 1, 1, 2, 3))))
+    # The reference holds all differences in float64, and other tests run beside this one.
+    while math.prod(rows) * n * (n + m) * features > MOST_DIFFERENCES:
+        rows = tuple(size // 2 + 1 if size > 2 else 1 for size in rows)
     sample_dim, strided = draw.choice((-2, 0, -len(rows) - 2)), draw.random() < 0.3
     mode, smooth, reduction = draw.choice((1.0, 1.0, 2.0, None)), draw.random() < 0.3, draw.choice(REDUCTIONS)
     mask = draw.choice(("none", "none", "some", "broadcast", "number", "nothing"))

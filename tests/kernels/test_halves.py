@@ -1,6 +1,7 @@
 """A block's halves with their norms: outputs and gradients against float64 and eager, and what they keep."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from ear_kernels.ops.transformer.functional import (
     self_attention,
 )
 from ear_kernels.runtime import launching
-from ear_kernels.testing import assert_close_to_eager
+from ear_kernels.testing import FACTOR, assert_close_to_eager, errors
 from tests.kernels.generator_fixtures import DEVICE, DTYPES
-from tests.kernels.test_transformer import compare
+from tests.kernels.test_transformer import compare, leaves, results
 
 LOW = DTYPES[-1]
 
@@ -50,31 +51,56 @@ def test_norm_gelu_mlp(rows, width, inner, dtype, seed) -> None:
         compare(monkeypatch, norm_gelu_mlp, oracle, [*norm, *mlp], grads, dtype, max(2, rows * inner))
 
 
+def attention_half(
+    batch: int, length: int, heads: int, dim: int, seed: int, sharpness: float
+) -> tuple[Callable, Callable, list, list]:
+    """(ours, the same by hand, inputs, gradients of the outputs); the logits are of the order of ``sharpness``."""
+    width = heads * dim
+    torch.manual_seed(seed)
+    rows = (batch, length, width)
+    norm = [draw(*rows), draw(*rows), draw(width), draw(width), draw(width)]
+    linear = [draw(3 * width, width) / width**0.5, draw(3 * width)]
+    for tensor in linear:
+        tensor[: 2 * width] *= (sharpness / 3) ** 0.5
+
+    def ours(*tensors):
+        return norm_self_attention(*tensors, heads)
+
+    def oracle(*tensors):
+        x, normed = added(*tensors[:5])
+        packed = F.linear(normed, *tensors[5:]).view(batch, length, 3, heads, dim)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
+        # By hand: PyTorch's function gives None for no sequences on a GPU.
+        mixed = torch.softmax(query @ key.transpose(2, 3) / dim**0.5, 3) @ value
+        return x, mixed.transpose(1, 2).flatten(2)
+
+    return ours, oracle, [*norm, *linear], [draw(*rows), draw(*rows)]
+
+
 @given(st.integers(0, 3), st.integers(1, 40), st.sampled_from([(1, 16), (3, 8), (2, 20)]), st.integers(0, 99))
 @settings(max_examples=100 if DEVICE == "cuda" else 12)
 def test_norm_self_attention(batch, length, heads_and_dim, seed) -> None:
-    heads, dim = heads_and_dim
-    width = heads * dim
     with pytest.MonkeyPatch.context() as monkeypatch:
-        torch.manual_seed(seed)
-        rows = (batch, length, width)
-        norm = [draw(*rows), draw(*rows), draw(width), draw(width), draw(width)]
-        linear = [draw(3 * width, width) / width**0.5, draw(3 * width)]
-
-        def ours(*tensors):
-            return norm_self_attention(*tensors, heads)
-
-        def oracle(*tensors):
-            x, normed = added(*tensors[:5])
-            packed = F.linear(normed, *tensors[5:]).view(batch, length, 3, heads, dim)
-            query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
-            # By hand: PyTorch's function gives None for no sequences on a GPU.
-            mixed = torch.softmax(query @ key.transpose(2, 3) / dim**0.5, 3) @ value
-            return x, mixed.transpose(1, 2).flatten(2)
-
-        grads = [draw(*rows), draw(*rows)]
+        problem = attention_half(batch, length, *heads_and_dim, seed, 0.75)
         # The norm's bias sums over the rows what comes back from query, key and value.
-        compare(monkeypatch, ours, oracle, [*norm, *linear], grads, LOW, 3 * batch * length + 8)
+        compare(monkeypatch, *problem, LOW, 3 * batch * length + 8)
+
+
+def test_norm_self_attention_with_sharp_logits(monkeypatch) -> None:
+    """There the rounding of queries and keys decides: one computation of a problem may be ten times as far off as
+    another that is as good, so what counts is the median over many problems."""
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
+    ratios = []
+    for seed in torch.randint(2**31, (100 if DEVICE == "cuda" else 20,)).tolist():
+        ours, oracle, tensors, grads = attention_half(3, 19, 1, 16, seed, 3.0)
+        tensors = [tensor.to(LOW) for tensor in tensors]
+        exact = results(oracle, leaves(*tensors, dtype=torch.float64), grads)
+        one, two = (
+            torch.tensor([errors(found, truth)[1] for found, truth in zip(results_of, exact, strict=True)])
+            for results_of in (results(function, leaves(*tensors, dtype=LOW), grads) for function in (ours, oracle))
+        )
+        ratios.append(one / two)
+    assert (torch.stack(ratios).median(0).values <= FACTOR).all(), ratios
 
 
 def mixed_tensors() -> tuple[list, list, list]:
