@@ -13,6 +13,8 @@ _RANGES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
+    "from 0 to 1024": lambda value: 0 <= value <= 1024,
+    "from 1 to 1024": lambda value: 1 <= value <= 1024,
     "at most 2^24": lambda value: value <= 2**24,  # indices are exact in float32
     "positive": lambda value: value > 0,
     "positive and finite": lambda value: 0 < value < math.inf,

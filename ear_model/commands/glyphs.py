@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ear_model.commands.parsing import parse_command
+from ear_model.config_checks import check_range
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Glyphs:
     workers: int = 0
     """Processes to draw with; 0 is one a core."""
 
+    def __post_init__(self) -> None:
+        check_range(self, "from 0 to 1024", "workers")
+
 
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status. Raises ValueError for options out of range."""
     command = parse_command(Glyphs, arguments, "ear glyphs")
     from ear_model.data.glyphs import write_tree
 
-    if command.workers < 0:
-        raise ValueError(f"workers is {command.workers}; it must not be negative")
     shape: Any = {"num_classes": command.classes, "size": command.size}
     draws: Any = {"seed": command.seed, "split": command.split, "workers": command.workers or os.cpu_count() or 1}
     drawn = write_tree(command.out, command.num_per_class, **shape, **draws)

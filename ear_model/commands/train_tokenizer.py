@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ear_model.commands.parsing import parse_command
+from ear_model.config_checks import check_range
 from ear_model.tokenizers.config import SMALL, AutoencoderConfig, TokenizerTraining
 
 
@@ -34,6 +35,9 @@ class TrainTokenizer:
     """Threads that decode images."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "from 1 to 1024", "workers")
 
 
 def run(arguments: list[str]) -> int:

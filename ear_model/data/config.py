@@ -27,5 +27,5 @@ class CacheOptions:
     """Take folders without images as classes too."""
 
     def __post_init__(self) -> None:
-        check_range(self, "at least 0", "workers")
+        check_range(self, "from 0 to 1024", "workers")
         check_range(self, "at least 1", "image_size", "batch_size", "shard_size")

@@ -96,8 +96,8 @@ def train_autoencoder(
         raise ValueError(f"image_channels is {config.image_channels}; images are read as RGB, 3 channels")
     if training.image_size % config.downsampling:
         raise ValueError(f"image size is {training.image_size}; it must be a multiple of {config.downsampling}")
-    if threads < 1:
-        raise ValueError(f"threads is {threads}; it must be at least 1")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads is {threads}; it must be from 1 to 1024")
     everything = ImageFolderData(images, training.image_size, allow_empty=allow_empty)
     with writing(out):
         return _train(everything, out, config, training, device, threads, quiet)

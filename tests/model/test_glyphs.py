@@ -105,6 +105,7 @@ def test_the_command_writes_completes_and_refuses(tmp_path, capsys):
         (["--seed", "-1"], "seed is -1"),
         (["--num-per-class", "0"], "num_per_class is 0"),
         (["--workers", "-2"], "workers is -2"),
+        (["--workers", "1025"], "workers is 1025; it must be from 0 to 1024"),
         (["--split", "validation"], "validation"),
     ],
 )

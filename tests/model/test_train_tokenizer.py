@@ -131,7 +131,8 @@ def test_the_graph_trains_as_without():
         (["--model.channels", "44"], "channels is 44"),
         (["--model.image-channels", "1"], "image_channels is 1"),
         (["--out", "weights.ckpt"], "must end in .safetensors"),
-        (["--workers", "0"], "threads is 0"),
+        (["--workers", "0"], "workers is 0"),
+        (["--workers", "99999999999999999999"], "it must be from 1 to 1024"),
     ],
 )
 def test_bad_options_are_one_line(tree, tmp_path, monkeypatch, capsys, options, named):
