@@ -31,7 +31,7 @@ from ear_kernels.ops.transformer.functional_inference import (
     quantise_e4m3,
     residual_norm,
 )
-from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference, linear_residual
+from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference
 
 __all__ = [
     "Block",
@@ -53,7 +53,6 @@ __all__ = [
     "kernel_score_loss",
     "linear_gelu",
     "linear_inference",
-    "linear_residual",
     "norm_gelu_mlp",
     "norm_self_attention",
     "predicted_rows",

@@ -45,9 +45,9 @@ def _inference(
     output: Any = {"dtype": torch.float8_e4m3fn, "scale": tensor(1)} if low else {"dtype": dtype}
     parameters = [tensor(width, dtype=dtype) for _ in range(3)]
     stream = tensor(rows, width)
-    operations.residual_norm(tensor(rows, width, dtype=dtype), parameters[0], stream, *parameters[1:], **output)
-    for added in (None, parameters[0]):
-        operations.residual_norm(None, added, stream, *parameters[1:], **output, **options)
+    branch = tensor(rows, width, dtype=dtype), parameters[0]
+    for branches, out_stream in (((), None), ((branch,), None), ((branch,), stream), ((branch, branch), stream)):
+        operations.residual_norm(stream, branches, *parameters[1:], out_stream=out_stream, **output, **options)
     operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
     query = tensor(groups, queries, width, dtype=dtype)
     operations.attention_rows(query, tensor(groups, keys, 2 * width, dtype=dtype), heads, **options)

@@ -26,15 +26,10 @@ from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import draw_orders, guidance_scale
 from ear_model.sampling.steps import SamplingModel
-from ear_model.sampling.weights import DEPENDENT, Weights
+from ear_model.sampling.weights import DEPENDENT, Room, Weights
 
 MOST_PREPARED = 2**27
 """Bytes that are kept of what can be computed of all noise before the first step: 12 images of EAR-B."""
-
-ROWS_THAT_ADD = 16384
-"""From this many rows on the MLP's last product adds itself to the residual stream, and the norm after it moves half
-the bytes: at 40,960 rows of 768 the product takes 22 us more on an H200, and the norm's 189 MB less are 44 us at the
-copy rate."""
 
 
 class IncrementalDecoding:
@@ -66,6 +61,7 @@ class IncrementalDecoding:
         self.classes_GC, self.scales = new(self.sequences, width), new(tokens + 1)
         self.start_GSC, self.stream_GSC = new(self.sequences, length, width), new(self.sequences, length, width)
         self.qkv_GS3 = new(self.sequences, length, 3 * width, dtype=dtype)
+        self.room = Room(weights, self.sequences * length)
         self.left = new(1, dtype=torch.int64)
         self.places_L = torch.arange(tokens, device=position.device)
 
@@ -112,8 +108,7 @@ class IncrementalDecoding:
         self.start_GSC[:, :prefix] = self.classes_GC.to(self.dtype).unsqueeze(1) + self.position_SC[:prefix]
         self.start_GSC[:, prefix:] = backbone.mask_token[0].to(self.dtype) + self.position_SC[prefix:]
         first = self.weights.blocks[0]
-        _, normed = first.norm1(self.start_GSC, dtype=self.dtype)
-        self.qkv_GS3.copy_(first.qkv(normed))
+        self.qkv_GS3.copy_(first.qkv(first.norm1(self.start_GSC, dtype=self.dtype)))
         self.tokens_BLD.zero_()
         self.left.fill_(self.config.num_tokens)
 
@@ -159,29 +154,25 @@ class IncrementalDecoding:
         sequences = self.sequences if guided else self.batch
         # Without guidance the classes' sequences alone: they come first.
         start_GSC, stream_GSC, qkv_GS3 = (x[:sequences] for x in (self.start_GSC, self.stream_GSC, self.qkv_GS3))
-        stream, branch, bias = start_GSC, None, None
-        adds_itself = sequences * start_GSC.shape[1] >= ROWS_THAT_ADD and blocks[0].fc2.e4m3 is None
+        # The first block's input stays as it is: the next step starts from it.
+        stream, branches = start_GSC, list[tuple[Tensor, Tensor]]()
         for number, block in enumerate(blocks[:-1]):
             if number == 0:
                 qkv = qkv_GS3
             else:
-                _, normed = block.norm1(stream, branch, bias, **block.qkv.takes)
-                qkv = block.qkv(normed)
+                normed = block.norm1(stream, *branches, out_stream=stream_GSC, **block.qkv.takes)
+                rows = normed.numel() // width
+                stream, qkv = stream_GSC, block.qkv(normed, out=self.room(rows, 3 * width, self.dtype))
             projected = block.proj(attention(qkv, block.heads, dependent=DEPENDENT, **block.proj.takes), bias=False)
-            # The first block's input stays as it is: the next step starts from it.
-            options = {"out_stream": stream_GSC, **block.fc1.takes}
-            # A bias without a branch is of an MLP whose output is in the stream already.
-            owed = block.proj.own_bias if branch is not None or bias is None else block.proj.own_bias + bias
-            stream, normed = block.norm2(stream, projected, owed, **options)
-            bias = block.fc2.own_bias
-            # The last block gathers rows of the stream, so all must be in it.
-            if adds_itself and number < len(blocks) - 2:
-                block.mlp_onto(normed, stream)
-                branch = None
-            else:
-                branch = block.mlp(normed)
+            branches = [(projected, block.proj.own_bias)]
+            # The stream is read twice and written once in a block: the next norm adds both branches.
+            normed = block.norm2(stream, *branches, **block.fc1.takes)
+            branches.append((block.mlp(normed, self.room), block.fc2.own_bias))
         last = blocks[-1]
-        stream, normed = last.norm1(stream, branch, bias, **last.qkv.takes)
+        # The last block gathers rows of the stream, so all must be in it.
+        written = {"out_stream": stream_GSC} if branches else {}
+        normed = last.norm1(stream, *branches, **written, **last.qkv.takes)
+        stream = stream_GSC if branches else stream
         kv = last.qkv(normed, rows=slice(width, None))
         norm = last.norm1
         rows_GK, rows_RC, normed = predicted_rows(
@@ -189,7 +180,8 @@ class IncrementalDecoding:
         )
         query = last.qkv(normed, rows=slice(width)).view(sequences, -1, width)
         mixed = attention_rows(query, kv, last.heads, dependent=DEPENDENT).view(-1, width)
-        _, normed = last.norm2(rows_RC, last.proj(mixed, bias=False), last.proj.own_bias, dtype=self.dtype)
+        branch = last.proj(mixed, bias=False), last.proj.own_bias
+        normed = last.norm2(rows_RC, branch, out_stream=rows_RC, dtype=self.dtype)
         scales, norm = self.scales if guided else None, self.weights.norm
         after = norm.weight, norm.bias, scales, self.left, count
         hidden_RC = guided_norm(last.mlp(normed), last.fc2.own_bias, rows_RC, *after, eps=norm.eps)

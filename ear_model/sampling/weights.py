@@ -15,7 +15,6 @@ from ear_kernels import LowCopies
 from ear_kernels.functional import (
     linear_gelu,
     linear_inference,
-    linear_residual,
     quantise_e4m3,
     residual_norm,
 )
@@ -35,12 +34,10 @@ class Norm:
     bias: Tensor
     eps: float
 
-    def __call__(
-        self, stream: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """(stream + branch + its bias, the norm of that)."""
+    def __call__(self, stream: Tensor, *branches: tuple[Tensor, Tensor | None], **options: Any) -> Tensor:
+        """The norm of the stream plus branches and their biases."""
         options |= {"eps": self.eps, "dependent": DEPENDENT}
-        return residual_norm(branch, branch_bias, stream, self.weight, self.bias, **options)
+        return residual_norm(stream, branches, self.weight, self.bias, **options)
 
     def largest(self) -> Tensor:
         """A bound of what any row's elements are at most: a normed row's length is sqrt(W) at most."""
@@ -77,9 +74,15 @@ class Linear:
         return {"dtype": E4M3, "scale": self.e4m3.scale_in}
 
     def __call__(
-        self, x: Tensor, *, bias: bool = True, rows: slice = slice(None), gelu: dict[str, Any] | None = None
+        self,
+        x: Tensor,
+        *,
+        bias: bool = True,
+        rows: slice = slice(None),
+        gelu: dict[str, Any] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """``x W^T``, plus the bias; with ``rows`` those of the weight.
+        """``x W^T``, plus the bias; with ``rows`` those of the weight; in ``out``, ``[R, N]``, if that is given.
 
         With ``gelu``, what the next linear :attr:`takes`, GELU of that, in that dtype.
         """
@@ -91,8 +94,8 @@ class Linear:
             options = {"dtype": self.bias.dtype, "scales": (self.e4m3.scale_in, self.e4m3.scale), **options}
         function = linear_inference if gelu is None else linear_gelu
         added = self.bias[rows] if bias else None
-        out = function(x.flatten(0, -2), weight[rows], added, dependent=DEPENDENT, **options)
-        return out.view(*x.shape[:-1], -1)
+        result = function(x.flatten(0, -2), weight[rows], added, dependent=DEPENDENT, out=out, **options)
+        return result.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,31 @@ class Block:
     fc2: Linear
     linears: dict[str, nn.Linear] = field(repr=False)
 
-    def mlp(self, normed: Tensor) -> Tensor:
-        """The MLP without its last bias."""
+    def mlp(self, normed: Tensor, room: "Room | None" = None) -> Tensor:
+        """The MLP without its last bias; what is between its linears lies in ``room``."""
         takes = self.fc2.takes if normed.dtype == E4M3 else {"dtype": normed.dtype}
-        return self.fc2(self.fc1(normed, gelu=takes), bias=False)
+        rows, inner = normed.numel() // normed.shape[-1], self.fc1.weight.shape[0]
+        out = None if room is None else room(rows, inner, takes["dtype"])
+        return self.fc2(self.fc1(normed, gelu=takes, out=out), bias=False)
 
-    def mlp_onto(self, normed: Tensor, stream: Tensor) -> None:
-        """Add that to the residual stream, in float32 and unrounded; not for e4m3."""
-        inner = self.fc1(normed, gelu={"dtype": normed.dtype}).flatten(0, -2)
-        linear_residual(inner, self.fc2.weight, stream.view(-1, stream.shape[-1]))
+
+class Room:
+    """Memory for the widest results of a block, which are never needed at the same time.
+
+    Args:
+        weights: of the model.
+        rows: at most.
+    """
+
+    def __init__(self, weights: "Weights", rows: int) -> None:
+        block = weights.blocks[0]
+        inner = block.fc1.weight.shape[0] * (1 if block.fc2.e4m3 is not None else weights.dtype.itemsize)
+        widest = max(inner, block.qkv.weight.shape[0] * weights.dtype.itemsize)
+        self._bytes = torch.empty(rows * widest, dtype=torch.uint8, device=block.qkv.weight.device)
+
+    def __call__(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``[rows, width]``; it ends what was there."""
+        return self._bytes[: rows * width * dtype.itemsize].view(dtype).view(rows, width)
 
 
 class Weights:

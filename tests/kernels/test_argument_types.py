@@ -83,11 +83,10 @@ def arguments() -> dict[str, tuple[Any, dict[str, Any]]]:
         "attention_rows": (F.attention_rows, {"query": r(2, 1, WIDTH), "kv": r(2, 3, 2 * WIDTH), "heads": 2}),
         "quantise_e4m3": (F.quantise_e4m3, {"weight": r(5, 5)}),
         "residual_norm": (
-            F.residual_norm, {"branch": r(5, WIDTH), "branch_bias": r(WIDTH), "stream": r(5, WIDTH)} | affine,
+            F.residual_norm, {"stream": r(5, WIDTH), "branches": [(r(5, WIDTH), r(WIDTH))]} | affine,
         ),
         "linear_gelu": (F.linear_gelu, {"x": r(2, 5), "weight": r(3, 5), "bias": r(3)}),
         "linear_inference": (F.linear_inference, {"x": r(2, 5), "weight": r(3, 5), "bias": r(3), "out": r(2, 3)}),
-        "linear_residual": (F.linear_residual, {"x": r(2, 5), "weight": r(3, 5), "stream": r(2, 3)}),
         "predicted_rows": (F.predicted_rows, {
             "stream": r(2, 4, WIDTH), "orders": whole(2, 3), "left": torch.full((1,), 3), "count": 1,
         } | affine),
@@ -153,7 +152,7 @@ def test_none_is_taken_or_named(name, argument) -> None:
     except (TypeError, ValueError) as error:
         message = str(error)
     if message is None:
-        alone = {("adaln_modulate", "weight"), ("residual_norm", "branch")}
+        alone = {("adaln_modulate", "weight")}
         assert argument in MAY_BE_NONE or (name, argument) in alone
     else:
         assert argument in message

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference, linear_residual
+from ear_kernels.ops.transformer.functional_linear import linear_gelu, linear_inference
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE, DTYPES
 
@@ -125,17 +125,6 @@ def test_e4m3_without_kernels_is_the_product_of_what_the_numbers_mean() -> None:
     torch.testing.assert_close(narrow.double() * scales[0], wanted.clamp(-limit, limit), rtol=0.07, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-@pytest.mark.parametrize("rows", [0, 1, 130])
-def test_linear_residual(rows, dtype) -> None:
-    x, weight, _ = problem(rows, 72, 48, dtype)
-    stream = draw(rows, 48).to(torch.promote_types(torch.float32, dtype))
-    wanted = stream.double() + exact(x, weight, None, gelu=False)
-    expected = stream + F.linear(x, weight)
-    assert linear_residual(x, weight, stream) is stream
-    assert_close_to_eager("stream", stream, expected, wanted)
-
-
 def test_bad_input_is_named() -> None:
     x, weight, bias = problem(4, 16, 8, torch.float16)
     one = torch.ones(1, device=DEVICE)
@@ -151,8 +140,6 @@ def test_bad_input_is_named() -> None:
         (ValueError, r"out has shape \(8, 4\)", lambda: linear_gelu(x, weight, out=x.new_empty(8, 4))),
         (TypeError, "out has dtype torch.float32", lambda: linear_gelu(x, weight, out=draw(4, 8))),
         (ValueError, "linear_gelu has no backward", lambda: linear_gelu(x.clone().requires_grad_(), weight)),
-        (ValueError, r"stream has shape \(4, 9\)", lambda: linear_residual(x, weight, draw(4, 9))),
-        (TypeError, "stream torch.float64", lambda: linear_residual(x, weight, draw(4, 8).double())),
     ):
         with pytest.raises(error, match=match):
             call()

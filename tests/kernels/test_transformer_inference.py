@@ -36,44 +36,36 @@ def close(
     assert_close_to_eager(name, ours, eager, exact, ulps=2)
 
 
-def oracle_norm(branch, branch_bias, stream, weight, bias):
-    x, normed = reference.residual_norm(branch, branch_bias, stream, weight, bias, 1e-6)
-    return x, normed.to(weight.dtype)
-
-
 @given(
     st.integers(0, 9),
     st.sampled_from([8, 17, 64, 70, 768]),
     st.sampled_from(DTYPES),
-    st.sampled_from(["branch", "branch and bias", "bias alone", "norm alone"]),
+    st.lists(st.booleans(), max_size=2),
     st.sampled_from(OUTPUTS),
-    st.booleans(),
+    st.sampled_from(["in place", "elsewhere", "nowhere"]),
     st.integers(0, 999),
 )
 @settings(max_examples=150 if DEVICE == "cuda" else 30)
-def test_residual_norm(rows, width, dtype, kind, output, in_place, number) -> None:
+def test_residual_norm(rows, width, dtype, biases, output, written, number) -> None:
+    """With no, one or two branches; a branch has a bias or none."""
     torch.manual_seed(number)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("EAR_KERNELS_BACKEND", "triton")
-        branch = draw(rows, width).to(dtype) if "branch" in kind else None
-        branch_bias = draw(width).to(dtype) if "bias" in kind else None
-        stream, weight, bias = draw(rows, width) * 3, draw(width).to(dtype), draw(width).to(dtype)
+        branches = [(draw(rows, width).to(dtype), draw(width).to(dtype) if biased else None) for biased in biases]
+        stream, parameters = draw(rows, width) * 3, [draw(width).to(dtype) for _ in range(2)]
         before = stream.clone()
-        inputs = [branch, branch_bias, before, weight, bias]
-        wide = [None if each is None else each.double() for each in inputs]
+        wide = [(branch.double(), None if own is None else own.double()) for branch, own in branches]
         scale = torch.tensor([0.011], device=DEVICE) if output is E4M3 else None
-        memory = None if in_place or branch is None else torch.empty_like(stream)
-        out = output or dtype
-        x, normed = residual_norm(
-            branch, branch_bias, stream, weight, bias, out_stream=memory, dtype=out, scale=scale
-        )
-        assert x is (stream if memory is None else memory)
-        assert torch.equal(stream, before) == (memory is not None or branch is None or not rows)
-        eager, exact = oracle_norm(*inputs), oracle_norm(*wide)
-        close("x", x, eager[0], exact[0])
-        factor = None if scale is None else scale.item()
-        expected = reference.e4m3(reference.residual_norm(*inputs, 1e-6)[1], scale, out)
-        close("normed", normed, expected, exact[1], factor)
+        memory = {"in place": stream, "elsewhere": torch.full_like(stream, torch.nan), "nowhere": None}[written]
+        memory, out = memory if branches else None, output or dtype
+        normed = residual_norm(stream, branches, *parameters, out_stream=memory, dtype=out, scale=scale)
+        assert torch.equal(stream, before) == (memory is not stream or not rows)
+        eager = reference.residual_norm(before, branches, *parameters, 1e-6)
+        exact = reference.residual_norm(before.double(), wide, *(each.double() for each in parameters), 1e-6)
+        if memory is not None:
+            close("x", memory, eager[0], exact[0])
+        expected = reference.e4m3(eager[1] if output else eager[1].to(dtype), scale, out)
+        close("normed", normed, expected, exact[1], None if scale is None else scale.item())
 
 
 def exact_attention(query, kv, heads):
@@ -167,10 +159,9 @@ def test_eager_takes_every_dtype(monkeypatch, dtype) -> None:
     scale = torch.tensor([0.1], device=DEVICE)
     stream, branch, weight = draw(3, 16).to(dtype), draw(3, 16).bfloat16(), draw(16)
     expected = stream + branch
-    x, normed = residual_norm(branch, None, stream, weight, weight, dtype=E4M3, scale=scale)
-    assert x is stream
-    assert torch.allclose(x.float(), expected.float(), atol=0.05)
-    wanted = F.layer_norm(x.float(), (16,), weight, weight, 1e-6)
+    normed = residual_norm(stream, [(branch, None)], weight, weight, out_stream=stream, dtype=E4M3, scale=scale)
+    assert torch.allclose(stream.float(), expected.float(), atol=0.05)
+    wanted = F.layer_norm(stream.float(), (16,), weight, weight, 1e-6)
     assert torch.allclose(normed.float() * 0.1, wanted, rtol=0.07, atol=1e-3)
     qkv = draw(2, 5, 48).to(dtype)
     low = attention(qkv, 2, dtype=E4M3, scale=scale).float() * 0.1
@@ -196,14 +187,22 @@ def test_zeros_are_quantised() -> None:
 
 def test_bad_input_is_named() -> None:
     stream, weight, scale = draw(4, 8), draw(8), torch.ones(1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"branch has shape \(4, 7\)"):
-        residual_norm(draw(4, 7), None, stream, weight, weight)
-    with pytest.raises(ValueError, match="without a branch"):
-        residual_norm(None, None, stream, weight, weight, out_stream=stream)
+    for error, match, branches in (
+        (ValueError, r"branches\[0\]\[0\] has shape \(4, 7\)", [(draw(4, 7), None)]),
+        (ValueError, r"branches\[1\]\[1\] has shape \(7,\)", [(stream, weight), (stream, draw(7))]),
+        (ValueError, "branches has 3 items", [(stream, None)] * 3),
+        (TypeError, r"branches\[0\] is a Tensor; it must be \(tensor, bias or None\)", [stream]),
+        (TypeError, r"branches\[0\]\[0\] is a NoneType", [(None, weight)]),
+        (TypeError, "branches is a Tensor", stream),
+    ):
+        with pytest.raises(error, match=match):
+            residual_norm(stream, branches, weight, weight)
+    with pytest.raises(ValueError, match="without branches"):
+        residual_norm(stream, [], weight, weight, out_stream=stream)
     with pytest.raises(ValueError, match="contiguous"):
-        residual_norm(None, None, draw(8, 4).t(), weight, weight)
+        residual_norm(draw(8, 4).t(), [], weight, weight)
     with pytest.raises(TypeError, match="needs one"):
-        residual_norm(None, None, stream, weight, weight, dtype=E4M3)
+        residual_norm(stream, [], weight, weight, dtype=E4M3)
     with pytest.raises(TypeError, match="needs one"):
         attention(stream[None].repeat(1, 1, 3), 2, scale=scale)
     with pytest.raises(TypeError, match="scale has dtype"):
@@ -243,14 +242,15 @@ def test_dependent_launches_in_a_graph(triton_backend) -> None:
 
     def chain(dependent: bool) -> torch.Tensor:
         stream = start.clone()
-        branch = None
+        branches: list = []
         for _ in range(8):
-            _, normed = residual_norm(branch, None, stream, weight, bias, dtype=torch.bfloat16, dependent=dependent)
+            options = {"out_stream": stream if branches else None, "dtype": torch.bfloat16, "dependent": dependent}
+            normed = residual_norm(stream, branches, weight, bias, **options)
             qkv = normed.repeat(1, 1, 3)
             branch = attention(qkv, heads, dependent=dependent)
             query, kv = qkv[..., :width].contiguous(), qkv[..., width:].contiguous()
-            branch = branch + attention_rows(query, kv, heads, dependent=dependent)
-        return residual_norm(branch, None, stream, weight, bias, dependent=dependent)[1]
+            branches = [(branch, None), (attention_rows(query, kv, heads, dependent=dependent), bias)]
+        return residual_norm(stream, branches, weight, bias, dependent=dependent)
 
     expected = chain(False)
     graph = torch.cuda.CUDAGraph()

@@ -17,7 +17,7 @@ from ear_model.sampling.engine import Engines, is_plain
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.images import sample_images
 from ear_model.sampling.incremental import IncrementalDecoding
-from ear_model.sampling.weights import Block, Weights
+from ear_model.sampling.weights import Weights
 from tests.model.conftest import TINY, randomise
 
 LABELS = torch.tensor([0, 5, 9])
@@ -62,19 +62,6 @@ def test_kept_values_change_no_token(depth, steps, guidance):
     for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
         expected = decode_tokens(model, LABELS, setting, draws())
         torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("depth", [2, 3, 5])
-@torch.no_grad()
-def test_products_that_add_themselves_to_the_stream(depth, monkeypatch):
-    model, setting = wide_model(depth), SamplingConfig(4, 2.0, temperature=0.7)
-    expected = decode_tokens(model, LABELS, setting, ImageDraws(4, range(3)))
-    monkeypatch.setattr("ear_model.sampling.incremental.ROWS_THAT_ADD", 1)
-    added = []
-    monkeypatch.setattr(Block, "mlp_onto", lambda *given, own=Block.mlp_onto: added.append(1) or own(*given))
-    found = incremental(model, setting, ImageDraws(4, range(3)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(added) == 4 * (depth - 2)
 
 
 @pytest.mark.parametrize("interval", [(0.3, 1.0), (0.0, 0.6), (0.2, 0.7)])

@@ -7,6 +7,9 @@ capability 9 ignore it, and after and before a product of cuBLAS, which takes no
 torch.compile is not supported.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +25,8 @@ OUTPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 @takes_tensors
 @torch.no_grad()
 def residual_norm(
-    branch: Tensor | None,
-    branch_bias: Tensor | None,
     stream: Tensor,
+    branches: Sequence[tuple[Tensor, Tensor | None]],
     weight: Tensor,
     bias: Tensor,
     *,
@@ -33,47 +35,53 @@ def residual_norm(
     dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
     dependent: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``x = stream + branch + branch_bias`` and ``LN(x)``.
+) -> Tensor:
+    """``LN(x)`` of ``x``, the residual stream plus what was added to it since it was written.
+
+    Of a block's two norms one need not write x: the other can add both branches.
 
     Args:
-        branch: ``[..., W]``, what attention or MLP made; None leaves ``stream`` as it is.
-        branch_bias: ``[W]`` or None: the bias of the linear that made ``branch``, left out there. Without a branch
-            ``LN(stream + branch_bias)`` is given: of a linear that has added its product to the stream itself.
-        stream: ``[..., W]``, contiguous: the residual stream, which is updated in place without ``out_stream``.
+        stream: ``[..., W]``, contiguous.
+        branches: two at most, what attention or MLP made, ``[..., W]``, each with the bias ``[W]`` of the linear that
+            made it, if that was left out there, or None.
         weight, bias: the norm's parameters, ``[W]``.
         eps: of the norm.
-        out_stream: where x is written instead: shape and dtype of ``stream``, contiguous.
+        out_stream: where x is written: shape and dtype of ``stream``, contiguous; may be ``stream``. Without it x is
+            written nowhere.
         dtype: of ``LN(x)``: a floating-point one or float8_e4m3fn; None is the autocast dtype where autocast is on
-            and otherwise that of ``branch``, or of ``stream`` without one.
+            and otherwise that of the first branch, or of ``stream`` without one.
         scale: float32 ``[1]``, for float8_e4m3fn and nothing else: ``LN(x) / scale`` is given, saturated at +-448.
         dependent: see the module.
 
     Returns:
-        The tensor that holds x (``out_stream`` or ``stream``), and ``LN(x)``, ``[..., W]``.
+        ``LN(x)``, ``[..., W]``.
 
     Raises:
         ValueError: shapes, devices or memory that do not fit. TypeError: dtypes that do not fit.
     """
-    _check_norm(branch, branch_bias, stream, weight, bias, out_stream)
-    dtype = dtype or compute_dtype(stream if branch is None else branch)
+    _check_norm(stream, branches, weight, bias, out_stream)
+    dtype = dtype or compute_dtype(branches[0][0] if branches else stream)
     _check_output(dtype, scale, stream, "stream")
-    target = stream if out_stream is None else out_stream
-    refusal = _refusal(stream, branch, branch_bias, weight, bias, dtype=dtype, widest=8192)
+    added = [tensor for branch in branches for tensor in branch]
+    refusal = _refusal(stream, *added, weight, bias, dtype=dtype, widest=8192)
     if stream.shape[-1] > 1 and applies("residual_norm", stream, refusal):
         from ear_kernels.ops.transformer import launch_inference
 
         width = stream.shape[-1]
         out = stream.new_empty(stream.shape, dtype=dtype)
+        rows = [
+            (each.contiguous().view(-1, width), own if own is None else own.contiguous()) for each, own in branches
+        ]
+        target = None if out_stream is None else out_stream.view(-1, width)
+        parameters = weight.contiguous(), bias.contiguous(), eps
         launch_inference.residual_norm(
-            None if branch is None else branch.contiguous().view(-1, width),
-            None if branch_bias is None else branch_bias.contiguous(),
-            *(stream.view(-1, width), weight.contiguous(), bias.contiguous(), eps),
-            *(target.view(-1, width), out.view(-1, width), scale, dependent),
+            stream.view(-1, width), rows, *parameters, target, out.view(-1, width), scale, dependent
         )
-        return target, out
-    x, normed = reference.residual_norm(branch, branch_bias, stream, weight, bias, eps)
-    return (target if branch is None else target.copy_(x)), reference.e4m3(normed, scale, dtype)
+        return out
+    x, normed = reference.residual_norm(stream, branches, weight, bias, eps)
+    if out_stream is not None:
+        out_stream.copy_(x)
+    return reference.e4m3(normed, scale, dtype)
 
 
 @takes_tensors
@@ -263,9 +271,8 @@ def _check_memory(
 
 
 def _check_norm(
-    branch: Tensor | None,
-    branch_bias: Tensor | None,
     stream: Tensor,
+    branches: Sequence[tuple[Tensor, Tensor | None]],
     weight: Tensor,
     bias: Tensor,
     out_stream: Tensor | None,
@@ -273,15 +280,25 @@ def _check_norm(
     check_floating("stream", stream)
     if stream.ndim < 1 or not stream.is_contiguous():
         raise ValueError(f"stream has shape {tuple(stream.shape)}; it must be [..., W], contiguous")
-    if branch is None and out_stream is not None:
-        raise ValueError("out_stream is given without a branch; it is for what is added to the stream")
-    parameters = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
-    for name, tensor in (("branch", branch), *parameters.items()):
-        if tensor is None:
+    named: dict[str, Any] = {"weight": weight, "bias": bias}
+    if not isinstance(branches, list | tuple):
+        raise TypeError(f"branches is a {type(branches).__name__}; it must be a list of (tensor, bias or None)")
+    if len(branches) > 2:
+        raise ValueError(f"branches has {len(branches)} items; two at most can be added")
+    for place, branch in enumerate(branches):
+        if not isinstance(branch, tuple) or len(branch) != 2:
+            raise TypeError(f"branches[{place}] is a {type(branch).__name__}; it must be (tensor, bias or None)")
+        named |= {f"branches[{place}][{part}]": tensor for part, tensor in enumerate(branch)}
+    if out_stream is not None and not branches:
+        raise ValueError("out_stream is given without branches; it is for what is added to the stream")
+    for name, tensor in named.items():
+        if tensor is None and name.endswith("][1]"):
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
         check_floating(name, tensor)
         check_device(name, tensor, stream, "stream")
-        wanted = stream.shape if name == "branch" else stream.shape[-1:]
+        wanted = stream.shape if name.endswith("][0]") else stream.shape[-1:]
         if tensor.shape != wanted:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {list(wanted)}")
     _check_memory("out_stream", out_stream, tuple(stream.shape), stream.dtype, stream, "stream")

@@ -72,38 +72,6 @@ def linear_inference(
     return _linear("linear_inference", x, weight, bias, scales, out_scale, dtype, out, dependent)
 
 
-@takes_tensors
-def linear_residual(x: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
-    """``stream += x W^T`` in place, by one kernel that rounds nothing in between; without a backward.
-
-    Args:
-        x: ``[R, K]``.
-        weight: ``[N, K]``, of the dtype of ``x``: float16, bfloat16 or float32, float64 with a float64 stream.
-        stream: ``[R, N]``, float32 (or the dtype of ``x``).
-
-    Returns:
-        ``stream``.
-
-    Raises:
-        ValueError: shapes or devices that do not fit; a gradient would be needed. TypeError: dtypes that do not fit.
-    """
-    _check("linear_residual", x, weight, None)
-    check_device("stream", stream, x, "x")
-    _refuse_gradients("linear_residual", stream)
-    if stream.dtype not in (torch.float32, x.dtype) or x.dtype == E4M3:
-        raise TypeError(
-            f"x has dtype {x.dtype} and stream {stream.dtype}; stream must be float32 or as x, x not e4m3"
-        )
-    if stream.shape != (x.shape[0], weight.shape[0]):
-        raise ValueError(f"stream has shape {tuple(stream.shape)}; it must be {[x.shape[0], weight.shape[0]]}")
-    if stream.dtype == x.dtype:
-        return stream.addmm_(x, weight.t())
-    if x.is_cuda:
-        # cuBLAS reads and writes the stream in its epilogue.
-        return torch.addmm(stream, x, weight.t(), out_dtype=stream.dtype, out=stream)
-    return stream.add_(x.to(stream.dtype) @ weight.to(stream.dtype).t())
-
-
 def _linear(
     name: str,
     x: Tensor,

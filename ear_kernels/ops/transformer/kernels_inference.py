@@ -32,13 +32,15 @@ def _chunks(row, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr)
 @triton.jit
 def residual_norm_kernel(
     branch,  # [R, W], or None
-    branch_bias,  # [W], added with branch or without, or None
+    branch_bias,  # [W], with branch, or None
+    second,  # as branch, with it, or None
+    second_bias,
     stream,  # [R, W]
     weight,  # [W]
     bias,  # [W]
     out_scale,
-    out_stream,  # [R, W], out, with branch: stream + branch + branch_bias (may be stream's memory)
-    out,  # [R, W], out: LN of it
+    out_stream,  # [R, W], out: x, the sum of these (may be stream's memory); or None
+    out,  # [R, W], out: LN(x)
     eps,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -58,6 +60,8 @@ def residual_norm_kernel(
     old = _chunks(stream + start, CHUNK, CHUNKS, WIDTH)
     if branch is not None:
         added = _chunks(branch + start, CHUNK, CHUNKS, WIDTH)
+    if second is not None:
+        added_too = _chunks(second + start, CHUNK, CHUNKS, WIDTH)
     parts: "Any" = ()  # noqa: UP037
     for index in tl.static_range(CHUNKS):
         x = old[index]
@@ -65,11 +69,15 @@ def residual_norm_kernel(
             x += added[index]
         if branch_bias is not None:
             x += _chunk(branch_bias, index, CHUNK, WIDTH)
-        if branch is not None:
+        if second is not None:
+            x += added_too[index]
+        if second_bias is not None:
+            x += _chunk(second_bias, index, CHUNK, WIDTH)
+        low = x.to(stream.dtype.element_ty)
+        if out_stream is not None:
             cols = index * CHUNK + tl.arange(0, CHUNK)
-            x = x.to(out_stream.dtype.element_ty)
-            tl.store(out_stream + start + cols, x, mask=cols < WIDTH)
-            x = x.to(tl.float32)
+            tl.store(out_stream + start + cols, low, mask=cols < WIDTH)
+        x = low.to(tl.float32)
         parts += (x,)
         total += x
     mu = tl.sum(total, 0) / WIDTH

@@ -1,6 +1,7 @@
 """Launches of the block's inference kernels, with their static tables. Imports Triton."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -64,27 +65,26 @@ def attention_config(dim: int, heads: int, queries: int) -> AttentionConfig:
 
 
 def residual_norm(
-    branch: Tensor | None,
-    branch_bias: Tensor | None,
     stream: Tensor,
+    branches: Sequence[tuple[Tensor, Tensor | None]],
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    out_stream: Tensor,
+    out_stream: Tensor | None,
     out: Tensor,
     out_scale: Tensor | None,
     dependent: bool,
 ) -> None:
-    """All contiguous; ``stream``, ``branch``, ``out_stream`` (may be ``stream``) and ``out`` are ``[R, W]``."""
+    """All contiguous; ``stream``, at most two branches, ``out_stream`` (or ``stream``) and ``out``: ``[R, W]``."""
     rows, width = stream.shape
     if not rows:
         return
     config = norm_config(rows, width)
     dependent = may_depend(stream, dependent)
+    added = [tensor for branch in branches for tensor in branch] + [None] * (4 - 2 * len(branches))
     launch(
-        kernels.residual_norm_kernel, (rows,),
-        branch, branch_bias, stream, weight, bias, out_scale, out_stream, out, eps, on=stream,
-        WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk),
+        kernels.residual_norm_kernel, (rows,), *added, stream, weight, bias, out_scale, out_stream, out, eps,
+        on=stream, WIDTH=width, CHUNK=config.chunk, CHUNKS=ceil_div(width, config.chunk),
         DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ The eager path of attention is ``F.scaled_dot_product_attention``; :func:`attent
 dropout mask.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -138,15 +139,12 @@ def e4m3(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def residual_norm(
-    branch: Tensor | None, branch_bias: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor, eps: float
+    stream: Tensor, branches: Sequence[tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``x = stream + branch + branch_bias`` in the stream's dtype and ``LN(x)`` in at least float32."""
-    x = stream
-    if branch is not None:
-        x = stream = stream + (branch if branch_bias is None else branch + branch_bias.to(branch.dtype)).to(x.dtype)
-    elif branch_bias is not None:
-        x = stream + branch_bias.to(stream.dtype)
-    x = x.to(torch.promote_types(stream.dtype, torch.float32))
+    """``x = stream + branches + their biases`` in the stream's dtype and ``LN(x)`` in at least float32."""
+    for branch, own in branches:
+        stream = stream + (branch if own is None else branch + own.to(branch.dtype)).to(stream.dtype)
+    x = stream.to(torch.promote_types(stream.dtype, torch.float32))
     return stream, F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
