@@ -23,7 +23,7 @@ EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 # A module each in ear_model/commands, imported when called; what its ``run(arguments)`` raises, ``main`` reports.
 COMMANDS = (
     *("train", "convert", "cache", "train-tokenizer", "train-codebook"),
-    *("sample", "evaluate", "glyphs", "train-judge", "serve"),
+    *("sample", "evaluate", "glyphs", "train-judge", "serve", "study"),
 )
 
 USAGE = """usage: ear COMMAND ...
@@ -39,6 +39,7 @@ USAGE = """usage: ear COMMAND ...
   ear glyphs --out TREE --num-per-class 1000
                                    draw an image tree of characters
   ear train-judge TREE --out JUDGE train a classifier that scores samples
+  ear study NAME                   ask one of the paper's findings again with small runs
 
 `ear COMMAND --help` explains a command's options."""
 
@@ -55,6 +56,7 @@ KEPT = {
     "evaluate": "no scores were written",
     "train-judge": "no judge was written",
     "serve": "the page is closed",
+    "study": "finished runs and checkpoints are kept, the same command goes on",
 }
 
 

@@ -202,12 +202,13 @@ class Trainer:
         if self.device.type != "cuda" and self.config.data == "digits":
             return self.batches[index]  # in memory: nothing to read ahead
         if self._ahead is None or self._ahead_index != index:
-            self._stop_reading()
+            self.stop_reading()
             self._ahead = Prefetcher(self.batches, index, self.device)
         self._ahead_index = index + 1
         return next(self._ahead)
 
-    def _stop_reading(self) -> None:
+    def stop_reading(self) -> None:
+        """End the reader of batches; the next step starts another."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -257,7 +258,7 @@ class Trainer:
             except OSError as error:
                 raise RunError(f"{words_of(error)}; training stopped, {self._kept()}") from error
             finally:
-                self._stop_reading()
+                self.stop_reading()
 
     def _run(self, quiet: bool) -> None:
         train = self.config.train

@@ -44,7 +44,7 @@ def test_a_run_goes_on_where_it_stopped(files, name) -> None:
     loss, norm = trainer.train_step()
     assert float(loss) == pytest.approx(EXPECTED[name]["loss"], rel=1e-4)
     assert torch.isfinite(norm)
-    trainer._stop_reading()
+    trainer.stop_reading()
     trainer.save()
     assert checkpoint_steps(files / name) == [4]
     assert load_checkpoint(files / name).trainer_state["step"] == 4
