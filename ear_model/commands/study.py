@@ -1,5 +1,6 @@
 """``ear study``: one of the paper's findings, asked again with small runs."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import tyro
 
 from ear_model.commands.parsing import parse_command
 from ear_model.config_checks import check_range
+from ear_model.errors import words_of
+from ear_model.files import DirectoryLock, require_writable
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         ValueError: what can't be studied. RunError: a run failed.
     """
-    import os
-
-    from ear_model.devices import resolve_device
-    from ear_model.files import DirectoryLock
-    from ear_model.studies import pages, runner
     from ear_model.studies.catalogue import STUDIES
 
     if arguments[:1] == ["list"]:
@@ -62,6 +60,9 @@ def run(arguments: list[str]) -> int:
     command = parse_command(StudyCommand, arguments, "ear study")
     if command.name not in STUDIES:
         raise ValueError(f"unknown study {command.name!r}; use one of {', '.join(STUDIES)}, or list")
+    from ear_model.devices import resolve_device
+    from ear_model.studies import pages, runner
+
     study = STUDIES[command.name]
     devices = [str(resolve_device(device)) for device in command.devices]
     at_once = command.at_once or ((os.cpu_count() or 1) if devices == ["cpu"] else AT_ONCE_ON_A_GPU)
@@ -77,7 +78,13 @@ def run(arguments: list[str]) -> int:
     )
     if command.estimate:
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    # What would stop the page after hours of runs, before them.
+    for directory in (command.report, folder):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"can't make {directory}: {words_of(error)}") from error
+    require_writable(command.report / f"{study.name}.md")
     with DirectoryLock(folder):
         runner.prepare(jobs)
         runner.run_jobs(jobs, devices, at_once)

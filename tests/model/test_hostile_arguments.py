@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from ear_model.commands import cache, convert, evaluate, glyphs, sample, train, train_judge, train_tokenizer
+from ear_model.commands import cache, convert, evaluate, glyphs, sample, study, train, train_judge, train_tokenizer
 from ear_model.training.trainer import Trainer
 from tests.model.conftest import tiny_run, write_tree
 from tests.model.real_runs import PIXELS, options, start, wait
@@ -67,6 +67,7 @@ COMMANDS = {
     "convert": convert.Convert,
     "train-judge": train_judge.TrainJudge,
     "train-tokenizer": train_tokenizer.TrainTokenizer,
+    "study": study.StudyCommand,
 }
 
 
@@ -82,6 +83,7 @@ def sound(inputs: Path, command: str) -> tuple[str | None, list[str]]:
         "convert": (run, ["--out", "out.pth"]),
         "train-judge": (tree, ["--out", "out", *options(epochs=1, image_size=8, device="cpu")]),
         "train-tokenizer": (tree, ["--out", "out.safetensors", *options(steps=1, batch_size=2, image_size=8)]),
+        "study": ("guidance", ["--out", "out", "--report", "report", "--quick", "--estimate", "--devices", "cpu"]),
     }[command]
 
 

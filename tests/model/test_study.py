@@ -176,6 +176,7 @@ def test_a_signal_ends_the_runs_after_a_checkpoint(tmp_path):
         (["alpha", "--seeds", "0"], "seeds is 0; it must be from 1 to 1024"),
         (["alpha", "--num", "0"], "num is 0; it must be at least 1"),
         (["alpha", "--devices", "tpu"], "tpu"),
+        (["guidance", "--quick", "--devices", "cpu", "--report", "/dev/null/pages"], "can't make /dev/null/pages"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path, capsys):
