@@ -16,7 +16,8 @@ from ear_model.errors import RunError
 from ear_model.files import require_same, write_json
 from ear_model.json_files import read_json
 from ear_model.progress import Progress
-from ear_model.studies.job import JOB_FILE, RESULT_FILE, description, with_codebook
+from ear_model.run_dir import checkpoint_steps
+from ear_model.studies.job import JOB_FILE, RESULT_FILE, RUN_DIR, description, with_codebook
 from ear_model.studies.study import Arm, Study
 
 LOG_FILE = "log.txt"
@@ -80,14 +81,15 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def seconds(jobs: Sequence[Job], device: str) -> float:
-    """An estimate of what the jobs take one after another: the training of each model, by some steps of it."""
+    """An estimate of what the jobs take one after another: the training that is left, by some steps of each model."""
     probed = dict[RunConfig, float]()
     total = 0.0
     for job in jobs:
         run = replace(job.run, train=replace(job.run.train, seed=0))
         if run not in probed:
             probed[run] = _step_seconds(run, device)
-        total += probed[run] * run.train.steps
+        done = checkpoint_steps(job.folder / RUN_DIR)
+        total += probed[run] * (run.train.steps - (done[-1] if done else 0))
     return total
 
 
