@@ -160,6 +160,9 @@ def _draw(findings: Findings, plot: Plot, path: Path) -> None:
     axes.set(xlabel=plot.label, ylabel=METRICS[plot.y], title=f"{findings.study.source}: {findings.study.name}")
     if plot.log:
         axes.set_xscale("log")
+    drawn = [findings.mean(arm.name, plot.y, number) for arm in arms for number, _ in enumerate(arm.settings)]
+    if min(drawn, default=0) > 0 and max(drawn) > 20 * min(drawn):
+        axes.set_yscale("log")
     if plot.x != "arm" and len(arms) > 1:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
