@@ -9,6 +9,7 @@ import torch
 from ear_model.config import ModelConfig
 from ear_model.errors import RunError
 from ear_model.progress import say
+from ear_model.score_names import score_entry
 
 Result = TypeVar("Result")
 
@@ -33,8 +34,10 @@ def sampling_bytes(config: ModelConfig, *, guided: bool, itemsize: int) -> int:
     # Two residual streams in float32; two of query, key and value; norm, attention, projection, MLP before and after
     # its GELU, and its output.
     row = 2 * 4 * width + (2 * 3 * width + 4 * width + 2 * inner) * itemsize
+    options = score_entry(config.score).options
     modulation = (3 * config.generator_depth + 2) * config.generator_width * itemsize
-    token = modulation + 4 * (config.noise_dim + 3 * config.token_dim)
+    token = 4 * 3 * config.token_dim + (modulation if "generator_depth" in options else 0)
+    token += 4 * config.noise_dim if "noise_dim" in options else 0
     inputs = config.class_tokens + config.num_tokens
     sequences = 2 if guided else 1
     # The keys and values of a causal model.

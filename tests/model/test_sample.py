@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ear_model import cli
-from ear_model.config import SamplingConfig
+from ear_model.config import SamplingConfig, with_score
 from ear_model.data.cache_format import class_names
 from ear_model.ear import EAR
 from ear_model.errors import RunError
@@ -159,6 +159,8 @@ def test_the_plan_of_a_batch():
     # 640 rows; of the width 768: 2 streams of 4 bytes, and 2 x 3 + 4 + 2 x 4 numbers of 2; 256 tokens' modulations.
     assert guided == 640 * 768 * (8 + 18 * 2) + 256 * (2 * 20 * 1024 + 4 * (64 + 48))
     assert guided > sampling_bytes(EAR_BASE, guided=False, itemsize=2) > guided / 2
+    mixture = sampling_bytes(with_score(EAR_BASE, "mixture"), guided=True, itemsize=2)
+    assert guided - mixture == 256 * (2 * 20 * 1024 + 4 * 64)
     assert 1000 * mega < 64 * guided < 2500 * mega
     assert [busy_batch(model, guided=True) for model in (EAR_BASE, EAR_LARGE, EAR_HUGE)] == [64] * 3
     assert 256 < busy_batch(GLYPHS, guided=True) < busy_batch(DIGITS, guided=True) == 1024
