@@ -50,7 +50,7 @@ class ScoringConfig:
     judge: Path | None = None
     """Judge of `ear train-judge`; needs --real. Digits need none."""
     real: Path | None = None
-    """Image tree of held-out real images."""
+    """Image tree of held-out real images, for a judge, or for precision and recall beside --fidelity."""
     train_images: Path | None = None
     """Image tree of the training images, to look for copies; the run's own data if it is pixels."""
     fidelity: Path | None = None
@@ -61,6 +61,7 @@ class ScoringConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "at least 1", "num", "batch_size")
-        if (self.judge is None) != (self.real is None):
-            given, missing = ("--judge", "--real TREE") if self.real is None else ("--real", "--judge FILE")
-            raise ValueError(f"{given} was given without {missing}; a judge compares samples with real images")
+        if self.judge is not None and self.real is None:
+            raise ValueError("--judge was given without --real TREE; a judge compares samples with real images")
+        if self.real is not None and self.judge is None and self.fidelity is None:
+            raise ValueError("--real was given without --judge FILE or --fidelity STATISTICS, which compare with it")

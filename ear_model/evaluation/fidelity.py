@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ear_model.config import SamplingConfig
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
+from ear_model.evaluation.precision_recall import precision_recall
 from ear_model.npz_files import read_npz
 
 # uint8 images [b, 3, S, S] to Inception features [b, 2048] and unbiased logits [b, 1008].
@@ -36,6 +37,10 @@ class FidelityEvaluation:
     """Standard deviation over those splits."""
     statistics: str
     """The statistics file."""
+    precision: float | None
+    """Share of samples that look real, on Inception features (:func:`precision_recall`); None without real images."""
+    recall: float | None
+    """Share of real images that samples look like; likewise."""
 
 
 def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -119,8 +124,9 @@ def evaluate_fidelity(
     setting: SamplingConfig,
     *,
     where: str,
+    real: Iterable[Tensor] = (),
 ) -> FidelityEvaluation:
-    """FID and IS of samples.
+    """FID, IS, precision and recall of samples.
 
     Args:
         batches: uint8 images ``[b, 3, S, S]``; they are read once and not kept.
@@ -128,6 +134,7 @@ def evaluate_fidelity(
         statistics: mean and covariance of the real images, see :func:`load_statistics`.
         setting: what the samples were drawn with; copied into the result.
         where: the statistics file, likewise.
+        real: batches of real images, as ``batches``; for precision and recall alone.
 
     Raises:
         ValueError: statistics of another number of features, or too few images.
@@ -143,6 +150,8 @@ def evaluate_fidelity(
         logits.append(part_logits.float().cpu())
     all_features = torch.cat(features)
     score, deviation = inception_score(torch.cat(logits))
+    real_features = [extractor(images)[0].float().cpu() for images in real]
+    shares = precision_recall(all_features, torch.cat(real_features)) if real_features else (None, None)
     return FidelityEvaluation(
         guidance=setting.guidance,
         temperature=setting.temperature,
@@ -152,6 +161,8 @@ def evaluate_fidelity(
         inception_score=score,
         inception_score_std=deviation,
         statistics=where,
+        precision=shares[0],
+        recall=shares[1],
     )
 
 
@@ -159,8 +170,9 @@ def report_fidelity(results: list[FidelityEvaluation]) -> str:
     """The scores as a few lines of text."""
     lines = ["guidance  temperature      FID  Inception Score"]
     for result in results:
+        shares = "" if result.precision is None else f", precision {result.precision:.3f}, recall {result.recall:.3f}"
         lines.append(
-            f"{result.guidance:8.1f}  {result.temperature:11.1f}  {result.fid:7.2f}  "
-            f"{result.inception_score:8.2f} +- {result.inception_score_std:.2f}  ({result.num_samples} images)"
+            f"{result.guidance:8.1f}  {result.temperature:11.1f}  {result.fid:7.2f}  {result.inception_score:8.2f} "
+            f"+- {result.inception_score_std:.2f}  ({result.num_samples} images{shares})"
         )
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from ear_kernels import energy_distance
 from ear_model.config import SamplingConfig
 from ear_model.data.images import LabelledImages, split_classes
 from ear_model.evaluation.judge import Judge
+from ear_model.evaluation.precision_recall import NEIGHBOURS, precision_recall
 
 PIXELS = 32  # a side of the images whose pixels are compared; more would take minutes on a CPU
 
@@ -44,6 +45,14 @@ class JudgeEvaluation:
     """Frechet distance to real images, on the judge's features."""
     frechet_distance_floor: float
     """The same between two sets of real images."""
+    precision: float | None
+    """Share of samples that look real, on the judge's features (:func:`precision_recall`); None of too few images."""
+    precision_real: float | None
+    """The same of a second set of real images."""
+    recall: float | None
+    """Share of real images that samples look like."""
+    recall_real: float | None
+    """The same of a second set of real images."""
     nearest_train_samples: float | None
     """Median distance of a sample to its nearest training image, on features; None without training images."""
     nearest_train_real: float | None
@@ -149,6 +158,7 @@ class JudgedComparison:
         floor_features, floor_pixels = features[second], _flat(real.images[second])
         self.statistics = feature_statistics(self.features)
         self.floors = self._distances(floor_features, floor_pixels)
+        self.precision_recall_real = self._precision_recall(floor_features)
         self.train_features = None if train is None else judge.classify(train.images)[0]
         self.nearest_real = None
         if self.train_features is not None:
@@ -159,6 +169,12 @@ class JudgedComparison:
         pairs = ((features, self.features), (pixels, self.pixels))
         energy = [energy_distance(a.to(self.device), b.to(self.device)).item() for a, b in pairs]
         return energy[0], energy[1], frechet_distance(*feature_statistics(features), *self.statistics)
+
+    def _precision_recall(self, features: Tensor) -> tuple[float, float] | tuple[None, None]:
+        """Of these features against the first set of real images."""
+        if len(features) <= NEIGHBOURS:
+            return None, None
+        return precision_recall(features.to(self.device), self.features.to(self.device))
 
     def _nearest(self, features: Tensor, train_features: Tensor) -> Tensor:
         return nearest_distances(features.to(self.device), train_features.to(self.device)).cpu()
@@ -179,6 +195,7 @@ class JudgedComparison:
             )
         compared = split_classes(labels, self.per_class, self.seed)[0]
         energy_features, energy_pixels, frechet = self._distances(features[compared], _flat(samples[compared]))
+        precision, recall = self._precision_recall(features[compared])
         nearest_samples = nearest_real = share = None
         if self.train_features is not None and self.nearest_real is not None:
             nearest = self._nearest(features, self.train_features)
@@ -199,6 +216,10 @@ class JudgedComparison:
             energy_distance_pixels_floor=self.floors[1],
             frechet_distance=frechet,
             frechet_distance_floor=self.floors[2],
+            precision=precision,
+            precision_real=self.precision_recall_real[0],
+            recall=recall,
+            recall_real=self.precision_recall_real[1],
             nearest_train_samples=nearest_samples,
             nearest_train_real=nearest_real,
             share_below_closest_real=share,
@@ -219,20 +240,24 @@ def report_judged(results: list[JudgeEvaluation]) -> str:
     """The scores as a few lines of text."""
     first = results[0]
     lines = [
-        "guidance  temperature  accuracy  energy distance: features   pixels  Frechet distance  nearest training"
+        "guidance  temperature  accuracy  energy distance: features   pixels  Frechet distance  precision  recall  "
+        "nearest training"
     ]
 
-    def line(start: str, accuracy: float, distances: tuple[float, float, float], nearest: float | None) -> str:
+    def line(start: str, accuracy: float, distances: tuple[float, float, float], *shares: float | None) -> str:
         features, pixels, frechet = distances
-        shown = "-" if nearest is None else f"{nearest:.3f}"
-        return f"{start:21s}  {accuracy:8.3f}  {features:25.4f}  {pixels:7.4f}  {frechet:16.4f}  {shown:>16s}"
+        precision, recall, nearest = ("-" if share is None else f"{share:.3f}" for share in shares)
+        numbers = f"{start:21s}  {accuracy:8.3f}  {features:25.4f}  {pixels:7.4f}  {frechet:16.4f}"
+        return f"{numbers}  {precision:>9s}  {recall:>6s}  {nearest:>16s}"
 
     for result in results:
         distances = (result.energy_distance_features, result.energy_distance_pixels, result.frechet_distance)
         start = f"{result.guidance:8.1f}  {result.temperature:11.1f}"
-        lines.append(line(start, result.accuracy, distances, result.nearest_train_samples))
+        shares = result.precision, result.recall, result.nearest_train_samples
+        lines.append(line(start, result.accuracy, distances, *shares))
     floors = (first.energy_distance_features_floor, first.energy_distance_pixels_floor, first.frechet_distance_floor)
-    lines.append(line("real images", first.accuracy_real, floors, first.nearest_train_real))
+    shares = first.precision_real, first.recall_real, first.nearest_train_real
+    lines.append(line("real images", first.accuracy_real, floors, *shares))
     worst = sorted(first.accuracy_per_class.items(), key=lambda item: item[1])[:5]
     lines.append("least recognised: " + ", ".join(f"{name} {share:.2f}" for name, share in worst))
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from ear_model.ear import EAR
 from ear_model.evaluation import digits, fidelity, judged
 from ear_model.evaluation.config import ScoringConfig
 from ear_model.evaluation.judge import Judge
+from ear_model.evaluation.precision_recall import NEIGHBOURS
 from ear_model.plots import to_bytes
 from ear_model.sampling.decoder import Decoder
 from ear_model.sampling.images import Sampler, class_labels
@@ -64,7 +65,18 @@ class Scoring:
                     f"num is {options.num}; an Inception Score over {fidelity.SPLITS} splits needs at least that many"
                 )
             self.statistics = fidelity.load_statistics(options.fidelity)
+            self.real_images: Tensor = torch.empty(0, dtype=torch.uint8)
+            if options.real is not None:
+                self.real_images = self._real_images(options.real)
             self.extractor = fidelity.inception_extractor(self.device)
+
+    def _real_images(self, tree: Path) -> Tensor:
+        """As many real images as there are samples, at most, uint8 ``[N, 3, S, S]``."""
+        images = load_tree(tree, self.decoder.image_size).images
+        if min(len(images), self.options.num) <= NEIGHBOURS:
+            raise ValueError(f"{tree} has {len(images)} images; precision and recall need at least {NEIGHBOURS + 1}")
+        chosen = np.random.default_rng(0).permutation(len(images))[: self.options.num]
+        return images[torch.from_numpy(np.sort(chosen))]
 
     def _check_judge(self, judge: Judge) -> None:
         path, classes = self.options.judge, self.config.model.num_classes
@@ -99,9 +111,11 @@ class Scoring:
             texts.append(digits.report(results))
         if self.options.fidelity is not None:
             _, batches = self._sample(model, self.for_inception, self.config.model.num_classes, seed)
+            where, real = str(self.options.fidelity), self.real_images.split(self.options.batch_size)
             result = fidelity.evaluate_fidelity(
-                batches, self.extractor, self.statistics, self.for_inception, where=str(self.options.fidelity)
-            )
+                batches, self.extractor, self.statistics, self.for_inception, where=where,
+                real=[images for images in real if len(images)],
+            )  # fmt: skip
             more["fidelity"] = dataclasses.asdict(result)
             texts.append(fidelity.report_fidelity([result]))
         if said := model.score.sampling_report():

@@ -12,13 +12,14 @@ import torch
 from ear_model import cli
 from ear_model.config import SamplingConfig
 from ear_model.ear import EAR
-from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, load_statistics
+from ear_model.evaluation.fidelity import evaluate_fidelity, inception_score, load_statistics, report_fidelity
 from ear_model.evaluation.judged import feature_statistics, frechet_distance
+from ear_model.evaluation.precision_recall import precision_recall
 from ear_model.run_dir import save_config
 from ear_model.sampling.decoder import Decoder
 from ear_model.sampling.images import Sampler, class_labels
 from ear_model.training import checkpoint
-from tests.model.conftest import tiny_run
+from tests.model.conftest import tiny_run, write_tree
 
 
 def fake_extractor(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +80,33 @@ def test_batches_do_not_matter(statistics_file):
     assert whole.fid == pytest.approx(expected)
     with pytest.raises(ValueError, match="has 3 features; the extractor gives 6"):
         evaluate_fidelity([images], fake_extractor, (np.zeros(3), np.eye(3)), setting, where="here")
+
+
+def test_precision_and_recall_of_real_images(statistics_file):
+    images, real = (torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8) for count in (50, 30))
+    setting, statistics = SamplingConfig(2, 1.0, "linear", 1.0), load_statistics(statistics_file)
+    found = evaluate_fidelity([images], fake_extractor, statistics, setting, where="here", real=real.split(9))
+    assert (found.precision, found.recall) == precision_recall(fake_extractor(images)[0], fake_extractor(real)[0])
+    assert f"precision {found.precision:.3f}, recall {found.recall:.3f}" in report_fidelity([found])
+    without = evaluate_fidelity([images], fake_extractor, statistics, setting, where="here")
+    assert (without.precision, without.recall) == (None, None)
+    assert "precision" not in report_fidelity([without])
+
+
+def test_the_command_with_real_images(fake_fidelity, statistics_file, tiny_model, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    save_config(run, tiny_run())
+    checkpoint.save_checkpoint(run, 1, tiny_model, dict(tiny_model.named_parameters()), {})
+    write_tree(tmp_path / "tree", {"cat": 12, "dog": 12}, size=16)
+    options = ["--fidelity", str(statistics_file), "--num", "20", "--device", "cpu", "--real"]
+    assert cli.main(["evaluate", str(run), *options, str(tmp_path / "tree")]) == 0
+    scores = json.loads((run / "evaluation.json").read_text())["fidelity"]
+    assert 0 <= scores["precision"] <= 1
+    assert 0 <= scores["recall"] <= 1
+    write_tree(tmp_path / "few", {"cat": 3}, size=16)
+    assert cli.main(["evaluate", str(run), *options, str(tmp_path / "few")]) == 1
+    assert "has 3 images; precision and recall need at least 4" in capsys.readouterr().err
 
 
 def test_the_command(fake_fidelity, statistics_file, tiny_model, tmp_path, capsys):

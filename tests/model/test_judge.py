@@ -20,6 +20,7 @@ from ear_model.evaluation.judged import (
     frechet_distance,
     nearest_distances,
 )
+from ear_model.evaluation.precision_recall import precision_recall
 
 SMALL = JudgeConfig(channels=(8, 16, 32, 32), epochs=8, batch_size=32, lr=1e-2)
 
@@ -101,6 +102,10 @@ def test_nearest_is_brute_force():
     torch.testing.assert_close(nearest_distances(points, others, chunk=4), torch.tensor(expected))
 
 
+def chosen(images, per_class):
+    return split_classes(images.labels, per_class, 0)[0]
+
+
 def test_scores_of_samples_whose_quality_is_known(judge, trees):
     train, real = trees
     setting = SamplingConfig(4, 1.0, "linear", 1.0)
@@ -120,11 +125,17 @@ def test_scores_of_samples_whose_quality_is_known(judge, trees):
     mean = sum(w * share for w, share in zip(weights, good.accuracy_per_class.values(), strict=True))
     assert mean == pytest.approx(good.accuracy)
 
+    assert (good.precision, good.recall) == precision_recall(
+        *(judge.classify(images)[0] for images in (fresh.images[chosen(fresh, 30)], real.images[chosen(real, 30)]))
+    )
+    assert min(good.precision, good.recall, good.precision_real, good.recall_real) > 0.5
+
     wrong = comparison.score(fresh.images, (fresh.labels + 1) % 3, setting)
     assert wrong.accuracy < 0.1
     one_class = fresh.images[fresh.labels == 0].repeat(3, 1, 1, 1)
     collapsed = comparison.score(one_class, torch.arange(120) % 3, setting)
     assert collapsed.accuracy < 0.5
+    assert collapsed.recall < 0.6 * good.recall
     assert collapsed.energy_distance_features > 5 * abs(good.energy_distance_features) + 0.5
     assert collapsed.energy_distance_pixels > good.energy_distance_pixels + 0.5
     assert collapsed.frechet_distance > 5 * good.frechet_distance
