@@ -164,7 +164,7 @@ def _draw(findings: Findings, plot: Plot, path: Path) -> None:
     if min(drawn, default=0) > 0 and max(drawn) > 20 * min(drawn):
         axes.set_yscale("log")
     if plot.x != "arm" and len(arms) > 1:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
