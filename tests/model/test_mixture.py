@@ -124,16 +124,19 @@ def test_guided_samples_are_of_the_normalised_density_in_one_dimension(weight):
 def test_guided_samples_are_of_the_normalised_density_in_two_dimensions(weight):
     given, null = two_mixtures(2, spread=0.5)
     points, accepted = draw_guided(given, null, weight, 4000)
-    axis = torch.linspace(-12, 12, 601, dtype=torch.float64)
-    cells = torch.cartesian_prod(axis, axis)
+    # Cells far smaller than the narrowest density's quantiles are apart, over all points and a fifth beyond.
+    low, high = points[accepted].amin(dim=0), points[accepted].amax(dim=0)
+    steps = torch.linspace(-0.2, 1.2, 1201, dtype=torch.float64)
+    axes = [low[i] + (high[i] - low[i]) * steps for i in (0, 1)]
+    cells = torch.cartesian_prod(*axes)
     log_density = (1 + weight) * given.log_density(cells.unsqueeze(0))[0] - weight * null.log_density(
         cells.unsqueeze(0)
     )[0]
     density = (log_density - log_density.max()).exp()
-    density = (density / density.sum()).view(601, 601)
+    density = (density / density.sum()).view(1201, 1201)
     # Eight by eight cells at the marginal quantiles.
     edges = [torch.quantile(points[:, i], torch.linspace(0, 1, 9, dtype=torch.float64)[1:-1]) for i in (0, 1)]
-    place = [torch.bucketize(axis, edge) for edge in edges]
+    place = [torch.bucketize(axis, edge) for axis, edge in zip(axes, edges, strict=True)]
     expected = torch.zeros(8, 8, dtype=torch.float64).index_put_(
         (place[0].unsqueeze(1), place[1].unsqueeze(0)), density, accumulate=True
     )
