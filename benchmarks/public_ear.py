@@ -169,8 +169,16 @@ class PublicEAR(nn.Module):
         count = draw_num_masked(self.seq_len, self.config.min_mask_ratio)
         orders = torch.rand(x.shape[:2], device=x.device).argsort(dim=-1)
         mask = torch.zeros(x.shape[:2], device=x.device).scatter(1, orders[:, :count], 1.0)
-        z = self.forward_mae_decoder(x, mask, self.class_emb(labels))
+        z = self.hidden_states(x, mask, self.class_emb(labels))
         return self.forward_loss(z=z, target=x.detach(), mask=mask)
+
+    def hidden_states(self, tokens: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
+        """``[B, L, C]`` of tokens ``[B, L, D]``, known where ``mask [B, L]`` is 0."""
+        return self.forward_mae_decoder(tokens, mask, classes)
+
+    def sample_rows(self, z: Tensor, temperature: float, cfg: float | Tensor) -> Tensor:
+        """Tokens of the rows ``z`` that a step predicts, one for both halves with guidance."""
+        return self.scoreloss.sample(z, temperature, cfg)
 
     def sample_tokens(
         self,
@@ -208,7 +216,7 @@ class PublicEAR(nn.Module):
             if guided:
                 tokens, mask = torch.cat([tokens, tokens]), torch.cat([mask, mask])
                 classes = torch.cat([classes, self.fake_latent.repeat(bsz, 1)])
-            z = self.forward_mae_decoder(tokens, mask, classes)
+            z = self.hidden_states(tokens, mask, classes)
 
             wanted = np.floor(self.seq_len * np.cos(math.pi / 2 * (step + 1) / num_iter))
             keep = torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, torch.Tensor([wanted]).to(device))
@@ -219,7 +227,7 @@ class PublicEAR(nn.Module):
 
             rows = torch.cat([predicted, predicted]) if guided else predicted
             scale = 1 + (cfg - 1) * (self.seq_len - keep) / self.seq_len if cfg_schedule == "linear" else cfg
-            sampled = self.scoreloss.sample(z[rows.nonzero(as_tuple=True)], infer_temperature, scale)
+            sampled = self.sample_rows(z[rows.nonzero(as_tuple=True)], infer_temperature, scale)
             known[predicted.nonzero(as_tuple=True)] = sampled
             tokens = known.clone()
         return self.unpatchify(tokens)

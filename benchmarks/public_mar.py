@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks.public_ear import FinalLayer, PublicEAR, ResBlock, mask_by_order
+from benchmarks.public_ear import FinalLayer, PublicEAR, ResBlock
 from ear_model.config import ModelConfig
-from ear_model.model.masking import draw_num_masked
 
 TIMES = 1000
 
@@ -219,14 +217,6 @@ class PublicMAR(PublicEAR):
         z, target = (t.reshape(-1, t.shape[-1]).repeat(count, 1) for t in (z, target))
         return self.diffloss(z=z, target=target, mask=mask.reshape(-1).repeat(count))
 
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        x = self.patchify(latents)
-        count = draw_num_masked(self.seq_len, self.config.min_mask_ratio)
-        orders = torch.rand(x.shape[:2], device=x.device).argsort(dim=-1)
-        mask = torch.zeros(x.shape[:2], device=x.device).scatter(1, orders[:, :count], 1.0)
-        z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, self.class_emb(labels)), mask)
-        return self.forward_loss(z=z, target=x.detach(), mask=mask)
-
     def sample_tokens(  # type: ignore[override]
         self,
         bsz: int,
@@ -243,32 +233,11 @@ class PublicMAR(PublicEAR):
             bsz, num_iter, cfg, cfg_schedule, labels, progress: as :meth:`PublicEAR.sample_tokens`.
             temperature: factor on the noise that a diffusion step adds.
         """
-        if cfg_schedule not in ("linear", "constant"):
-            raise ValueError(f"cfg_schedule is {cfg_schedule!r}; it must be 'linear' or 'constant'")
-        device, guided = self.mask_token.device, cfg != 1.0
-        mask = torch.ones(bsz, self.seq_len).to(device)
-        tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim).to(device)
-        orders = self.sample_orders(bsz)
-        for step in tqdm(range(num_iter), disable=not progress):
-            known = tokens.clone()
-            classes = self.fake_latent.repeat(bsz, 1) if labels is None else self.class_emb(labels)
-            if guided:
-                tokens, mask = torch.cat([tokens, tokens]), torch.cat([mask, mask])
-                classes = torch.cat([classes, self.fake_latent.repeat(bsz, 1)])
-            z = self.forward_mae_decoder(self.forward_mae_encoder(tokens, mask, classes), mask)
+        return super().sample_tokens(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
 
-            wanted = np.floor(self.seq_len * np.cos(math.pi / 2 * (step + 1) / num_iter))
-            keep = torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, torch.Tensor([wanted]).to(device))
-            keep = torch.maximum(torch.Tensor([1]).to(device), keep)[0]
-            next_mask, mask = mask_by_order(keep, orders, bsz, self.seq_len), mask[:bsz].bool()
-            predicted = mask if step == num_iter - 1 else mask.logical_xor(next_mask)
-            mask = next_mask.float()
+    def hidden_states(self, tokens: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
+        return self.forward_mae_decoder(self.forward_mae_encoder(tokens, mask, classes), mask)
 
-            rows = torch.cat([predicted, predicted]) if guided else predicted
-            scale = 1 + (cfg - 1) * (self.seq_len - keep) / self.seq_len if cfg_schedule == "linear" else cfg
-            sampled = self.diffloss.sample(z[rows.nonzero(as_tuple=True)], temperature, scale)
-            known[predicted.nonzero(as_tuple=True)] = (sampled.chunk(2, dim=0)[0] if guided else sampled).to(
-                known.dtype
-            )
-            tokens = known.clone()
-        return self.unpatchify(tokens)
+    def sample_rows(self, z: Tensor, temperature: float, cfg: float | Tensor) -> Tensor:
+        sampled = self.diffloss.sample(z, temperature, cfg)
+        return sampled if cfg == 1.0 else sampled.chunk(2, dim=0)[0]

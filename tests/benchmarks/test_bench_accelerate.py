@@ -1,6 +1,7 @@
 """The benchmark of accelerate(): what it times on a CPU, and that a slower row fails."""
 
 import pytest
+import torch
 
 from benchmarks import bench_accelerate as bench
 
@@ -13,7 +14,22 @@ def test_calls_run(name, kind, accelerated):
     for _ in range(2):
         found = call()
         assert found.isfinite().all()
-        assert found.ndim == (0 if kind == "training" else 4)
+        assert found.ndim == (1 if kind == "training" else 4)
+
+
+@pytest.mark.parametrize("name", bench.PUBLIC_MODELS)
+@pytest.mark.parametrize("kind", ["training", "sampling"])
+def test_wrong_results_are_not_timed(name, kind, monkeypatch):
+    assert bench.check(name, kind) <= bench.TOLERATED
+
+    def wrong(model):
+        with torch.no_grad():
+            next(iter(model.decoder_blocks)).attn.proj.weight.mul_(1.5)
+
+    monkeypatch.setattr(bench, "accelerate", wrong)
+    monkeypatch.setattr(bench, "swap", lambda model: None)
+    with pytest.raises(AssertionError, match="differ by"):
+        bench.check(name, kind)
 
 
 def test_a_slower_row_fails():
