@@ -9,6 +9,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ear_model.errors import shown
 
+# Numbers of configurations are multiplied into float32 tensors, where a larger one is infinite.
+FLOAT32_MAX = float(2**128 - 2**104)
+
 _RANGES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
@@ -45,7 +48,8 @@ def check_types(config: Any) -> None:
 
     Raises:
         TypeError: a value of another type; true and false are no numbers. ValueError: a number that is not finite or
-            is an integer of more than 63 bits, or a word that is none of a Literal's.
+            is an integer of more than 63 bits, one beyond float32 where a number is computed with, or a word that
+            is none of a Literal's.
     """
     kinds: dict[str, Any] = type_hints(config.__class__)
     for name, kind in kinds.items():
@@ -58,6 +62,8 @@ def check_types(config: Any) -> None:
             raise TypeError(f"{name} is {shown(value)}; it must be {_words(kind)}")
         elif isinstance(value, (int, float)) and not (math.isfinite(value) and (kind is float or abs(value) < 2**63)):
             raise ValueError(f"{name} is {value}; it must be finite and, as an integer, below 2^63")
+        elif kind is float and abs(value) > FLOAT32_MAX:
+            raise ValueError(f"{name} is {value}; it must be a float32 number, at most {FLOAT32_MAX:.2e}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -25,6 +25,7 @@ from ear_model.config import RunConfig
 from ear_model.config_checks import check_types
 from ear_model.files import write_json
 from ear_model.json_files import read_json
+from ear_model.tokenizers.config import check_latent_scale
 
 FORMAT = "ear_model_cache"
 VERSION = 1
@@ -137,7 +138,7 @@ def _check_manifest(manifest: Manifest) -> None:
 
     check_types(manifest)
     require("dtype", manifest.dtype in (("uint8",) if manifest.kind == "pixels" else ("fp16", "fp32")))
-    require("latent_scale", manifest.latent_scale > 0)
+    check_latent_scale(manifest.latent_scale)
     require("downsampling", manifest.downsampling > 0)
     require("classes", are_class_names(manifest.classes) and len(manifest.classes) > 0)
     require("image_shape", all(side > 0 for side in manifest.image_shape))

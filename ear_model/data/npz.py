@@ -9,7 +9,7 @@ from torch import Tensor
 from ear_model.data.cache import draw_latents
 from ear_model.data.images import find_images
 from ear_model.npz_files import read_npz
-from ear_model.tokenizers.config import KL16_LATENT_SCALE
+from ear_model.tokenizers.config import KL16_LATENT_SCALE, check_latent_scale
 
 KEYS = ("moments", "moments_flip")
 CHECKED_SIZES = 1000
@@ -29,11 +29,12 @@ class NpzCache:
         latent_scale: of the tokenizer that made it; KL-16's by default.
 
     Raises:
-        ValueError: no such tree, a damaged file, missing arrays, mixed resolutions.
+        ValueError: no such tree, a damaged file, missing arrays, mixed resolutions, a latent scale out of its range.
     """
 
     def __init__(self, path: str | Path, latent_scale: float = KL16_LATENT_SCALE) -> None:
         self.tree = find_images(path, (".npz",))
+        check_latent_scale(latent_scale)
         self.latent_scale = latent_scale
         self._labels = torch.from_numpy(self.tree.labels)
         self._shape: tuple[int, ...] | None = None

@@ -48,6 +48,16 @@ class AutoencoderConfig:
 
 KL16 = AutoencoderConfig()
 KL16_LATENT_SCALE = 0.2325  # 1 / standard deviation of KL-16's latents over ImageNet
+LATENT_SCALES = (1e-6, 1e6)
+
+
+def check_latent_scale(scale: float) -> None:
+    """Raise ValueError unless it is in ``LATENT_SCALES``: float32 latents would be infinite or 0 beyond it."""
+    low, high = LATENT_SCALES
+    if not low <= scale <= high:
+        raise ValueError(f"latent_scale is {scale}; it must be from {low:g} to {high:g}, 1 / standard deviation")
+
+
 # 64 tokens of 8 numbers for an image of 64 pixels, which is what the recipe glyphs64 trains on.
 SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 4), residual_blocks=1, latent_channels=8, norm_groups=8)
 

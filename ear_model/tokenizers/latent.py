@@ -5,7 +5,6 @@ plain containers.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ear_model.errors import shown
 from ear_model.json_files import parse_json
 from ear_model.model.weights import on_meta
 from ear_model.tensor_files import read_tensors, usable_weights, without_wrappers, write_tensors
-from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig
+from ear_model.tokenizers.config import KL16, KL16_LATENT_SCALE, AutoencoderConfig, check_latent_scale
 from ear_model.tokenizers.kl16 import AutoencoderKL, Posterior
 from ear_model.tokenizers.public_files import IGNORED_PREFIXES, read_public
 from ear_model.tokenizers.vq16 import EMBEDDING, read_vq
@@ -41,8 +40,7 @@ class AutoencoderTokenizer:
     """Factor on the latents that the model reads; about 1 / standard deviation."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
-            raise ValueError(f"latent scale is {self.latent_scale}; it must be positive and finite")
+        check_latent_scale(self.latent_scale)
         self.latent_channels = self.autoencoder.config.latent_channels
         self.downsampling = self.autoencoder.config.downsampling
         self.autoencoder.eval().requires_grad_(False)
@@ -106,8 +104,10 @@ def load_latent_tokenizer(path: str | Path, device: torch.device | str = "cpu") 
         config, scale = KL16, KL16_LATENT_SCALE
         if not is_kl16:
             config, scale, tensors = read_public(path, tensors)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{path}: its latent scale is {scale}; it must be positive and finite")
+    try:
+        check_latent_scale(scale)
+    except ValueError as error:
+        raise ValueError(f"{path}: its {error}") from error
     if config.residual_blocks > len(tensors):  # before so many are made
         raise ValueError(f"{path}: residual_blocks is {config.residual_blocks}; it holds {len(tensors)} tensors")
     # Every weight comes from the file: no time is spent on an initialisation.

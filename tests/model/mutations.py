@@ -184,7 +184,10 @@ def damage_bytes(content: bytes, draws: random.Random, folder: Path) -> bytes:
 def _change(tree: Any, draws: random.Random, values: list[Any]) -> Any:
     """A copy of nested dicts and lists with one entry replaced, removed or added somewhere."""
     if isinstance(tree, argparse.Namespace):
-        return argparse.Namespace(**{str(key): value for key, value in _change(vars(tree), draws, values).items()})
+        changed = _change(vars(tree), draws, values)
+        if not isinstance(changed, dict):
+            return changed
+        return argparse.Namespace(**{str(key): value for key, value in changed.items()})
     if not isinstance(tree, (dict, list, tuple)) or not tree or draws.random() < 0.05:
         if isinstance(tree, torch.Tensor) and draws.random() < 0.7:
             return _changed_tensor(tree, draws)

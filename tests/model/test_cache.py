@@ -223,6 +223,7 @@ BROKEN = [
     (lambda cache: _edit_manifest(cache, version=7), "has version 7; this program reads 1"),
     (lambda cache: _edit_manifest(cache, shards=[]), "shards is"),
     (lambda cache: _edit_manifest(cache, latent_scale=0.0), "latent_scale is 0.0"),
+    (lambda cache: _edit_manifest(cache, latent_scale=1e30), "latent_scale is 1e.30; it must be from 1e-06"),
     (lambda cache: _edit_manifest(cache, image_shape=[4, 4, 5]), "image_size is 16"),
     (lambda cache: _edit_manifest(cache, surprise=1), "surprise"),
     (lambda cache: (cache / "shard-00001.safetensors").unlink(), r"lacks shard-00001.safetensors of its 3 shards"),
@@ -317,6 +318,8 @@ def test_public_caches_that_do_not_fit(tmp_path):
         NpzCache(tmp_path / "none")
     _write_npz(tmp_path, {"a": 2, "b": 2})
     NpzCache(tmp_path)
+    with pytest.raises(ValueError, match="latent_scale is inf"):
+        NpzCache(tmp_path, float("inf"))
     odd = tmp_path / "b" / "1.JPEG.npz"
     good = odd.read_bytes()
     for contents, match in [

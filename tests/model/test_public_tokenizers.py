@@ -10,7 +10,7 @@ import torch
 
 from ear_model.tokenizers.config import KL16, AutoencoderConfig, TokenizerTraining
 from ear_model.tokenizers.kl16 import AutoencoderKL
-from ear_model.tokenizers.latent import load_latent_tokenizer, save_autoencoder
+from ear_model.tokenizers.latent import AutoencoderTokenizer, load_latent_tokenizer, save_autoencoder
 from ear_model.tokenizers.public_files import autoencoder_shape
 from tests.model.conftest import randomise
 
@@ -132,11 +132,18 @@ def test_public_tokenizers_that_do_not_fit_are_named(tmp_path):
         ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "first convolution of 48"),
         ({"encoder.conv_in.weight": torch.zeros(3)}, "autoencoder"),
         ({"post_quant_conv.weight": torch.zeros(())}, "autoencoder"),
-        ({"scale_factor": torch.tensor(float("inf"))}, "latent scale is inf"),
-        ({"scale_factor": torch.tensor(-1.0)}, "latent scale is -1"),
+        ({"scale_factor": torch.tensor(float("inf"))}, "latent_scale is inf"),
+        ({"scale_factor": torch.tensor(-1.0)}, "latent_scale is -1"),
+        ({"scale_factor": torch.tensor(1e30)}, "latent_scale is 1.*e.30; it must be from 1e-06 to 1e.06"),
+        ({"scale_factor": torch.tensor(1e-30)}, "latent_scale is 1"),
     ):
         torch.save({"state_dict": {**state, **changes}}, path)
         with pytest.raises(ValueError, match=rf"model\.ckpt.*{named}"):
+            load_latent_tokenizer(path)
+    torch.save({"state_dict": state}, path)
+    for scale in ("1e30", "0", "-1", "1e-30"):
+        (tmp_path / "config.json").write_text(f'{{"scaling_factor": {scale}}}')
+        with pytest.raises(ValueError, match=r"model\.ckpt: its latent_scale is"):
             load_latent_tokenizer(path)
     for foreign in ({"x": torch.zeros(1)}, {"state_dict": {"x": torch.zeros(1)}}):
         torch.save(foreign, path)
@@ -167,6 +174,16 @@ def test_metadata_that_are_something_else(tmp_path, description):
     save_autoencoder(path, AutoencoderKL(SHAPES["attention"]), 1.0)
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"ear_model_autoencoder": description})
     with pytest.raises(ValueError, match=r"small\.safetensors.*metadata"):
+        load_latent_tokenizer(path)
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e30, 1e-30, 0.0, -1.0, float("nan")])
+def test_scales_that_leave_no_finite_latents(tmp_path, scale):
+    path, model = tmp_path / "small.safetensors", AutoencoderKL(SHAPES["attention"])
+    with pytest.raises(ValueError, match=r"latent_scale is .*; it must be from 1e-06 to 1e.06"):
+        AutoencoderTokenizer(model, scale)
+    save_autoencoder(path, model, scale)
+    with pytest.raises(ValueError, match=r"small\.safetensors.*(latent_scale|NaN)"):
         load_latent_tokenizer(path)
 
 
