@@ -1,6 +1,7 @@
 """Index of the public operations; each is defined, with its checks and errors, in ``ops/*/functional*.py``."""
 
 from ear_kernels.ops.decoding.functional import guided_norm, predicted_rows, write_rows, write_tokens
+from ear_kernels.ops.diffusion.functional import denoise_step
 from ear_kernels.ops.energy_loss.functional import (
     check_energy_loss_options,
     check_kernel_score_options,
@@ -41,6 +42,7 @@ __all__ = [
     "attention_rows",
     "check_energy_loss_options",
     "check_kernel_score_options",
+    "denoise_step",
     "dropout_add_layer_norm",
     "energy_loss",
     "gated_silu_ffn",

@@ -69,6 +69,23 @@ def _decoding(width: int, size: int, dtype: torch.dtype, guided: bool) -> None:
     functional.write_rows(tensor(15, 3 * width, dtype=dtype), target, rows, left, 5)
 
 
+@torch.no_grad()
+def _denoising(width: int, size: int, rows: int, dtype: torch.dtype, guided: bool) -> None:
+    """A step of a denoising MLP of two blocks: modulations of two times' conditionings, layers, step back."""
+    both = 2 * rows if guided else rows
+    block = [(width,), (width,), *[(width, width), (width,)] * 2, (3 * width, width), (3 * width,)]
+    final = [(2 * width, width), (2 * width,), (2 * size, width), (2 * size,)]
+    parameters = [tensor(*shape, dtype=dtype) for shape in (*block, *block, *final)]
+    projection = [tensor(width, size, dtype=dtype), tensor(width, dtype=dtype)]
+    mod = functional.generator_modulations(tensor(2 * both, width, dtype=dtype), [], parameters)
+    states, time = tensor(both, size, dtype=dtype), torch.empty(1, dtype=torch.int64, device="meta")
+    output = functional.generator_chain(states, mod[:both], projection, parameters)
+    guidance = tensor(1) if guided else None
+    functional.denoise_step(
+        output, tensor(rows, size), states, tensor(rows, 100, size), tensor(100, 5), time, 1, guidance
+    )
+
+
 def _fingerprint() -> None:
     from ear_kernels.runtime.fingerprint import launch_fingerprint
 
@@ -101,4 +118,8 @@ def inference_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             for guided in (False, True):
                 what = f"decoding, {width}, tokens of {size}, {dtype}{', guided' if guided else ''}"
                 yield what, partial(_decoding, width, size, dtype, guided)
+    for width, rows, guided in ((1024, 3, True), (1536, 3, True), (1024, 448, True), (96, 20, False)):
+        for dtype in HALVES:
+            name = f"denoising, {width}, {rows} rows, {dtype}{', guided' if guided else ''}"
+            yield name, partial(_denoising, width, 16 if width > 96 else 4, rows, dtype, guided)
     yield "fingerprint", _fingerprint

@@ -22,6 +22,7 @@ TRITON_OPERATIONS: frozenset[str] = frozenset(
         "adaln_modulate",
         "adamw",
         "decoding",
+        "denoise_step",
         "dropout_add_layer_norm",
         "energy_distance",
         "energy_loss",

@@ -18,6 +18,7 @@ from ear_kernels.runtime.plain import are_modules_watched, work_together
 from ear_model.config import ModelConfig
 from ear_model.draws import TORCH_DRAWS, Draws
 from ear_model.scores.base import Score
+from ear_model.scores.denoising import Denoising
 from ear_model.scores.diffusion_process import DiffusionProcess, cosine_betas
 
 FREQUENCIES = 128
@@ -168,23 +169,16 @@ class DiffusionScore(Score):
                 f"noise has {noise_RE.shape[-1]} numbers a token; {diffusion_steps} diffusion steps of tokens of "
                 f"{size} need {diffusion_steps * size}"
             )
-        times, process = self.process.respaced(diffusion_steps)
-        rows, both = hidden_RC.shape[0], hidden_RC
-        if null_hidden_RC is not None:
-            both = torch.cat([hidden_RC, null_hidden_RC])
-        kind = torch.promote_types(self._input_dtype, torch.float32)
-        embedded = self.net.cond_embed(both.to(self._input_dtype))
-        embedded_times = self.net.time_embed(torch.tensor(times).to(hidden_RC.device, non_blocking=True))
-        state, *step_noise = noise_RE.to(kind).split(size, -1)
-        for at in reversed(range(diffusion_steps)):
-            states = state.to(self._input_dtype)
-            states = states if null_hidden_RC is None else states.repeat(2, 1)
-            output = self.net.denoise(states, embedded + embedded_times[at]).to(kind)
-            if null_hidden_RC is not None:
-                known, null = output[:rows], output[rows:, :size]
-                output = torch.cat([torch.lerp(null, known[:, :size], guidance), known[:, size:]], -1)
-            state = process.step_back(at, state, output, step_noise[-at] if at else None, temperature)
-        return state.float()
+        denoising = self.denoising(hidden_RC.shape[0], diffusion_steps, guided=null_hidden_RC is not None)
+        denoising.prepare(temperature)
+        denoising.start(hidden_RC, null_hidden_RC, guidance, noise_RE)
+        for _ in range(denoising.calls):
+            denoising.advance()
+        return denoising.state_RD.float()
+
+    def denoising(self, rows: int, diffusion_steps: int, *, guided: bool) -> Denoising:
+        """What :meth:`sample` does for so many rows, over memory of its own."""
+        return Denoising(self.net, *self.process.respaced(diffusion_steps), rows, guided=guided)
 
     def _check_steps(self, diffusion_steps: int) -> None:
         trained = len(self.process.betas)

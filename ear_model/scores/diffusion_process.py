@@ -93,6 +93,16 @@ class DiffusionProcess:
         kept = self.alpha_bars[times]
         return times, DiffusionProcess(1 - kept / np.append(1.0, kept[:-1]))
 
+    def table(self, temperature: float) -> Tensor:
+        """What :func:`ear_kernels.functional.denoise_step` takes of every time, float64 ``[T, 5]``.
+
+        Args:
+            temperature: multiplies the noise of the steps.
+        """
+        ends = self.least_log_variance, self.most_log_variance
+        rows = self.growth, self.error, *ends, np.full_like(self.growth, temperature)
+        return torch.from_numpy(np.stack(rows, 1))
+
     def diffuse(self, start: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """x_t ``[..., D]`` of tokens and noise of that shape and times ``[...]``."""
         signal, spread, *_ = self._at(times, start.dtype)
@@ -121,23 +131,8 @@ class DiffusionProcess:
         bound = torch.where(times.unsqueeze(-1) == 0, -likelihood, kl).mean(-1) / math.log(2)
         return (predicted - noise).square().mean(-1) + bound
 
-    def step_back(self, at: int, state: Tensor, output: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-        """x_{t-1} of ``state`` x_t and the model's output ``[..., 2 D]`` (ancestral sampling, nothing clipped).
-
-        Args:
-            at: the time, an index of this process.
-            noise: standard normal, of the shape of ``state``; None for the mean alone, as time 0 has it.
-            temperature: multiplies the noise.
-        """
-        predicted, place = output.chunk(2, -1)
-        mean = float(self.growth[at]) * state - float(self.error[at]) * predicted
-        if noise is None:
-            return mean
-        ends = float(self.least_log_variance[at]), float(self.most_log_variance[at])
-        return mean + (0.5 * self._log_variance(place, *ends)).exp() * noise * temperature
-
     @staticmethod
-    def _log_variance(place: Tensor, least: Tensor | float, most: Tensor | float) -> Tensor:
+    def _log_variance(place: Tensor, least: Tensor, most: Tensor) -> Tensor:
         """Between the ends in proportion to r in -1..1, and beyond them for an r outside."""
         share = (place + 1) / 2
         return share * most + (1 - share) * least

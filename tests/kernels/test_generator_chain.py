@@ -111,7 +111,8 @@ def test_arguments_are_checked() -> None:
         (r"strides \(1, 3\)", lambda: generator.chain(z, mod.t().contiguous().t())),
         (r"out has shape \(3, 159\)", lambda: generator.modulations(noise, 1.0, mod[:, 1:])),
         ("4 inputs and 11 parameters", lambda: functional.generator_chain(z, mod, inputs, parameters[1:])),
-        ("0 inputs", lambda: functional.generator_modulations(noise, [], parameters)),
+        ("1 inputs", lambda: functional.generator_modulations(noise, inputs[:1], parameters)),
+        (r"noise has shape \(3, 16\).*\[R, 32\]", lambda: functional.generator_modulations(noise, [], parameters)),
         (
             "under torch.no_grad",
             lambda: functional.generator_chain(z, mod, generator.input_parameters(), parameters),

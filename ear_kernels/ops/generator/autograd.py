@@ -342,7 +342,7 @@ def _cast(inputs: list[Tensor], parameters: list[Tensor], dtype: torch.dtype) ->
 def _modulations(
     noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
 ) -> None:
-    if launch_few_rows.fits(noise.shape[0], inputs, parameters, out.dtype, noise):
+    if inputs and launch_few_rows.fits(noise.shape[0], inputs, parameters, out.dtype, noise):
         launch_chain.modulations(noise, inputs, parameters, temperature, out)
     elif noise.shape[0]:
         inputs, parameters = _cast(inputs, parameters, out.dtype)

@@ -1,6 +1,7 @@
 """Shapes, dtypes, checks and errors of the generator's operations, and the choice of their backend."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -251,18 +252,25 @@ def generator_few_rows(
 
 
 def _check_generator(
-    name: str, rows: Tensor, which: int, inputs: list[Tensor], parameters: list[Tensor], *others: Tensor
+    name: str,
+    rows: Tensor,
+    counts: tuple[int, int],
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    size: Callable[[], int],
+    *others: Tensor,
 ) -> None:
-    """Of an operation without gradients: ``rows``, those of the linear ``inputs[which]``, and all parameters."""
+    """Of an operation without gradients: ``rows`` of ``size()`` features, one of these ``counts`` of inputs, and all
+    parameters."""
     check_floating(name, rows)
     block, final = reference.BLOCK_PARAMETERS, reference.FINAL_PARAMETERS
-    if len(inputs) != 4 or len(parameters) < block + final or len(parameters) % block != final:
+    if len(inputs) not in counts or len(parameters) < block + final or len(parameters) % block != final:
         raise ValueError(
-            f"{len(inputs)} inputs and {len(parameters)} parameters were given; there must be 4, and {block} a block "
-            f"and {final} more"
+            f"{len(inputs)} inputs and {len(parameters)} parameters were given; there must be "
+            f"{' or '.join(map(str, counts))}, and {block} a block and {final} more"
         )
-    if rows.ndim != 2 or rows.shape[1] != inputs[which].shape[-1]:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}; it must be [R, {inputs[which].shape[-1]}]")
+    if rows.ndim != 2 or rows.shape[1] != size():
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}; it must be [R, {size()}]")
     for tensor in (*inputs, *parameters):
         check_device("a parameter", tensor, rows, name)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *inputs, *parameters, *others)):
@@ -281,11 +289,11 @@ def generator_modulations(
     """What the MLP generator computes of the noise alone: the modulations of all its layers, as one product.
 
     With :func:`generator_chain` it is the generator without gradients: a sampler that knows all its noise calls this
-    once, before its loop.
+    once, before its loop. MAR's denoising MLP has the same layers over another conditioning, which is then given.
 
     Args:
-        noise: ``[R, noise_dim]``.
-        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``.
+        noise: ``[R, noise_dim]``; without ``inputs`` the conditioning c itself, ``[R, W]``, before its SiLU.
+        inputs: weight and bias of ``noise_embed``, weight and bias of ``input_proj``; or an empty list.
         parameters: as in :func:`generator_blocks`.
         temperature: multiplies the shifts of the residual blocks, not the final layer's.
         out: memory for the result, of its shape, dtype and device, with dense rows.
@@ -299,8 +307,9 @@ def generator_modulations(
         ValueError: shapes, dtypes or devices that do not fit, or gradients that are wanted.
         TypeError: integer tensors.
     """
-    _check_generator("noise", noise, 0, inputs, parameters)
-    dtype, columns = compute_dtype(*inputs), reference.modulation_columns(parameters)
+    _check_generator("noise", noise, (4, 0), inputs, parameters, lambda: (inputs or parameters)[0].shape[-1])
+    dtype = compute_dtype(*(inputs or reference.modulation_linears(parameters)[0]))
+    columns = reference.modulation_columns(parameters)
     if out is None:
         out = noise.new_empty((noise.shape[0], columns), dtype=dtype)
     elif out.shape != (noise.shape[0], columns) or out.dtype != dtype or out.stride(-1) != 1:
@@ -330,7 +339,8 @@ def generator_chain(
             row. Rows may lie any distance apart (a slice of a larger tensor along its first dimension, with or
             without a step; expanded); the columns of a row lie beside each other. Rows in another order are gathered
             by the caller.
-        inputs, parameters: as in :func:`generator_modulations`. Weights in the dtype of ``modulations`` are read
+        inputs, parameters: as in :func:`generator_modulations`; ``inputs`` may be those of ``input_proj`` alone.
+            Weights in the dtype of ``modulations`` are read
             where they lie, so that a CUDA graph sees them as they are at replay. Of float32 ones under autocast so
             are those of at most 64 rows; for more rows they are cast at every call, unless a scope of
             :class:`ear_kernels.runtime.copies.LowCopies` has copies.
@@ -343,7 +353,7 @@ def generator_chain(
         ValueError: shapes, dtypes or devices that do not fit, or gradients that are wanted.
         TypeError: integer tensors.
     """
-    _check_generator("z", z, 2, inputs, parameters, modulations)
+    _check_generator("z", z, (4, 2), inputs, parameters, lambda: inputs[-2].shape[-1], modulations)
     dtype, wanted = compute_dtype(*inputs), (z.shape[0], reference.modulation_columns(parameters))
     check_device("modulations", modulations, z, "z")
     if modulations.shape != wanted or modulations.dtype != dtype or modulations.stride(-1) != 1:

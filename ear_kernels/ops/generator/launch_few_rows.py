@@ -73,10 +73,11 @@ def _address_table(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
 
 
 def parameter_table(inputs: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    """The kernel's ``table``: where the parameters lie."""
+    """The kernel's ``table``: where the parameters lie; ``inputs`` may lack the noise's."""
     blocks, final = split_parameters(parameters)
     final_row = (None, None, final.weight_out, final.bias_out, None, None, final.weight_mod, final.bias_mod)
-    rows = [*(tensor for block in blocks for tensor in block), *final_row, *inputs]
+    noise_row = () if len(inputs) == 4 else (None, None)
+    rows = [*(tensor for block in blocks for tensor in block), *final_row, *noise_row, *inputs]
     addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in rows)
     return _address_table(inputs[0].device, addresses)
 

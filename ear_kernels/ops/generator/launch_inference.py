@@ -101,11 +101,12 @@ def modulations(
 ) -> None:
     """``noise [R, noise_dim]`` -> ``out [R, (3 * blocks + 2) W]`` (dense rows), whose dtype all tensors have.
 
-    A copy of all weights beside each other makes the layers one product.
+    Without inputs ``noise`` is the conditioning. A copy of all weights side by side makes the layers one product.
     """
-    embedded = linear(noise, *inputs[:2])
+    embedded = linear(noise, *inputs[:2]) if inputs else noise.contiguous()
     weights, biases = zip(*modulation_linears(parameters), strict=True)
-    linear(ffn_ops.silu(embedded, embedded), torch.cat(weights), torch.cat(biases), out)
+    activated = ffn_ops.silu(embedded, embedded if inputs else None)
+    linear(activated, torch.cat(weights), torch.cat(biases), out)
     scale_shifts(out, embedded.shape[1], temperature)
 
 
@@ -113,7 +114,7 @@ def chain(z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list
     """``z [R, C]``, ``modulations [R, (3 * blocks + 2) W]`` (dense rows) -> ``[R, D]``; all tensors of one dtype."""
     blocks, final = split_parameters(parameters)
     dependent = plan_for(len(z), z).dependent
-    stream = ResidualStream(linear(z, *inputs[2:]), None, 1, eps, dependent)
+    stream = ResidualStream(linear(z, *inputs[-2:]), None, 1, eps, dependent)
     width = stream.hidden.shape[1]
     u = torch.empty_like(stream.hidden)
     parts = modulations.split(width, 1)

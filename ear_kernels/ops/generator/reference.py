@@ -111,7 +111,7 @@ def generator_modulations(
     noise: Tensor, inputs: list[Tensor], parameters: list[Tensor], temperature: float, out: Tensor
 ) -> None:
     """Modulations of all layers; see :func:`ear_kernels.functional.generator_modulations`."""
-    activated = F.silu(F.linear(noise, *inputs[:2]))
+    activated = F.silu(F.linear(noise, *inputs[:2]) if inputs else noise)
     weights, biases = zip(*modulation_linears(parameters), strict=True)
     out.copy_(F.linear(activated, torch.cat(weights), torch.cat(biases)))
     scale_shifts(out, parameters[0].shape[-1], temperature)
@@ -128,7 +128,7 @@ def generator_chain(
     z: Tensor, modulations: Tensor, inputs: list[Tensor], parameters: list[Tensor], eps: float
 ) -> Tensor:
     """The generator with given modulations; see :func:`ear_kernels.functional.generator_chain`."""
-    hidden = F.linear(z, *inputs[2:])
+    hidden = F.linear(z, *inputs[-2:])
     width = hidden.shape[-1]
     blocks, final = split_parameters(parameters)
     for layer, block in enumerate(blocks):

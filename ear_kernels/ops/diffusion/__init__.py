@@ -1,0 +1,1 @@
+"""A step back of a diffusion process over tokens."""
