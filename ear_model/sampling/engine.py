@@ -1,12 +1,12 @@
 """Decoding by CUDA graphs: a launch for each step, where Python would make some two hundred.
 
-A graph holds the step of :mod:`ear_model.sampling.incremental` for a number of predicted tokens; a schedule of 64
-steps over 256 tokens has seven. Weights are read where they lie and cast anew at every call, so training, averaging
-and loading into a model are seen; parameters that have moved make the graphs anew.
+A graph holds a step of :mod:`ear_model.sampling.state`, or a piece of one, for a number of predicted tokens; a
+schedule of 64 steps over 256 tokens has seven (MAR's backbone one a step). Weights are read where they lie and cast
+anew at every call, so training, averaging and loading into a model are seen; parameters that have moved make the
+graphs anew.
 """
 
 import contextlib
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ear_kernels import FusedMLPGenerator
 from ear_kernels.head import linear_parameters, norm_parameters
 from ear_kernels.public_blocks import is_block, read_block
 from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
@@ -24,13 +23,16 @@ from ear_kernels.runtime.plain import are_modules_watched, is_replaced, runs_for
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
-from ear_model.model.backbone import Backbone, TransformerBlock
+from ear_model.model.backbone import Backbone, TokenEmbedding, TransformerBlock
+from ear_model.model.mar_backbone import MarBackbone
+from ear_model.sampling import heads
 from ear_model.sampling.decoding import decode_tokens
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.mar import MarDecoding
+from ear_model.sampling.state import Decoding
 from ear_model.sampling.steps import Progress, SamplingModel, steps_of
 from ear_model.sampling.weights import Weights
-from ear_model.scores import EnergyScore
 
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 PRECISIONS = get_args(Precision)
@@ -114,7 +116,7 @@ class Engine:
     """
 
     def __init__(self, model: SamplingModel, weights: Weights, table: FirstStep, batch: int, *, guided: bool) -> None:
-        self.decoding = IncrementalDecoding(model, weights, batch, guided=guided)
+        self.decoding = DECODINGS[model.config.backbone](model, weights, batch, guided=guided)
         self.weights, self.table = weights, table
         device = self.decoding.left.device
         self._places_G = torch.zeros(self.decoding.sequences, dtype=torch.int64, device=device)
@@ -131,32 +133,32 @@ class Engine:
         model, tokens = decoding.model, decoding.config.num_tokens
 
         def images() -> Tensor:
-            return model.tokenizer.decode(decoding.tokens_BLD)
+            return model.tokenizer.decode(model.score.decode(decoding.tokens_BLD))
 
         steps = list(steps_of(tokens, sampling.steps, images, None))
-        counts = [step.left - step.keep for step in steps]
-        decoding.fill(labels_B, sampling, draws, counts)
+        decoding.fill(labels_B, sampling, draws, [step.left - step.keep for step in steps])
         dtype = decoding.dtype
         autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
         with self.weights.scope(), autocast:
-            decoding.prepare(sampling.temperature)
+            decoding.prepare(sampling)
             places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
             if places is not None:
                 self._places_G.copy_(torch.tensor(places))
-            names = [
-                ("step", count, sampling.guides(step.left, tokens), decoding.temperature)
-                for step, count in zip(steps, counts, strict=True)
-            ]
-            if places is not None:
-                names[0] = ("first step", *names[0][1:])
+            table = None if places is None else (self.table.hidden_TLC, self._places_G)
+            pieces = []
+            for step in steps:
+                guided = sampling.guides(step.left, tokens)
+                pieces.append(decoding.pieces(tokens - step.left, step.left - step.keep, guided, table))
+                table = None
             works: dict[Any, Callable] = {"begin": decoding.begin}
-            works |= {name: self._work(*name[:3]) for name in dict.fromkeys(names)}
+            works |= {name: work for parts in pieces for name, work in parts if name is not None}
             if not works.keys() <= self._graphs.names:
                 with evaluating(model):
                     self._graphs.capture(works, before=decoding.begin)
             self._graphs("begin")
-            for _, name in zip(steps_of(tokens, sampling.steps, images, progress), names, strict=True):
-                self._graphs(name)
+            for _, parts in zip(steps_of(tokens, sampling.steps, images, progress), pieces, strict=True):
+                for name, work in parts:
+                    self._graphs(name) if name is not None else work()
         return decoding.tokens_BLD.clone()
 
     def refresh(self) -> None:
@@ -164,12 +166,9 @@ class Engine:
         if self.weights.refresh():
             self.table.clear()
 
-    def _work(self, kind: str, count: int, guided: bool) -> Callable[[], None]:
-        """What a graph does."""
-        if kind == "step":
-            return functools.partial(self.decoding.step, count, guided)
-        table = self.table.hidden_TLC, self._places_G
-        return functools.partial(self.decoding.first_step, count, *table, guided)
+
+DECODINGS: dict[str, type[Decoding]] = {"ear": IncrementalDecoding, "mar": MarDecoding}
+"""What decodes a model of each backbone, in the masked order."""
 
 
 @contextlib.contextmanager
@@ -191,28 +190,37 @@ def is_plain(model: Any) -> bool:
     No hooks anywhere, plain modules (:mod:`ear_kernels.runtime.plain`) of one device, float32, our own methods.
     """
     backbone, score = model.backbone, model.score
-    if (model.config.score, model.config.order, model.config.backbone) != ("energy", "masked", "ear"):
+    if model.config.order != "masked":
         return False
-    position, norm = backbone.decoder_pos_embed_learned, backbone.decoder_norm
-    own = all(getattr(type(backbone), name, method) is method for name, method in BYPASSED.items())
-    if not own or type(score).sample is not EnergyScore.sample or type(score.generator) is not FusedMLPGenerator:
-        return False
-    if are_modules_watched() or position.dtype != torch.float32 or is_replaced(backbone, "run_blocks"):
+    position, is_mar = backbone.decoder_pos_embed_learned, model.config.backbone == "mar"
+    own = all(getattr(type(backbone), name, None) in (None, *methods) for name, methods in BYPASSED.items())
+    if not own or are_modules_watched() or position.dtype != torch.float32 or is_replaced(backbone, "run_blocks"):
         return False
     if not all(runs_forward(module) and "parametrizations" not in module._modules for module in model.modules()):
         return False
     width = position.shape[2]
-    embed, last = linear_parameters(backbone.z_proj, width), norm_parameters(norm, width)
-    generator = score.generator.plain_parameters()
-    if embed is None or last is None or generator is None:
+    stacks, linears, norms = [backbone.decoder_blocks], [], [backbone.decoder_norm]
+    if not isinstance(backbone.z_proj, TokenEmbedding):
+        linears.append(backbone.z_proj)
+    if is_mar:
+        stacks.append(backbone.encoder_blocks)
+        linears.append(backbone.decoder_embed)
+        norms += [backbone.encoder_norm, backbone.z_proj_ln]
+    found = [linear_parameters(linear, width) for linear in linears]
+    found += [norm_parameters(norm, width) for norm in norms]
+    if None in found or not heads.is_read(score):
         return False
-    return all(_is_read(block, position) for block in backbone.decoder_blocks) and all(
+    return all(_is_read(block, position) for stack in stacks for block in stack) and all(
         type(tensor) is nn.Parameter and tensor.dtype == torch.float32 and tensor.device == position.device
-        for tensor in (*embed, *last, *generator[0], *generator[1])
+        for tensor in (*(each for pair in found for each in pair or ()), *score.parameters())
     )
 
 
-BYPASSED = {"forward": Backbone.forward, "run_blocks": Backbone.run_blocks}
+BYPASSED = {
+    "forward": (Backbone.forward, MarBackbone.forward),
+    "run_blocks": (Backbone.run_blocks,),
+    "run_encoder": (MarBackbone.run_encoder,),
+}
 """Methods of a backbone that the engine does the work of."""
 
 
@@ -283,7 +291,7 @@ class Engines:
         That is asked while the GPU works: reading all submodules and parameters takes the host milliseconds.
         """
         engine = self._kept.get((len(labels_B), sampling.guidance != 1, numbers))
-        if engine is None or not self._may_capture(labels_B) or model.score.generator.plain_parameters() is None:
+        if engine is None or not self._may_capture(labels_B) or not heads.is_read(model.score):
             return None
         rewind = draws.mark(labels_B.device)
         engine.weights.start_check()
@@ -344,7 +352,8 @@ class Engines:
                 del self._kept[key]
             weights = Weights(model, numbers[0], fp8=numbers[1])
             graphs = Graphs(next(model.parameters()).device)
-            found = self._weights[numbers] = weights, FirstStep(model, weights, graphs)
+            make = DECODINGS[model.config.backbone]
+            found = self._weights[numbers] = weights, FirstStep(make, model, weights, graphs)
         key = batch, guided, numbers
         engine = self._kept.pop(key, None)
         if engine is None:

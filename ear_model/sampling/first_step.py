@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_model.sampling.incremental import IncrementalDecoding
+from ear_model.sampling.state import Decoding
 from ear_model.sampling.steps import SamplingModel
 from ear_model.sampling.weights import Weights
 
@@ -25,13 +25,20 @@ class FirstStep:
     """The table of a model's weights.
 
     Args:
+        make: decodes such a model.
         model: in eval mode.
         weights: of the model.
         run: runs a piece of work ``(name, work)``, such as by capturing it once and replaying it.
     """
 
-    def __init__(self, model: SamplingModel, weights: Weights, run: Callable[[Any, Callable[[], Any]], None]) -> None:
-        config, self._model, self._weights, self._run = model.config, model, weights, run
+    def __init__(
+        self,
+        make: type[Decoding],
+        model: SamplingModel,
+        weights: Weights,
+        run: Callable[[Any, Callable[[], Any]], None],
+    ) -> None:
+        config, self._make, self._model, self._weights, self._run = model.config, make, model, weights, run
         position = model.backbone.decoder_pos_embed_learned
         self.capacity = max(1, MOST_BYTES // (config.num_tokens * config.width * position.element_size()))
         """Classes that fit."""
@@ -39,7 +46,7 @@ class FirstStep:
         self.hidden_TLC = torch.zeros(shape, dtype=position.dtype, device=position.device)
         """Hidden states by place in the table."""
         self._places: OrderedDict[int, int] = OrderedDict()
-        self._workers: dict[int, tuple[IncrementalDecoding, Tensor]] = {}
+        self._workers: dict[int, tuple[Decoding, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget all: the weights have changed."""
@@ -62,7 +69,7 @@ class FirstStep:
     def _add(self, labels: list[int], size: int) -> None:
         """Compute the hidden states of up to ``size`` classes."""
         if size not in self._workers:
-            decoding = IncrementalDecoding(self._model, self._weights, size, guided=False)
+            decoding = self._make(self._model, self._weights, size, guided=False)
             decoding.orders_BL.copy_(decoding.places_L.expand(size, -1))
             self._workers[size] = decoding, torch.zeros(size, dtype=torch.int64, device=decoding.left.device)
         decoding, places_B = self._workers[size]
@@ -82,7 +89,7 @@ class FirstStep:
 
         def work() -> None:
             decoding.begin()
-            _, hidden_RC = decoding.hidden(decoding.config.num_tokens)
+            _, hidden_RC = decoding.hidden(0, decoding.config.num_tokens)
             self.hidden_TLC.index_copy_(0, places_B, hidden_RC.view(size, *self.hidden_TLC.shape[1:]))
 
         self._run(("first", size), work)

@@ -149,16 +149,19 @@ class Weights:
 
     def __init__(self, model: Any, dtype: torch.dtype, *, fp8: bool = False) -> None:
         self.dtype, self._fp8 = dtype, fp8
-        backbone = model.backbone
+        backbone, is_mar = model.backbone, model.config.backbone == "mar"
         own = next(iter(model.parameters()))
         self._parameters = list(model.parameters())
         self._addresses = addresses(model)
-        self.blocks: list[Block] = []
-        blocks = list(backbone.decoder_blocks)
-        linears = [parameter for block in (blocks if not fp8 else blocks[-1:]) for parameter in block.parameters()]
+        blocks, encoder = list(backbone.decoder_blocks), list(backbone.encoder_blocks) if is_mar else []
+        whole = [*blocks, *encoder] if not fp8 else blocks[-1:]
+        linears = [parameter for block in whole for parameter in block.parameters()]
         first = [*blocks[0].attn.qkv.parameters()]
-        biases = [linear.bias for block in blocks for linear in _linears(block).values()]
-        cast = [*linears, *first, *biases, *backbone.z_proj.parameters()]
+        biases = [linear.bias for block in (*blocks, *encoder) for linear in _linears(block).values()]
+        is_linear = isinstance(backbone.z_proj, nn.Linear)
+        embeddings = [backbone.z_proj] if is_linear else []
+        embeddings += [backbone.decoder_embed] if is_mar else []
+        cast = [*linears, *first, *biases, *(each for linear in embeddings for each in linear.parameters())]
         scored = list(model.score.parameters())
         self._copies = [LowCopies(part, dtype) for part in (cast, scored)] if dtype != own.dtype else []
         if own.is_cuda:
@@ -169,11 +172,16 @@ class Weights:
             self._fingerprint = None
         self._found: int | None = None
         with self._copies[0] if self._copies else nullcontext():
+            # MAR's decoder has other inputs in every step, so its first block is like the others.
             self.blocks = [
-                self._block(block, quantised=fp8, first=number == 0, last=number == len(blocks) - 1)
+                self._block(block, quantised=fp8, first=number == 0 and not is_mar, last=number == len(blocks) - 1)
                 for number, block in enumerate(blocks)
             ]
-            self.embed = self._linear(backbone.z_proj)
+            self.encoder = [self._block(block, quantised=fp8, first=False, last=False) for block in encoder]
+            self.embed = self._linear(backbone.z_proj) if is_linear else None
+            if is_mar:
+                self.decoder_embed = self._linear(backbone.decoder_embed)
+                self.encoder_norm, self.embed_norm = _norm(backbone.encoder_norm), _norm(backbone.z_proj_ln)
         self.norm = _norm(backbone.decoder_norm)
 
     def fits(self, model: Any) -> bool:
@@ -195,7 +203,7 @@ class Weights:
         if changed:
             for copies in self._copies:
                 copies.refresh(everything=True)
-            for block in self.blocks if self._fp8 else ():
+            for block in (*self.blocks, *self.encoder) if self._fp8 else ():
                 _quantise(block)
             self._found = found
         return changed
@@ -232,9 +240,14 @@ class Weights:
 def addresses(model: Any) -> tuple[float, ...]:
     """Where the parameters lie, and the numbers that graphs hold beside them."""
     found: list[float] = [parameter.data_ptr() for parameter in model.parameters()]
-    for block in model.backbone.decoder_blocks:
+    backbone, norms = model.backbone, ["decoder_norm"]
+    stacks = [backbone.decoder_blocks]
+    if model.config.backbone == "mar":
+        norms += ["encoder_norm", "z_proj_ln"]
+        stacks.append(backbone.encoder_blocks)
+    for block in (block for stack in stacks for block in stack):
         found += block.norm1.eps, block.norm2.eps, block.attn.num_heads
-    return *found, model.backbone.decoder_norm.eps
+    return *found, *(getattr(backbone, name).eps for name in norms)
 
 
 def _linears(block: Any) -> dict[str, nn.Linear]:

@@ -2,22 +2,24 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ear_model.config import SamplingConfig
+from ear_model.config import SamplingConfig, with_score
 from ear_model.draws import Draws, ImageDraws
 from ear_model.ear import EAR
 from ear_model.errors import RunError
 from ear_model.model.masking import unmasking_schedule
 from ear_model.sampling.decoding import decode_tokens
-from ear_model.sampling.engine import Engines, is_plain
+from ear_model.sampling.engine import DECODINGS, Engines, is_plain
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.images import sample_images
 from ear_model.sampling.incremental import IncrementalDecoding
 from ear_model.sampling.weights import Weights
+from ear_model.score_names import SCORES
 from tests.model.conftest import TINY, randomise
 
 LABELS = torch.tensor([0, 5, 9])
@@ -40,15 +42,14 @@ def wide_model(depth: int = 3) -> EAR:
 def incremental(model: EAR, setting: SamplingConfig, draws: Draws) -> torch.Tensor:
     weights = Weights(model, torch.float32)
     weights.refresh()
-    decoding = IncrementalDecoding(model, weights, len(LABELS), guided=setting.guidance != 1)
-    counts = [left - keep for left, keep in unmasking_schedule(model.config.num_tokens, setting.steps) if left > keep]
-    decoding.fill(LABELS, setting, draws, counts)
-    decoding.prepare(setting.temperature)
+    decoding = DECODINGS[model.config.backbone](model, weights, len(LABELS), guided=setting.guidance != 1)
+    tokens = model.config.num_tokens
+    steps = [(left, keep) for left, keep in unmasking_schedule(tokens, setting.steps) if left > keep]
+    decoding.fill(LABELS, setting, draws, [left - keep for left, keep in steps])
+    decoding.prepare(setting)
     decoding.begin()
-    left = model.config.num_tokens
-    for count in counts:
-        decoding.step(count, setting.guides(left, model.config.num_tokens))
-        left -= count
+    for left, keep in steps:
+        decoding.step(tokens - left, left - keep, setting.guides(left, tokens))
     return decoding.tokens_BLD
 
 
@@ -62,6 +63,33 @@ def test_kept_values_change_no_token(depth, steps, guidance):
     for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
         expected = decode_tokens(model, LABELS, setting, draws())
         torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=1e-4, atol=1e-5)
+
+
+def model_of(backbone: str, score: str, depth: int = 3) -> EAR:
+    """Like :func:`wide_model`; randomly, so that hidden states and noise both matter to every token."""
+    config = with_score(wide_model(depth).config, score)
+    changes = {"backbone": "mar", "encoder_depth": 2} if backbone == "mar" else {}
+    changes |= {"diffusion_steps": 20} if score == "diffusion" else {}
+    model = randomise(EAR(replace(config, **changes))).eval()
+    if score == "categorical":
+        model.score.codebook.normal_()
+    return model
+
+
+@pytest.mark.parametrize("backbone", ["ear", "mar"])
+@pytest.mark.parametrize("score", list(SCORES))
+@pytest.mark.parametrize("guidance", [1.0, 1.8])
+@torch.no_grad()
+def test_every_score_on_both_backbones(backbone, score, guidance, monkeypatch):
+    """Guided on a part of the steps; diffusion in chunks that do not divide its steps."""
+    model = model_of(backbone, score, depth=1 + int(torch.randint(3, ())))
+    assert is_plain(model)
+    monkeypatch.setattr("ear_model.scores.denoising.MOST_STEPS", 4)
+    setting = SamplingConfig(5, guidance, "linear", 0.7, 0.1, 0.8, diffusion_steps=11)
+    seed = int(torch.randint(2**40, ()))
+    for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
+        expected = decode_tokens(model, LABELS, setting, draws())
+        torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("interval", [(0.3, 1.0), (0.0, 0.6), (0.2, 0.7)])
@@ -85,19 +113,21 @@ def test_the_first_step_from_a_table(guidance, monkeypatch):
     runs = []
     bytes_of_a_class = 4 * model.config.num_tokens * model.config.width
     monkeypatch.setattr("ear_model.sampling.first_step.MOST_BYTES", 5 * bytes_of_a_class)
-    table = FirstStep(model, weights, lambda name, work: runs.append(name) or work())
+    table = FirstStep(IncrementalDecoding, model, weights, lambda name, work: runs.append(name) or work())
     assert table.capacity == 5
     decoding = IncrementalDecoding(model, weights, 3, guided=guidance != 1)
     counts = [left - keep for left, keep in unmasking_schedule(16, 4)]
     for labels in (LABELS, torch.tensor([9, 9, 1]), torch.tensor([7, 3, 9]), LABELS):
         expected = decode_tokens(model, labels, setting, ImageDraws(8, range(3)))
         decoding.fill(labels, setting, ImageDraws(8, range(3)), counts)
-        decoding.prepare(0.7)
+        decoding.prepare(setting)
         places = table.places(labels.tolist() + [NULL] * (decoding.sequences - 3))
         decoding.begin()
-        decoding.first_step(counts[0], table.hidden_TLC, torch.tensor(places))
-        for count in counts[1:]:
-            decoding.step(count)
+        pieces = decoding.pieces(0, counts[0], True, (table.hidden_TLC, torch.tensor(places)))
+        for _, work in pieces:
+            work()
+        for number, count in enumerate(counts[1:], 1):
+            decoding.step(sum(counts[:number]), count)
         torch.testing.assert_close(decoding.tokens_BLD, expected, rtol=1e-4, atol=1e-5)
     before = len(runs)
     assert table.places([9, 0, 9]) == [table.places([9])[0], table.places([0])[0], table.places([9])[0]]

@@ -45,11 +45,12 @@ def test_the_engines_steps_are_the_public_ones(steps, guidance, labels) -> None:
     decoding = IncrementalDecoding(view, weights, 3, guided=guidance != 1)
     counts = [left - keep for left, keep in unmasking_schedule(16, steps) if left > keep]
     seed(steps)
-    decoding.fill(wanted, SamplingConfig(steps, guidance, temperature=0.7), public._Draws(model, steps), counts)
-    decoding.prepare(0.7)
+    setting = SamplingConfig(steps, guidance, temperature=0.7)
+    decoding.fill(wanted, setting, public._Draws(model, steps), counts)
+    decoding.prepare(setting)
     decoding.begin()
-    for count in counts:
-        decoding.step(count)
+    for number, count in enumerate(counts):
+        decoding.step(sum(counts[:number]), count)
     torch.testing.assert_close(view.decode(decoding.tokens_BLD), expected, rtol=1e-4, atol=1e-5)
 
 
