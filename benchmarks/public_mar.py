@@ -75,7 +75,7 @@ class Diffusion:
         betas = np.array([min(1 - share((i + 1) / TIMES) / share(i / TIMES), 0.999) for i in range(TIMES)])
         bars = np.cumprod(1 - betas)[times]
         before = np.append(1.0, bars[:-1])
-        self.betas, self.bars, self.times = 1 - bars / before, bars, np.array(times)
+        self.betas, self.bars, self.timestep_map = 1 - bars / before, bars, times
         variance = self.betas * (1 - before) / (1 - bars)
         self.log_variance = np.log(np.append(variance[1], variance[1:]))
         self.log_betas = np.log(self.betas)
@@ -143,9 +143,9 @@ class DiffLoss(nn.Module):
         rows = len(z) // 2 if guided else len(z)
         x = torch.randn(rows, self.in_channels, device=z.device)
         x = torch.cat([x, x], dim=0) if guided else x
-        for place in reversed(range(len(process.times))):
+        for place in reversed(range(len(process.timestep_map))):
             t = torch.tensor([place] * len(z), device=z.device)
-            times = torch.tensor(process.times, device=z.device)[t]
+            times = torch.tensor(process.timestep_map, device=z.device)[t]
             output = self.net.forward_with_cfg(x, times, z, cfg) if guided else self.net(x, times, z)
             mean, log_variance = process.mean_and_log_variance(output, x, t)
             keep = (t != 0).float()[:, None]

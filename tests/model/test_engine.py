@@ -314,6 +314,30 @@ def test_a_gpu_gives_the_images_of_a_cpu(monkeypatch, guidance):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backbone", ["ear", "mar"])
+@pytest.mark.parametrize("score", list(SCORES))
+def test_a_gpu_gives_the_images_of_a_cpu_by_every_score(monkeypatch, backbone, score):
+    model = model_of(backbone, score)
+    options = {"guidance": 1.5, "guidance_to": 0.8}
+    expected = images_of(model, **options)
+    model.cuda()
+    replays = count_replays(model, monkeypatch)
+    for _ in range(2):
+        found = images_of(model, precision="fp32", **options)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert replays
+        replays.clear()
+    # Nothing here has another precision's numbers.
+    assert images_of(model, precision="bf16", **options).isfinite().all()
+    randomise(model)
+    assert not torch.allclose(images_of(model, precision="fp32", **options), found)
+    monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
+    plain = images_of(model, precision="fp32", **options)
+    monkeypatch.delenv("EAR_KERNELS_BACKEND")
+    torch.testing.assert_close(images_of(model, precision="fp32", **options), plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_16_bits_are_as_far_off_as_the_plain_loops(precision):
     model = wide_model(5).cuda()
