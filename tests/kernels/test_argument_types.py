@@ -101,6 +101,10 @@ def arguments() -> dict[str, tuple[Any, dict[str, Any]]]:
         "write_rows": (F.write_rows, {
             "values": r(2, 4), "target": r(2, 3, 4), "rows": whole(2), "left": torch.full((1,), 3), "count": 1,
         }),
+        "denoise_step": (F.denoise_step, {
+            "output": r(4, 6), "state": r(2, 3), "states": r(4, 3), "noise": r(2, 5, 3), "table": r(5, 5),
+            "time": torch.full((1,), 3), "offset": 1, "guidance": r(1),
+        }),
         "EAR.forward": (EAR.from_preset("digits"), {"images": r(2, 1, 8, 8), "labels": whole(2)}),
         "EAR.sample": (EAR.from_preset("digits").sample, {"labels": whole(2)}),
     }  # fmt: skip

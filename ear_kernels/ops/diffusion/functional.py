@@ -64,7 +64,10 @@ def denoise_step(
             continue
         check_device(name, tensor, state, "state")
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {list(shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; it must be {list(shape)}, "
+                f"{'without' if guidance is None else 'with'} guidance"
+            )
     for name, tensor in (("output", output), ("state", state), ("states", states), ("table", table)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
