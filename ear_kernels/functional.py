@@ -28,6 +28,7 @@ from ear_kernels.ops.transformer.functional import (
 from ear_kernels.ops.transformer.functional_block import Block, BlockOptions, transformer_block
 from ear_kernels.ops.transformer.functional_inference import (
     attention,
+    attention_cached,
     attention_rows,
     quantise_e4m3,
     residual_norm,
@@ -39,6 +40,7 @@ __all__ = [
     "BlockOptions",
     "adaln_modulate",
     "attention",
+    "attention_cached",
     "attention_rows",
     "check_energy_loss_options",
     "check_kernel_score_options",

@@ -51,6 +51,9 @@ def _inference(
     operations.attention(tensor(groups, keys, 3 * width, dtype=dtype), heads, **output, **options)
     query = tensor(groups, queries, width, dtype=dtype)
     operations.attention_rows(query, tensor(groups, keys, 2 * width, dtype=dtype), heads, **options)
+    place = torch.empty(1, dtype=torch.int64, device="meta")
+    cache = tensor(2, groups, keys, width, dtype=dtype)
+    operations.attention_cached(tensor(groups, 3 * width, dtype=dtype), cache, place, heads, **options)
 
 
 @torch.no_grad()

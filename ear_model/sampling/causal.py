@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from ear_model.config import SamplingConfig
+from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import Draws
 from ear_model.model.masking import guidance_scale
 from ear_model.sampling.steps import Progress, SamplingModel, Step, score_options
+
+
+def check_order(config: ModelConfig, sampling: SamplingConfig) -> None:
+    """Raise ValueError where a causal model is to decode in another order than its own."""
+    if config.order != "masked" and sampling.order == "halton":
+        raise ValueError(
+            f"order is 'halton' and the model's order is {config.order!r}; a causal model has its own order, "
+            "give order 'random'"
+        )
 
 
 @torch.no_grad()
@@ -25,11 +34,7 @@ def decode_causal(
     Raises:
         ValueError: ``sampling.order`` is "halton": the order is the model's own.
     """
-    if sampling.order == "halton":
-        raise ValueError(
-            f"order is 'halton' and the model's order is {model.config.order!r}; a causal model has its own order, "
-            "give order 'random'"
-        )
+    check_order(model.config, sampling)
     batch, num_tokens, prefix = labels_B.shape[0], model.config.num_tokens, model.config.class_tokens
     backbone, score = model.backbone, model.score
     options = score_options(model, sampling)

@@ -20,12 +20,15 @@ from ear_kernels.public_blocks import is_block, read_block
 from ear_kernels.runtime.backend import TRITON_IS_INSTALLED, requested_backend
 from ear_kernels.runtime.launching import processor
 from ear_kernels.runtime.plain import are_modules_watched, is_replaced, runs_forward
-from ear_model.config import SamplingConfig
+from ear_model.config import ModelConfig, SamplingConfig
 from ear_model.draws import Draws
 from ear_model.errors import RunError
 from ear_model.model.backbone import Backbone, TokenEmbedding, TransformerBlock
+from ear_model.model.causal import CausalBackbone, CausalBlock
 from ear_model.model.mar_backbone import MarBackbone
 from ear_model.sampling import heads
+from ear_model.sampling.causal import check_order
+from ear_model.sampling.causal_cache import CausalDecoding
 from ear_model.sampling.decoding import decode_tokens
 from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.incremental import IncrementalDecoding
@@ -116,7 +119,7 @@ class Engine:
     """
 
     def __init__(self, model: SamplingModel, weights: Weights, table: FirstStep, batch: int, *, guided: bool) -> None:
-        self.decoding = DECODINGS[model.config.backbone](model, weights, batch, guided=guided)
+        self.decoding = decoding_class(model.config)(model, weights, batch, guided=guided)
         self.weights, self.table = weights, table
         device = self.decoding.left.device
         self._places_G = torch.zeros(self.decoding.sequences, dtype=torch.int64, device=device)
@@ -135,13 +138,16 @@ class Engine:
         def images() -> Tensor:
             return model.tokenizer.decode(model.score.decode(decoding.tokens_BLD))
 
-        steps = list(steps_of(tokens, sampling.steps, images, None))
+        number = tokens if decoding.is_causal else sampling.steps
+        steps = list(steps_of(tokens, number, images, None))
         decoding.fill(labels_B, sampling, draws, [step.left - step.keep for step in steps])
         dtype = decoding.dtype
         autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
         with self.weights.scope(), autocast:
             decoding.prepare(sampling)
-            places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
+            places = None
+            if not decoding.is_causal:
+                places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
             if places is not None:
                 self._places_G.copy_(torch.tensor(places))
             table = None if places is None else (self.table.hidden_TLC, self._places_G)
@@ -156,7 +162,7 @@ class Engine:
                 with evaluating(model):
                     self._graphs.capture(works, before=decoding.begin)
             self._graphs("begin")
-            for _, parts in zip(steps_of(tokens, sampling.steps, images, progress), pieces, strict=True):
+            for _, parts in zip(steps_of(tokens, number, images, progress), pieces, strict=True):
                 for name, work in parts:
                     self._graphs(name) if name is not None else work()
         return decoding.tokens_BLD.clone()
@@ -167,8 +173,11 @@ class Engine:
             self.table.clear()
 
 
-DECODINGS: dict[str, type[Decoding]] = {"ear": IncrementalDecoding, "mar": MarDecoding}
-"""What decodes a model of each backbone, in the masked order."""
+def decoding_class(config: ModelConfig) -> type[Decoding]:
+    """What decodes models like this."""
+    if config.order != "masked":
+        return CausalDecoding
+    return MarDecoding if config.backbone == "mar" else IncrementalDecoding
 
 
 @contextlib.contextmanager
@@ -190,8 +199,6 @@ def is_plain(model: Any) -> bool:
     No hooks anywhere, plain modules (:mod:`ear_kernels.runtime.plain`) of one device, float32, our own methods.
     """
     backbone, score = model.backbone, model.score
-    if model.config.order != "masked":
-        return False
     position, is_mar = backbone.decoder_pos_embed_learned, model.config.backbone == "mar"
     own = all(getattr(type(backbone), name, None) in (None, *methods) for name, methods in BYPASSED.items())
     if not own or are_modules_watched() or position.dtype != torch.float32 or is_replaced(backbone, "run_blocks"):
@@ -217,16 +224,22 @@ def is_plain(model: Any) -> bool:
 
 
 BYPASSED = {
-    "forward": (Backbone.forward, MarBackbone.forward),
+    "forward": (Backbone.forward, MarBackbone.forward, CausalBackbone.forward),
     "run_blocks": (Backbone.run_blocks,),
     "run_encoder": (MarBackbone.run_encoder,),
+    "extend": (CausalBackbone.extend,),
+    "embed_tokens": (CausalBackbone.embed_tokens,),
+    "embed_prefix": (CausalBackbone.embed_prefix,),
 }
 """Methods of a backbone that the engine does the work of."""
 
 
+OWN_BLOCKS = (TransformerBlock, CausalBlock)
+
+
 def _is_read(block: Any, position: Tensor) -> bool:
     """Whether a block of ours or timm's is no more than its float32 weights, biases included."""
-    found = read_block(block, position) if type(block) is TransformerBlock or is_block(block) else None
+    found = read_block(block, position) if type(block) in OWN_BLOCKS or is_block(block) else None
     return found is not None and all(tensor is not None and tensor.dtype == torch.float32 for tensor in found[0])
 
 
@@ -267,6 +280,7 @@ class Engines:
         Raises:
             ValueError: an unknown precision. RunError: tokens that are not finite.
         """
+        check_order(model.config, sampling)
         parameter = next(iter(model.parameters()))
         dtype = compute_dtype(precision, parameter)
         numbers = dtype, precision == "fp8"
@@ -312,11 +326,11 @@ class Engines:
     ) -> Tensor:
         """Tokens by the engine of this model as it is, or by the plain loop."""
         parameter, (dtype, fp8) = next(iter(model.parameters())), numbers
-        takes = self.takes(model, labels_B)
-        if fp8 and not (takes and processor(parameter).major >= 9):
+        takes, is_causal = self.takes(model, labels_B), model.config.order != "masked"
+        if fp8 and not (takes and not is_causal and processor(parameter).major >= 9):
             raise ValueError(
-                "precision is 'fp8'; it needs a GPU of compute capability 9 or higher, Triton and a model without "
-                "hooks or wrapped submodules; use 'bf16' or 'auto'"
+                "precision is 'fp8'; it needs a GPU of compute capability 9 or higher, Triton and a model of the "
+                "masked order without hooks or wrapped submodules; use 'bf16' or 'auto'"
             )
         if takes:
             engine = self._engine(model, len(labels_B), sampling.guidance != 1, numbers)
@@ -352,7 +366,7 @@ class Engines:
                 del self._kept[key]
             weights = Weights(model, numbers[0], fp8=numbers[1])
             graphs = Graphs(next(model.parameters()).device)
-            make = DECODINGS[model.config.backbone]
+            make = decoding_class(model.config)
             found = self._weights[numbers] = weights, FirstStep(make, model, weights, graphs)
         key = batch, guided, numbers
         engine = self._kept.pop(key, None)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ear_kernels.head import linear_parameters
 from ear_model.config import SamplingConfig
-from ear_model.model.masking import guidance_scale
 from ear_model.scores.denoising import Denoising, plain_parameters
 from ear_model.scores.diffusion import DenoisingMLP, DiffusionScore, TimeEmbedding
 from ear_model.scores.generator import GeneratorScore
@@ -75,12 +74,10 @@ class Head:
             name: of what ``predict`` does, unique with ``count`` and ``guided``.
             known: tokens predicted before.
         """
-        decoding, sampling = self.decoding, self.sampling
-        rows, tokens = decoding.batch * count, decoding.config.num_tokens
+        decoding, sampling, rows = self.decoding, self.sampling, self.decoding.batch * count
         hidden, sampled = self._memory()
         options = {entry: getattr(sampling, entry) for entry in decoding.score_options}
-        left = tokens - known
-        guidance = guidance_scale(sampling.guidance, sampling.guidance_schedule, tokens, left - count)
+        guidance = decoding.guidance[decoding.config.num_tokens - known - count]
 
         def predicted() -> None:
             rows_GK, hidden_RC = predict()

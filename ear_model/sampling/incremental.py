@@ -6,10 +6,9 @@ predicted; casts of weights. Legend: :mod:`ear_model.sampling.state`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ear_kernels.functional import write_rows, write_tokens
+from ear_kernels.functional import write_rows
 from ear_model.sampling.state import Decoding
 from ear_model.sampling.steps import SamplingModel
 from ear_model.sampling.weights import Weights
@@ -47,24 +46,5 @@ class IncrementalDecoding(Decoding):
         return self.predict_last(count, guided, stream, branches, stream_GSC)
 
     def write(self, rows_GK: Tensor, sampled_RD: Tensor, count: int) -> None:
-        first, embed = self.weights.blocks[0], self.weights.embed
-        norm = first.norm1.weight, first.norm1.bias, first.norm1.eps
-        if embed is not None:
-            linear = embed.weight, embed.bias
-            normed_RC = write_tokens(
-                sampled_RD, self.tokens_BLD, self.start_GSC, rows_GK, linear, self.position_SC, norm
-            )
-        else:
-            normed_RC = self._write_indices(rows_GK, sampled_RD)
-        write_rows(first.qkv(normed_RC), self.qkv_GS3, rows_GK, self.left, count)
-
-    def _write_indices(self, rows_GK: Tensor, sampled_R1: Tensor) -> Tensor:
-        """As :func:`ear_kernels.functional.write_tokens`, of tokens that are indices into a table."""
-        own_R = rows_GK[: len(sampled_R1)]
-        places_R, width = own_R % self.length, self.config.width
-        kept_R = own_R // self.length * self.config.num_tokens + places_R - self.prefix
-        self.tokens_BLD.flatten(0, 1).index_copy_(0, kept_R, sampled_R1)
-        x_RC = self.model.backbone.z_proj(sampled_R1) + self.position_SC[places_R]
-        self.start_GSC.flatten(0, 1).index_copy_(0, rows_GK, x_RC.repeat(len(rows_GK) // len(own_R), 1))
-        norm = self.weights.blocks[0].norm1
-        return F.layer_norm(x_RC, (width,), norm.weight, norm.bias, norm.eps).to(self.dtype)
+        normed_RC = self.write_start(rows_GK, sampled_RD)
+        write_rows(self.weights.blocks[0].qkv(normed_RC), self.qkv_GS3, rows_GK, self.left, count)

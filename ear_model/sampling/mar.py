@@ -61,7 +61,7 @@ class MarDecoding(Decoding):
         own_R, tokens = rows_GK[: len(sampled_RD)], self.config.num_tokens
         places_R = own_R % self.length
         kept_R = own_R // self.length * tokens + places_R - self.prefix
-        self.tokens_BLD.flatten(0, 1).index_copy_(0, kept_R, sampled_RD)
+        self.tokens_BLD.flatten(0, 1).index_copy_(0, kept_R, sampled_RD.to(self.tokens_BLD.dtype))
         embed = self.weights.embed
         if embed is None:
             embedded_RC = self.model.backbone.z_proj(sampled_RD)
@@ -76,4 +76,4 @@ class MarDecoding(Decoding):
 
     def _normed(self, placed: Tensor) -> Tensor:
         norm = self.weights.embed_norm
-        return F.layer_norm(placed.float(), placed.shape[-1:], norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(placed.to(norm.weight.dtype), placed.shape[-1:], norm.weight, norm.bias, norm.eps)

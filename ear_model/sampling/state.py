@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ear_kernels.functional import attention, attention_rows, guided_norm, predicted_rows
+from ear_kernels.functional import attention, attention_rows, guided_norm, predicted_rows, write_tokens
 from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.model.masking import draw_orders, guidance_scale
@@ -33,6 +34,9 @@ class Decoding:
         batch: B.
         guided: whether there is guidance.
     """
+
+    is_causal = False
+    """Whether the order is the model's own."""
 
     def __init__(self, model: SamplingModel, weights: Weights, batch: int, *, guided: bool) -> None:
         self.model, self.weights, self.batch, self.guided = model, weights, batch, guided
@@ -73,11 +77,11 @@ class Decoding:
         if self.guided:
             classes.append(self.model.backbone.null_class(self.batch))
         self.classes_GC.copy_(torch.cat(classes))
-        scales = [
-            guidance_scale(sampling.guidance, sampling.guidance_schedule, tokens, keep) for keep in range(tokens + 1)
-        ]
-        self.scales.copy_(torch.tensor(scales))
-        self.orders_BL.copy_(draw_orders(sampling.order, self.batch, tokens, labels_B.device, draws))
+        schedule = sampling.guidance_schedule
+        self.guidance = [guidance_scale(sampling.guidance, schedule, tokens, keep) for keep in range(tokens + 1)]
+        self.scales.copy_(torch.tensor(self.guidance))
+        if not self.is_causal:
+            self.orders_BL.copy_(draw_orders(sampling.order, self.batch, tokens, labels_B.device, draws))
         self.score_options = score_options(self.model, sampling)
         # An image's own numbers are the same however a draw is divided.
         parts = [tokens] if isinstance(draws, ImageDraws) and self.head.draws_once else counts
@@ -161,6 +165,25 @@ class Decoding:
             normed = block.norm2(stream, *branches, **block.fc1.takes)
             branches.append((block.mlp(normed, self.room), block.fc2.own_bias))
         return stream, branches
+
+    def write_start(self, rows_GK: Tensor, sampled_RD: Tensor) -> Tensor:
+        """Write sampled tokens, and what the backbone makes of them at these rows of its input.
+
+        Returns:
+            Its first block's norm, ``[B k, C]``.
+        """
+        norm, embed = self.weights.blocks[0].norm1, self.weights.embed
+        if embed is not None:
+            linear, parameters = (embed.weight, embed.bias), (norm.weight, norm.bias, norm.eps)
+            given = self.tokens_BLD, self.start_GSC, rows_GK, linear, self.position_SC, parameters
+            return write_tokens(sampled_RD, *given)
+        own_R = rows_GK[: len(sampled_RD)]
+        places_R, width = own_R % self.length, self.config.width
+        kept_R = own_R // self.length * self.config.num_tokens + places_R - self.prefix
+        self.tokens_BLD.flatten(0, 1).index_copy_(0, kept_R, sampled_RD.to(self.tokens_BLD.dtype))
+        x_RC = self.model.backbone.z_proj(sampled_RD) + self.position_SC[places_R]
+        self.start_GSC.flatten(0, 1).index_copy_(0, rows_GK, x_RC.repeat(len(rows_GK) // len(own_R), 1))
+        return F.layer_norm(x_RC, (width,), norm.weight, norm.bias, norm.eps).to(self.dtype)
 
     def predict_last(
         self, count: int, guided: bool, stream: Tensor, branches: Branches, stream_GSC: Tensor

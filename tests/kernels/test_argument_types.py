@@ -81,6 +81,10 @@ def arguments() -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "attention": (F.attention, {"qkv": r(2, 3, 3 * WIDTH), "heads": 2, "out": r(2, 3, WIDTH)}),
         "attention_rows": (F.attention_rows, {"query": r(2, 1, WIDTH), "kv": r(2, 3, 2 * WIDTH), "heads": 2}),
+        "attention_cached": (F.attention_cached, {
+            "qkv": r(2, 3 * WIDTH), "cache": r(2, 2, 3, WIDTH), "place": torch.full((1,), 1), "heads": 2,
+            "out": r(2, WIDTH),
+        }),
         "quantise_e4m3": (F.quantise_e4m3, {"weight": r(5, 5)}),
         "residual_norm": (
             F.residual_norm, {"stream": r(5, WIDTH), "branches": [(r(5, WIDTH), r(WIDTH))]} | affine,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ear_kernels.functional import attention, attention_rows, quantise_e4m3, residual_norm
+from ear_kernels.functional import attention, attention_cached, attention_rows, quantise_e4m3, residual_norm
 from ear_kernels.ops.transformer import reference
 from ear_kernels.testing import assert_close_to_eager
 from tests.kernels.generator_fixtures import DEVICE, DTYPES
@@ -259,3 +259,49 @@ def test_dependent_launches_in_a_graph(triton_backend) -> None:
     for _ in range(20):
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@given(
+    st.integers(0, 3), st.integers(1, 150), st.integers(1, 3), st.sampled_from([1, 8, 24, 64, 72, 128]),
+    st.sampled_from(DTYPES), st.sampled_from([1e-3, 1.0, 6.0]), st.data(),
+)  # fmt: skip
+@settings(max_examples=150 if DEVICE == "cuda" else 25)
+def test_attention_to_a_cache(groups, length, heads, dim, dtype, spread, data) -> None:
+    """What the cache holds behind the new row is not read; before it nothing is written."""
+    place, width = data.draw(st.integers(0, length - 1)), heads * dim
+    torch.manual_seed(place)
+    qkv, whole = (draw(groups, 3 * width) * spread).to(dtype), (draw(2, groups, length, width) * spread).to(dtype)
+    cache = whole.clone()
+    cache[:, :, place:] = float("nan")
+    found = {}
+    for backend in ("triton", "eager"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("EAR_KERNELS_BACKEND", backend)
+            kept = cache.clone()
+            out = torch.full((groups, width), float("nan"), device=DEVICE, dtype=dtype)
+            assert attention_cached(qkv, kept, torch.tensor([place], device=DEVICE), heads, out=out) is out
+            found[backend] = out
+        assert torch.equal(kept[:, :, :place], whole[:, :, :place])
+        assert torch.equal(kept[0, :, place], qkv[:, width : 2 * width])
+        assert torch.equal(kept[1, :, place], qkv[:, 2 * width :])
+    seen = kept[:, :, : place + 1]
+    kv, query = torch.cat([seen[0], seen[1]], -1), qkv[:, None, :width]
+    exact, eager = exact_attention(query, kv, heads)[:, 0], eager_attention(query, kv, heads)[:, 0]
+    close("out", found["triton"], eager, exact)
+    close("reference", found["eager"], eager, exact)
+
+
+def test_what_does_not_fit_a_cache_is_named() -> None:
+    place = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    given_ = {"qkv": draw(2, 24), "cache": draw(2, 2, 5, 8), "place": place}
+    for name, value, error, match in (
+        ("qkv", draw(2, 25), ValueError, r"qkv has shape \(2, 25\)"),
+        ("cache", draw(2, 3, 5, 8), ValueError, r"cache has shape \(2, 3, 5, 8\); it must be \[2, 2, N, 8\]"),
+        ("cache", draw(2, 2, 0, 8), ValueError, "N at least 1"),
+        ("cache", draw(2, 5, 2, 8).transpose(1, 2), ValueError, "cache has strides"),
+        ("cache", draw(2, 2, 5, 8).half(), TypeError, "cache has dtype torch.float16"),
+        ("place", place.int(), TypeError, "place is torch.int32"),
+        ("place", place.repeat(2), TypeError, r"place is torch.int64 \(2,\)"),
+    ):
+        with pytest.raises(error, match=match):
+            attention_cached(**{**given_, name: value}, heads=2)

@@ -168,6 +168,53 @@ def attention_rows(
 
 @takes_tensors
 @torch.no_grad()
+def attention_cached(
+    qkv: Tensor, cache: Tensor, place: Tensor, heads: int, *, out: Tensor | None = None, dependent: bool = False
+) -> Tensor:
+    """Causal multi-head attention of one new row of each sequence to the rows of a cache and itself.
+
+    Args:
+        qkv: ``[G, 3W]``: query, key and value of the new row one after another, each head after head.
+        cache: ``[2, G, N, W]``, contiguous: keys, then values, alike in dtype; the new row's are written into it.
+        place: int64 ``[1]``: how many rows are there, 0 to N - 1, which is the new row's place. It is not checked,
+            which would wait for the device; a CUDA graph reads it at replay.
+        heads: number of heads.
+        out: where to write: ``[G, W]`` in the dtype of ``qkv``, contiguous; not memory of ``qkv`` or ``cache``.
+        dependent: see the module.
+
+    Returns:
+        ``[G, W]``. Float64 takes PyTorch's scaled_dot_product_attention.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: dtypes that do not fit.
+    """
+    check_floating("qkv", qkv)
+    check_floating("cache", cache)
+    for name, tensor in (("cache", cache), ("place", place)):
+        check_device(name, tensor, qkv, "qkv")
+    if qkv.ndim != 2 or heads < 1 or qkv.shape[1] % (3 * heads) or not qkv.shape[1]:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; for {heads} heads it must be [G, {3 * heads} * D]")
+    groups, width = qkv.shape[0], qkv.shape[1] // 3
+    if cache.ndim != 4 or (cache.shape[:2], cache.shape[3]) != ((2, groups), width) or not cache.shape[2]:
+        raise ValueError(f"cache has shape {tuple(cache.shape)}; it must be [2, {groups}, N, {width}], N at least 1")
+    if not cache.is_contiguous():
+        raise ValueError(f"cache has strides {cache.stride()}; it must be contiguous")
+    if cache.dtype != qkv.dtype:
+        raise TypeError(f"cache has dtype {cache.dtype} and qkv {qkv.dtype}; they must be alike")
+    if place.dtype != torch.int64 or tuple(place.shape) != (1,):
+        raise TypeError(f"place is {place.dtype} {tuple(place.shape)}; it must be int64 [1]")
+    _check_memory("out", out, (groups, width), qkv.dtype, qkv, "qkv")
+    if applies("inference_attention", qkv, kernel_refusal(qkv, cache)):
+        from ear_kernels.ops.transformer import launch_inference
+
+        out = qkv.new_empty(groups, width) if out is None else out
+        launch_inference.attention_cached(qkv.contiguous(), cache, place, heads, out, dependent)
+        return out
+    return _into(out, reference.attention_cached(qkv, cache, place, heads))
+
+
+@takes_tensors
+@torch.no_grad()
 def quantise_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` as float8_e4m3fn with one scale: its largest magnitude becomes 448.
 

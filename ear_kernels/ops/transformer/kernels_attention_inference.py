@@ -190,3 +190,55 @@ def attention_carried_kernel(
         factor /= tl.load(out_scale)
     place = out + offset + rows[:, None].to(tl.int64) * (heads * DIM) + cols_d[None, :]
     _put(place, acc * factor[:, None], rows, cols_d, queries, DIM, EVEN_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["length"])
+def attention_cached_kernel(
+    qkv,  # [G, 3W]: query, key, value of a new row
+    cache,  # [2, G, N, W]: keys, values
+    place,  # [1] int64: rows that are there before it
+    out,  # [G, W], out
+    length,  # N
+    heads,
+    scale_log2,  # log2(e) / sqrt(D)
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One query a program: all is memory, so products are made without tensor cores, in float32."""
+    if DEPENDENT:
+        gdc_wait()
+    group = (tl.program_id(0) // heads).to(tl.int64)
+    width = heads * DIM
+    cols = (tl.program_id(0) % heads) * DIM + tl.arange(0, BLOCK_D)
+    live = tl.arange(0, BLOCK_D) < DIM
+    before = tl.load(place).to(tl.int32)
+    own = qkv + group * (3 * width) + cols
+    q = tl.load(own, mask=live, other=0.0).to(tl.float32) * scale_log2
+    k = tl.load(own + width, mask=live, other=0.0)
+    v = tl.load(own + 2 * width, mask=live, other=0.0)
+    keys = cache + group * length * width + cols
+    values = keys + tl.num_programs(0).to(tl.int64) // heads * length * width
+    tl.store(keys + before.to(tl.int64) * width, k, mask=live)
+    tl.store(values + before.to(tl.int64) * width, v, mask=live)
+    top = tl.sum(q * k.to(tl.float32), 0)
+    norm = 1.0
+    acc = v.to(tl.float32)
+    for first in tl.range(0, before, BN, num_stages=STAGES):
+        rows = first + tl.arange(0, BN)
+        keep = (rows < before)[:, None] & live[None, :]
+        at = rows.to(tl.int64)[:, None] * width
+        k_N = tl.load(keys[None, :] + at, mask=keep, other=0.0).to(tl.float32)
+        v_N = tl.load(values[None, :] + at, mask=keep, other=0.0).to(tl.float32)
+        logits = tl.where(rows < before, tl.sum(k_N * q[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 0))
+        p = tl.exp2(logits - higher)
+        shrink = tl.exp2(top - higher)
+        norm = norm * shrink + tl.sum(p, 0)
+        acc = acc * shrink + tl.sum(p[:, None] * v_N, 0)
+        top = higher
+    if DEPENDENT:
+        gdc_launch_dependents()
+    tl.store(out + group * width + cols, (acc / norm).to(out.dtype.element_ty), mask=live)

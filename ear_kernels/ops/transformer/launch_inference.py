@@ -35,6 +35,10 @@ class AttentionConfig:
     warps: int
 
 
+CACHED_BYTES = 16384
+"""Of keys that a program looks at together, 64 rows at most; as much of values."""
+
+
 def may_depend(tensor: Tensor, dependent: bool) -> bool:
     """Whether to launch before the kernel before has ended: where it is wanted and the GPU can."""
     return dependent and processor(tensor).major >= 9
@@ -104,4 +108,19 @@ def attention(query: Tensor, kv: Tensor, heads: int, out: Tensor, out_scale: Ten
         DIM=dim, BLOCK_D=64 if dim > 64 else max(16, next_power_of_two(dim)), BM=config.queries, BN=config.keys,
         EVEN_M=queries % config.queries == 0, EVEN_N=keys % config.keys == 0, PACKED=query is kv,
         STAGES=config.stages, DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
+    )  # fmt: skip
+
+
+def attention_cached(qkv: Tensor, cache: Tensor, place: Tensor, heads: int, out: Tensor, dependent: bool) -> None:
+    """Contiguous ``qkv [G, 3W]``, ``cache [2, G, N, W]`` -> ``out [G, W]``."""
+    groups, width = out.shape
+    if not groups:
+        return
+    dim, dependent = width // heads, may_depend(qkv, dependent)
+    block = next_power_of_two(dim)
+    rows = max(1, min(64, CACHED_BYTES // (block * qkv.itemsize)))
+    launch(
+        kernels_attention.attention_cached_kernel, (groups * heads,), qkv, cache, place, out, cache.shape[2], heads,
+        math.log2(math.e) / math.sqrt(dim), on=qkv, DIM=dim, BLOCK_D=block, BN=rows, STAGES=3,
+        DEPENDENT=dependent, num_warps=4, **dependent_launch(dependent),
     )  # fmt: skip

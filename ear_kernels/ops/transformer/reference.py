@@ -153,3 +153,15 @@ def attention_rows(query: Tensor, kv: Tensor, heads: int) -> Tensor:
     key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in kv.chunk(2, -1))
     split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.scaled_dot_product_attention(split, key, value).transpose(1, 2).flatten(2)
+
+
+def attention_cached(qkv: Tensor, cache: Tensor, place: Tensor, heads: int) -> Tensor:
+    """``[G, W]`` of a new row ``qkv [G, 3W]`` to those of ``cache [2, G, N, W]`` up to it, where it is written."""
+    query, key, value = qkv.chunk(3, -1)
+    cache.index_copy_(2, place, torch.stack([key, value]).unsqueeze(2))
+    split = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query.unsqueeze(1), *cache))
+    seen = torch.arange(cache.shape[2], device=qkv.device) <= place
+    # What is not written may be anything: it is weighed with 0, which NaN is not ended by.
+    q, k, v = split
+    k, v = (part.where(seen.unsqueeze(-1), 0.0) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(0)).transpose(1, 2).flatten(1)
