@@ -1,4 +1,5 @@
 """Sampling with EAR-B, L and H in 64 steps, guidance 3: the public code, its blocks compiled, accelerated, and ours.
+MAR-B and EAR-B with every other score and in a causal order: ours, and what of MAR is public.
 
     python -m benchmarks.bench_sampling --out FILE.json --only "EAR-B, (1|64) images?: (public|ours)$"     # a GPU
 
@@ -35,17 +36,26 @@ from benchmarks.bench_train_step import NAMES, SMALL
 from benchmarks.clocks import DEVICE, HAS_GPU, grouped, percentiles, profiled
 from benchmarks.harness import FP8, OURS, PUBLIC, PUBLIC_ACCELERATED, PUBLIC_COMPILED, Row, Unavailable
 from benchmarks.public_ear import PublicEAR, initialise
+from benchmarks.public_mar import PublicMAR
 from ear_kernels import accelerate
 from ear_kernels.testing import FACTOR, errors
-from ear_model.config import ModelConfig, SamplingConfig
+from ear_model.config import ModelConfig, SamplingConfig, with_score
 from ear_model.draws import Draws
 from ear_model.ear import EAR
 from ear_model.presets import MODELS
 from ear_model.sampling.decoding import decode_tokens
 from ear_model.sampling.public import swap
+from ear_model.score_names import SCORES
 
 RIVALS = (PUBLIC, PUBLIC_COMPILED, PUBLIC_ACCELERATED, OURS, FP8)
 BATCHES = {"EAR-B": (1, 8, 64, 256), "EAR-L": (1, 64), "EAR-H": (1, 64)}
+SYSTEMS = {
+    "MAR-B": MODELS["mar_base"],
+    "EAR-B, causal": replace(MODELS["ear_base"], order="causal"),
+    **{f"EAR-B, {score}": with_score(MODELS["ear_base"], score) for score in SCORES if score != "energy"},
+}
+"""The paper's other systems, the causal one in 256 steps; diffusion in 100 steps a token."""
+CONFIGS = {**{title: MODELS[NAMES[title]] for title in BATCHES}, **SYSTEMS}
 PROFILED = (1, 64)
 STEPS, CHECK_STEPS, CHECK_DEPTH = (64, 8, 3) if HAS_GPU else (5, 3, 1)
 GUIDANCE, TEMPERATURE = 3.0, 0.7
@@ -88,6 +98,10 @@ def sample_public(model: PublicEAR, labels: Tensor, steps: int) -> Tensor:
         return model.sample_tokens(*given)
 
 
+def public_kind(config: ModelConfig) -> type[PublicEAR]:
+    return PublicMAR if config.backbone == "mar" else PublicEAR
+
+
 def make_model(kind: type[EAR] | type[PublicEAR], config: ModelConfig, images: int) -> tuple[Any, Tensor]:
     """A model in eval mode whose tokens are not all 0, and labels."""
     with DEVICE:
@@ -100,9 +114,9 @@ def sampler(config: ModelConfig, images: int, rival: str) -> Callable[[], Tensor
     """What samples ``images`` images as the rival does."""
     if is_ours(rival):
         return functools.partial(sample_ours, *make_model(EAR, config, images), rival, STEPS)
-    public, labels = make_model(PublicEAR, config, images)
+    public, labels = make_model(public_kind(config), config, images)
     if rival == PUBLIC_COMPILED:
-        for block in public.decoder_blocks:
+        for block in (*getattr(public, "encoder_blocks", ()), *public.decoder_blocks):
             block.compile()
     if rival == PUBLIC_ACCELERATED:
         accelerate(public)
@@ -117,7 +131,9 @@ def check(config: ModelConfig, images: int, rival: str) -> float:
     Both are PyTorch's own kernels, on the same draws, with the first blocks alone and in few steps: what rounding
     does grows from step to step.
     """
-    model, labels = make_model(EAR, replace(config, depth=min(config.depth, CHECK_DEPTH)), images)
+    stacks = ("depth", "encoder_depth") if config.backbone == "mar" else ("depth",)
+    depths: dict[str, Any] = {name: min(getattr(config, name), CHECK_DEPTH) for name in stacks}
+    model, labels = make_model(EAR, replace(config, **depths), images)
     sampling = SamplingConfig(CHECK_STEPS, GUIDANCE, "linear", TEMPERATURE)
 
     def seeded() -> torch.Generator:
@@ -160,7 +176,7 @@ def later_calls(call: Callable[[], Tensor]) -> dict[str, float]:
 
 def run(name: str, images: int, rival: str) -> dict[str, Any]:
     """Everything to record of a "sampling" row."""
-    config = MODELS[name] if HAS_GPU else SMALL
+    config = CONFIGS[name] if HAS_GPU else SMALL
     call = sampler(config, images, rival)
     record: dict[str, Any] = {"first_ms": milliseconds(call)}
     if is_ours(rival):
@@ -182,7 +198,7 @@ def run(name: str, images: int, rival: str) -> dict[str, Any]:
 
 def run_first_image(name: str, rival: str) -> dict[str, Any]:
     """Wall time from a model on the GPU to its first image on the host, of a process that did nothing else."""
-    call = sampler(MODELS[name] if HAS_GPU else SMALL, 1, rival)
+    call = sampler(CONFIGS[name] if HAS_GPU else SMALL, 1, rival)
     if HAS_GPU:
         torch.cuda.synchronize()
     return {"wall_ms": {"median": milliseconds(lambda: call().cpu())}}
@@ -190,7 +206,7 @@ def run_first_image(name: str, rival: str) -> dict[str, Any]:
 
 def run_by_part(name: str, images: int, rival: str) -> dict[str, Any]:
     """ms of a step's kernels, by kind and one by one."""
-    call = sampler(MODELS[name], images, rival)
+    call = sampler(CONFIGS[name], images, rival)
     milliseconds(call)
     kernels = profiled([call], least=1)
     table = [
@@ -234,14 +250,20 @@ def count(images: int) -> str:
 
 def make_rows() -> list[Row]:
     rows = [
-        row(f"sampling, {title}, {count(images)}", rival, harness.in_new_process, run, NAMES[title], images, rival)
+        row(f"sampling, {title}, {count(images)}", rival, harness.in_new_process, run, title, images, rival)
         for title, batches in BATCHES.items()
         for images, rival in product(batches, RIVALS)
     ]
+    for title, images in product(SYSTEMS, PROFILED):
+        rivals = (PUBLIC, PUBLIC_ACCELERATED, OURS, FP8) if title == "MAR-B" else (OURS,)
+        case = f"sampling, {title}, {count(images)}"
+        rows += [row(case, rival, harness.in_new_process, run, title, images, rival) for rival in rivals]
     for title, (warm, words), rival in product(("EAR-B",), ((False, "empty"), (True, "warm")), RIVALS):
-        rows.append(row(f"first image, {title}, {words} caches", rival, first_image, NAMES[title], rival, warm))
-    for title, images, rival in product(("EAR-B",), PROFILED, (PUBLIC, OURS, FP8)):
-        case, given = f"by part, {title}, {count(images)}", (NAMES[title], images, rival)
+        rows.append(row(f"first image, {title}, {words} caches", rival, first_image, title, rival, warm))
+    for title, images, rival in product(("EAR-B", "EAR-B, causal", "MAR-B"), PROFILED, (PUBLIC, OURS, FP8)):
+        if title != "EAR-B" and rival != OURS:
+            continue
+        case, given = f"by part, {title}, {count(images)}", (title, images, rival)
         rows.append(row(case, rival, harness.in_new_process, run_by_part, *given))
     return rows
 

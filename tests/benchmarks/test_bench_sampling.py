@@ -13,6 +13,7 @@ from benchmarks.bench_sampling import KINDS, RIVALS, ROWS
 from benchmarks.clocks import HAS_GPU, grouped, summed_up
 from benchmarks.harness import FP8, OURS, PUBLIC, PUBLIC_ACCELERATED, Unavailable
 from ear_model.ear import EAR
+from ear_model.presets import MODELS
 from ear_model.sampling import public
 from tests.model.conftest import TINY
 
@@ -120,6 +121,7 @@ def test_a_step_by_part(monkeypatch):
         return summed_up([("nvjet_sm90", 0.0, 2000.0 * steps), ("copy", 0.0, 1000.0 * steps)], count=1)
 
     monkeypatch.setattr(bench_sampling, "profiled", profiled)
+    monkeypatch.setitem(bench_sampling.CONFIGS, "digits", MODELS["digits"])
     record = bench_sampling.run_by_part("digits", 3, PUBLIC)
     assert record["groups"] == {**dict.fromkeys(KINDS, 0.0), "matrix products": 2.0, "the rest": 1.0}
     assert (record["gpu_ms"]["median"], record["kernels_ms"]) == (2.0, 3.0)

@@ -70,7 +70,7 @@ def test_losses(model):
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_tokens_of_rows(model, guidance):
-    z, times = torch.randn(10, 16), [int(time) for time in model.diffloss.gen_diffusion.times]
+    z, times = torch.randn(10, 16), [int(time) for time in model.diffloss.gen_diffusion.timestep_map]
     assert (times[0], times[-1], len(times)) == (0, 999, STEPS)
     # Untrained, tokens grow by what the schedule takes off the noise; predict about the noise itself.
     model.diffloss.net.final_layer.linear.weight.mul_(0.1)
