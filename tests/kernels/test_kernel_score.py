@@ -97,10 +97,14 @@ def check(problem: Problem, kernel: str, bandwidth: float, dtype: torch.dtype, d
     # The two terms of a row may cancel; together they are at most 3.
     count = math.prod(problem.rows)
     assert_close_to_eager("loss", ours[0], eager[0], exact[0], 3.0 * (count if problem.reduction == "sum" else 1))
-    # Pulls of a sample or target cancel, too; no slope is steeper than 1 / h. An eighth of that: two units, not 16.
-    scale = 0.25 / (problem.n * options["bandwidth"] * (count if problem.reduction == "mean" else 1))
-    for name, a, b, c in zip(("samples.grad", "target.grad"), ours[1:], eager[1:], exact[1:], strict=True):
-        assert_close_to_eager(name, a, b, c, scale)
+    # Pulls of a sample or target cancel, too; no slope is steeper than 1 / h, and those of one of n samples or m
+    # targets add up to 2 / n or 2 / m of that at most. An eighth of it: two units, not 16.
+    steepest = 0.25 / (options["bandwidth"] * (count if problem.reduction == "mean" else 1))
+    scales = steepest / problem.n, steepest / problem.m
+    for name, *results, scale in zip(
+        ("samples.grad", "target.grad"), ours[1:], eager[1:], exact[1:], scales, strict=True
+    ):
+        assert_close_to_eager(name, *results, scale)
     if problem.mask == "nothing":
         assert not any(each.any() for each in ours)
 

@@ -257,7 +257,7 @@ def test_own_files_that_do_not_fit_are_named(tmp_path):
         ({"config": {**vars(SMALL), "channels": 33}}, "channels is 33"),
         ({"config": {**vars(SMALL), "multipliers": 3}}, "not iterable"),
         ({"latent_scale": "wide"}, "wide"),
-        ({"latent_scale": -1.0}, "latent scale is -1.0"),
+        ({"latent_scale": -1.0}, "latent_scale is -1.0"),
         ({"config": {**vars(SMALL), "latent_channels": 5}}, "has shape"),
     ]:
         description = {"version": 1, "config": vars(SMALL), "latent_scale": 1.0, **changes}
