@@ -113,12 +113,14 @@ class Engine:
     Args:
         model: on a GPU, in eval mode.
         weights: of the model.
-        table: of those weights.
+        table: of those weights; None for a causal order, which begins with the class's rows.
         batch: B.
         guided: whether there is guidance.
     """
 
-    def __init__(self, model: SamplingModel, weights: Weights, table: FirstStep, batch: int, *, guided: bool) -> None:
+    def __init__(
+        self, model: SamplingModel, weights: Weights, table: FirstStep | None, batch: int, *, guided: bool
+    ) -> None:
         self.decoding = decoding_class(model.config)(model, weights, batch, guided=guided)
         self.weights, self.table = weights, table
         device = self.decoding.left.device
@@ -145,12 +147,13 @@ class Engine:
         autocast = torch.autocast("cuda", dtype, enabled=dtype.itemsize == 2, cache_enabled=False)
         with self.weights.scope(), autocast:
             decoding.prepare(sampling)
-            places = None
-            if not decoding.is_causal:
-                places = self.table.places(labels_B.tolist() + [NULL] * (decoding.sequences - decoding.batch))
-            if places is not None:
-                self._places_G.copy_(torch.tensor(places))
-            table = None if places is None else (self.table.hidden_TLC, self._places_G)
+            table = None
+            if self.table is not None:
+                nulls = [NULL] * (decoding.sequences - decoding.batch)
+                places = self.table.places(labels_B.tolist() + nulls)
+                if places is not None:
+                    self._places_G.copy_(torch.tensor(places))
+                    table = self.table.hidden_TLC, self._places_G
             pieces = []
             for step in steps:
                 guided = sampling.guides(step.left, tokens)
@@ -169,7 +172,7 @@ class Engine:
 
     def refresh(self) -> None:
         """See to weights that have changed."""
-        if self.weights.refresh():
+        if self.weights.refresh() and self.table is not None:
             self.table.clear()
 
 
@@ -251,7 +254,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, Engine] = OrderedDict()
-        self._weights: dict[tuple, tuple[Weights, FirstStep]] = {}
+        self._weights: dict[tuple, tuple[Weights, FirstStep | None]] = {}
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -367,7 +370,8 @@ class Engines:
             weights = Weights(model, numbers[0], fp8=numbers[1])
             graphs = Graphs(next(model.parameters()).device)
             make = decoding_class(model.config)
-            found = self._weights[numbers] = weights, FirstStep(make, model, weights, graphs)
+            table = None if make.is_causal else FirstStep(make, model, weights, graphs)
+            found = self._weights[numbers] = weights, table
         key = batch, guided, numbers
         engine = self._kept.pop(key, None)
         if engine is None:

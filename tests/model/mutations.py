@@ -1,9 +1,7 @@
 """Files of every kind that the product reads, damaged by a seed, and opened as the commands open them.
 
-    python -m tests.model.mutations FOLDER FIRST COUNT
-
-tries mutations FIRST .. FIRST + COUNT - 1 in FOLDER, each in a forked process that may take 20 s and 4 GiB, and
-prints what came of them as JSON.
+``python -m tests.model.mutations FOLDER FIRST COUNT`` tries mutations FIRST .. FIRST + COUNT - 1 in FOLDER, each in
+a forked process that may take 20 s and 4 GiB, and prints what came of them as JSON.
 """
 
 import argparse
@@ -185,9 +183,7 @@ def _change(tree: Any, draws: random.Random, values: list[Any]) -> Any:
     """A copy of nested dicts and lists with one entry replaced, removed or added somewhere."""
     if isinstance(tree, argparse.Namespace):
         changed = _change(vars(tree), draws, values)
-        if not isinstance(changed, dict):
-            return changed
-        return argparse.Namespace(**{str(key): value for key, value in changed.items()})
+        return argparse.Namespace(**{str(key): changed[key] for key in changed}) if type(changed) is dict else changed
     if not isinstance(tree, (dict, list, tuple)) or not tree or draws.random() < 0.05:
         if isinstance(tree, torch.Tensor) and draws.random() < 0.7:
             return _changed_tensor(tree, draws)

@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ear_model.config import SamplingConfig, with_score
+from ear_model.config import SamplingConfig
 from ear_model.draws import Draws, ImageDraws
 from ear_model.ear import EAR
 from ear_model.errors import RunError
@@ -19,7 +18,6 @@ from ear_model.sampling.first_step import NULL, FirstStep
 from ear_model.sampling.images import sample_images
 from ear_model.sampling.incremental import IncrementalDecoding
 from ear_model.sampling.weights import Weights
-from ear_model.score_names import SCORES
 from tests.model.conftest import TINY, randomise
 
 LABELS = torch.tensor([0, 5, 9])
@@ -64,42 +62,6 @@ def test_kept_values_change_no_token(depth, steps, guidance):
     for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
         expected = decode_tokens(model, LABELS, setting, draws())
         torch.testing.assert_close(incremental(model, setting, draws()), expected, rtol=1e-4, atol=1e-5)
-
-
-BACKBONES = ["ear", "mar", "causal", "random"]
-
-
-def model_of(backbone: str, score: str, depth: int = 3) -> EAR:
-    """Like :func:`wide_model`; randomly, so that hidden states and noise both matter to every token."""
-    config = with_score(wide_model(depth).config, score)
-    changes = {"backbone": "mar", "encoder_depth": 2} if backbone == "mar" else {}
-    changes |= {"order": backbone} if backbone in ("causal", "random") else {}
-    changes |= {"diffusion_steps": 20} if score == "diffusion" else {}
-    model = randomise(EAR(replace(config, **changes))).eval()
-    if score == "categorical":
-        model.score.codebook.normal_()
-    return model
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("score", list(SCORES))
-@pytest.mark.parametrize("guidance", [1.0, 1.8])
-@torch.no_grad()
-def test_every_score_on_every_backbone(backbone, score, guidance, monkeypatch):
-    """Guided on a part of the steps; diffusion in chunks that do not divide its steps.
-
-    In float64, tokens in float32: diffusion of random weights enlarges rounding errors from step to step.
-    """
-    model = model_of(backbone, score, depth=1 + int(torch.randint(3, ())))
-    assert is_plain(model)
-    model.double()
-    monkeypatch.setattr("ear_model.scores.denoising.MOST_STEPS", 4)
-    setting = SamplingConfig(5, guidance, "linear", 0.7, 0.1, 0.8, diffusion_steps=11)
-    seed = int(torch.randint(2**40, ()))
-    for draws in (lambda: ImageDraws(seed, range(3)), lambda: Draws(torch.Generator().manual_seed(seed % 2**31))):
-        expected = decode_tokens(model, LABELS, setting, draws())
-        found = incremental(model, setting, draws())
-        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("interval", [(0.3, 1.0), (0.0, 0.6), (0.2, 0.7)])
@@ -321,30 +283,6 @@ def test_a_gpu_gives_the_images_of_a_cpu(monkeypatch, guidance):
     monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
     torch.testing.assert_close(images_of(model, guidance=guidance, precision="fp32"), found, rtol=1e-4, atol=1e-5)
     assert len(replays) == 15
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("score", list(SCORES))
-def test_a_gpu_gives_the_images_of_a_cpu_by_every_score(monkeypatch, backbone, score):
-    model = model_of(backbone, score)
-    options = {"guidance": 1.5, "guidance_to": 0.8}
-    expected = images_of(model, **options)
-    model.cuda()
-    replays = count_replays(model, monkeypatch)
-    for _ in range(2):
-        found = images_of(model, precision="fp32", **options)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        assert replays
-        replays.clear()
-    # Nothing here has another precision's numbers.
-    assert images_of(model, precision="bf16", **options).isfinite().all()
-    randomise(model)
-    assert not torch.allclose(images_of(model, precision="fp32", **options), found)
-    monkeypatch.setenv("EAR_KERNELS_BACKEND", "eager")
-    plain = images_of(model, precision="fp32", **options)
-    monkeypatch.delenv("EAR_KERNELS_BACKEND")
-    torch.testing.assert_close(images_of(model, precision="fp32", **options), plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
