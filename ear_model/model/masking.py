@@ -62,7 +62,7 @@ def draw_orders(order: str, batch: int, num_tokens: int, device: torch.device, d
 
 
 def token_order(order: str, num_tokens: int) -> Tensor:
-    """The order in which a causal model predicts the tokens of every image, int64 ``[num_tokens]`` on the CPU.
+    """The order in which a causal model predicts the tokens of every image, int64 ``[num_tokens]`` on the default device.
 
     Args:
         order: "causal" is row by row. "random" is one permutation, a function of ``num_tokens`` alone: the ranks of
@@ -74,7 +74,7 @@ def token_order(order: str, num_tokens: int) -> Tensor:
         places = np.arange(num_tokens)
     else:
         places = np.random.Philox(key=ORDER_KEY).random_raw(num_tokens).argsort(kind="stable")
-    return torch.from_numpy(places.astype(np.int64))
+    return torch.tensor(places, dtype=torch.int64)
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ear_model.config import SamplingConfig, with_score
+from ear_model.config import ModelConfig, SamplingConfig, with_score
 from ear_model.draws import Draws, ImageDraws
 from ear_model.ear import EAR
 from ear_model.sampling.decoding import decode_tokens
@@ -17,16 +17,30 @@ from tests.model.test_engine import LABELS, count_replays, images_of, incrementa
 BACKBONES = ["ear", "mar", "causal", "random"]
 
 
-def model_of(backbone: str, score: str, depth: int = 3) -> EAR:
-    """Like :func:`wide_model`; randomly, so that hidden states and noise both matter to every token."""
+def config_of(backbone: str, score: str, depth: int = 3) -> ModelConfig:
     config = with_score(wide_model(depth).config, score)
     changes = {"backbone": "mar", "encoder_depth": 2} if backbone == "mar" else {}
     changes |= {"order": backbone} if backbone in ("causal", "random") else {}
     changes |= {"diffusion_steps": 20} if score == "diffusion" else {}
-    model = randomise(EAR(replace(config, **changes))).eval()
+    return replace(config, **changes)
+
+
+def model_of(backbone: str, score: str, depth: int = 3) -> EAR:
+    """Like :func:`wide_model`; randomly, so that hidden states and noise both matter to every token."""
+    model = randomise(EAR(config_of(backbone, score, depth))).eval()
     if score == "categorical":
         model.score.codebook.normal_()
     return model
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("score", list(SCORES))
+def test_a_model_made_on_a_device_is_there_whole(backbone, score):
+    config = config_of(backbone, score)
+    with torch.device("meta"):
+        model = EAR(config)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.device.type == "meta", name
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -94,7 +108,7 @@ def test_names_of_graphs_say_all_that_they_depend_on(backbone, score, monkeypatc
 @pytest.mark.parametrize("score", list(SCORES))
 def test_a_gpu_gives_the_images_of_a_cpu_by_every_score(monkeypatch, backbone, score):
     model = model_of(backbone, score)
-    options = {"guidance": 1.5, "guidance_to": 0.8}
+    options = {"guidance": 1.5, "guidance_to": 0.8, "diffusion_steps": 7}
     expected = images_of(model, **options)
     model.cuda()
     replays = count_replays(model, monkeypatch)

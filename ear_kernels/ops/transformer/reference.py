@@ -158,6 +158,8 @@ def attention_rows(query: Tensor, kv: Tensor, heads: int) -> Tensor:
 def attention_cached(qkv: Tensor, cache: Tensor, place: Tensor, heads: int) -> Tensor:
     """``[G, W]`` of a new row ``qkv [G, 3W]`` to those of ``cache [2, G, N, W]`` up to it, where it is written."""
     query, key, value = qkv.chunk(3, -1)
+    if not len(qkv):
+        return query  # of no sequences and a mask torch 2.11's gives None on a GPU
     cache.index_copy_(2, place, torch.stack([key, value]).unsqueeze(2))
     split = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query.unsqueeze(1), *cache))
     seen = torch.arange(cache.shape[2], device=qkv.device) <= place
