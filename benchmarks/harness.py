@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,9 +125,16 @@ def needs_gpu(rows: Iterable[Row]) -> list[Row]:
     return list(rows) if HAS_GPU else [replace(row, reason="needs a GPU") for row in rows]
 
 
-def in_new_process(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """``run(*arguments)`` in a process of its own: cuBLAS, caches and allocator read their environment only once."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+def in_new_process(
+    run: Callable[..., dict[str, Any]], *arguments: Any, start: Literal["forkserver", "spawn"] = "forkserver"
+) -> dict[str, Any]:
+    """``run(*arguments)`` in a process of its own: cuBLAS, caches and allocator read their environment only once.
+
+    Only "spawn" knows of an environment that has changed; it imports everything anew, which takes seconds.
+    """
+    context = multiprocessing.get_context(start)
+    context.set_forkserver_preload(["timm.models.vision_transformer", "torch._dynamo"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(run, *arguments).result()
 
 

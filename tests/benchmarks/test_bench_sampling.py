@@ -95,7 +95,8 @@ def test_each_rival_has_its_precision(monkeypatch):
 def test_a_second_process_finds_what_the_first_one_compiled(monkeypatch):
     seen = []
 
-    def in_new_process(run, *given):
+    def in_new_process(run, *given, start):
+        assert start == "spawn"  # or the environment is not the new one
         folder = Path(os.environ["TRITON_CACHE_DIR"])
         seen.append((folder, folder.exists(), os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         folder.mkdir(exist_ok=True)
