@@ -288,7 +288,8 @@ def test_attention_to_a_cache(groups, length, heads, dim, dtype, spread, data) -
     kv, query = torch.cat([seen[0], seen[1]], -1), qkv[:, None, :width]
     exact, eager = exact_attention(query, kv, heads)[:, 0], eager_attention(query, kv, heads)[:, 0]
     close("out", found["triton"], eager, exact)
-    close("reference", found["eager"], eager, exact)
+    # A mask makes PyTorch take another kernel of its own, whose sums have another order.
+    assert_close_to_eager("reference", found["eager"], eager, exact, ulps=8)
 
 
 def test_what_does_not_fit_a_cache_is_named() -> None:
