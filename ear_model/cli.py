@@ -23,7 +23,7 @@ EXTRA = ("PIL", "matplotlib", "safetensors", "sklearn", "timm", "tqdm", "tyro")
 # A module each in ear_model/commands, imported when called; what its ``run(arguments)`` raises, ``main`` reports.
 COMMANDS = (
     *("train", "convert", "cache", "train-tokenizer", "train-codebook"),
-    *("sample", "evaluate", "glyphs", "train-judge", "serve", "study"),
+    *("sample", "evaluate", "glyphs", "mnist", "train-judge", "serve", "study"),
 )
 
 USAGE = """usage: ear COMMAND ...
@@ -38,6 +38,7 @@ USAGE = """usage: ear COMMAND ...
   ear train-codebook CACHE         train the codebook of a categorical model
   ear glyphs --out TREE --num-per-class 1000
                                    draw an image tree of characters
+  ear mnist --out TREE             write 5,000 images of MNIST as an image tree
   ear train-judge TREE --out JUDGE train a classifier that scores samples
   ear study NAME                   ask one of the paper's findings again with small runs
 
@@ -52,6 +53,7 @@ KEPT = {
     "train-codebook": "no codebook was written",
     "sample": "images of --images-out and --npz are kept, the same command goes on",
     "glyphs": "whole images are kept, the same command goes on",
+    "mnist": "whole images are kept, the same command goes on",
     "convert": "nothing was converted",
     "evaluate": "no scores were written",
     "train-judge": "no judge was written",

@@ -42,6 +42,25 @@ GLYPHS = ModelConfig(
     position_init="sinusoid",
 )
 
+# Pixels of `ear mnist` (docs/mnist.md): a token is 4 x 4 of them in three equal channels.
+MNIST = ModelConfig(
+    image_size=28,
+    channels=3,
+    patch_size=4,
+    num_classes=10,
+    width=128,
+    depth=4,
+    num_heads=4,
+    class_tokens=4,
+    dropout=0.0,
+    attention_dropout=0.0,
+    generator_width=128,
+    generator_depth=3,
+    num_samples=2,
+    masking="cosine",
+    position_init="sinusoid",
+)
+
 MAR_BASE = replace(EAR_BASE, score="diffusion", backbone="mar", encoder_depth=12, depth=12)
 MAR_LARGE = replace(
     MAR_BASE, width=1024, encoder_depth=16, depth=16, num_heads=16, generator_width=1280, generator_depth=8
@@ -59,6 +78,7 @@ MODELS: dict[str, ModelConfig] = {
     "mar_large": MAR_LARGE,
     "mar_huge": MAR_HUGE,
     "glyphs": GLYPHS,
+    "mnist": MNIST,
 }
 # What MAR's public runs do and EAR's don't: the head at the full rate and no fine-tuning; guidance by size, and the
 # temperature of a diffusion, whose noise is not the generator's.
@@ -102,6 +122,14 @@ RUNS: dict[str, RunConfig] = {
         ),
         sampling=SamplingConfig(steps=64, guidance=2.0, temperature=0.8),
     ),
+    "mnist": RunConfig(
+        data="cache",
+        model=MNIST,
+        train=TrainConfig(
+            steps=4000, batch_size=64, lr=2e-3, schedule="cosine", warmup_steps=200, ema=0.995, checkpoint_every=400
+        ),
+        sampling=SamplingConfig(steps=49, guidance=2.0, temperature=0.8),
+    ),
     "imagenet256": RunConfig(data="cache", model=EAR_BASE, train=_IMAGENET),
     "imagenet512": RunConfig(
         data="cache", model=replace(EAR_BASE, image_size=32), train=_IMAGENET, sampling=SamplingConfig(guidance=4.0)
@@ -121,7 +149,13 @@ SCORE_SETTINGS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 
 # Images of an epoch of those runs' data; the glyphs are those of docs/glyphs.md.
-EPOCH_IMAGES = {"digits": 1347, "glyphs64": 192_000, "imagenet256": IMAGENET_IMAGES, "imagenet512": IMAGENET_IMAGES}
+EPOCH_IMAGES = {
+    "digits": 1347,
+    "mnist": 4000,
+    "glyphs64": 192_000,
+    "imagenet256": IMAGENET_IMAGES,
+    "imagenet512": IMAGENET_IMAGES,
+}
 
 
 def model_config(name: str) -> ModelConfig:

@@ -62,7 +62,7 @@ def draw_orders(order: str, batch: int, num_tokens: int, device: torch.device, d
 
 
 def token_order(order: str, num_tokens: int) -> Tensor:
-    """The order in which a causal model predicts the tokens of every image, int64 ``[num_tokens]`` on the default device.
+    """The order in which a causal model predicts an image's tokens, int64 ``[num_tokens]`` on the default device.
 
     Args:
         order: "causal" is row by row. "random" is one permutation, a function of ``num_tokens`` alone: the ranks of

@@ -144,7 +144,7 @@ def test_an_error_in_a_real_process():
     assert answer.returncode == 1
     assert (
         answer.stderr
-        == "ear: error: unknown preset 'digitz'; use one of digits, glyphs64, imagenet256, imagenet512\n"
+        == "ear: error: unknown preset 'digitz'; use one of digits, glyphs64, mnist, imagenet256, imagenet512\n"
     )
     assert not answer.stdout
 
