@@ -6,6 +6,7 @@ imported: a model has the attributes that its checkpoints name, and ``sample_tok
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,15 @@ class _Draws(Draws):
     def __init__(self, model: Any, steps: int) -> None:
         super().__init__()
         self._model, self._steps = model, steps
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        rewind, numbers = super().mark(device), np.random.get_state()
+
+        def go_back() -> None:
+            rewind()
+            np.random.set_state(numbers)
+
+        return go_back
 
     def orders(self, images: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         orders_BL = self._model.sample_orders(images).to(device)

@@ -48,6 +48,19 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_go_back_to_a_mark(kind) -> None:
+    """A call that is made anew, because weights have changed, has the draws of the public code: of numpy, too."""
+    draws, device = public._Draws(public_model(kind), 5), torch.device("cpu")
+    seed(int(torch.randint(1000, ())))
+    rewind = draws.mark(device)
+    first = draws.orders(3, 16), torch.rand(4)
+    rewind()
+    again = draws.orders(3, 16), torch.rand(4)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(draws.orders(3, 16), first[0])
+
+
 # The public MAR has no steps that predict nothing.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("labels", [torch.tensor([1, 7, 7]), None])
